@@ -1,0 +1,62 @@
+//! The crate's error: a stable kind, what and where, and the source.
+
+use std::fmt;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The bytes contradict their format: bad magic, tables outside the file, truncated data.
+    Corrupt,
+    /// A valid image that uses something this crate does not do.
+    Unsupported,
+    /// The image names another file (backing file, external data file); such images are refused.
+    ForeignFile,
+    /// A bound of [`crate::limits::Limits`] was crossed.
+    Limit,
+    /// The target cannot take the disk (too small, wrong type).
+    Target,
+    /// Reading or writing failed.
+    Io,
+    /// The caller asked to stop.
+    Cancelled,
+}
+
+/// An error with its place; `Display` does not repeat the source, the logger prints the chain.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    context: String,
+    source: Option<std::io::Error>,
+}
+
+impl Error {
+    /// Makes an error of `kind`; `context` says what was wrong, with the value, where, and what to do about it.
+    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// Wraps an I/O error; `context` says what was being done, and where.
+    pub fn io(context: impl Into<String>, source: std::io::Error) -> Self {
+        Self { kind: ErrorKind::Io, context: context.into(), source: Some(source) }
+    }
+
+    /// The stable kind.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|e| e as _)
+    }
+}

@@ -1,0 +1,1 @@
+//! Formats side by side: one folder each, and the factory that probes.

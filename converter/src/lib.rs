@@ -1,0 +1,18 @@
+//! Disk image formats: what a file is, what the virtual disk inside it holds, and how to write another.
+//!
+//! ```text
+//!            bytes                       virtual disk                      bytes
+//!  ReadAt ──> format::probe/open ──> dyn Disk ──> convert (workers) ──> target: raw file or device,
+//!  Read   ──> wrapper (gz xz zst bz2) ─────────────^                    qcow2 (file, or a stream)
+//! ```
+//!
+//! The core is synchronous and does no I/O but through [`io::ReadAt`], [`std::io::Read`] and [`std::io::Write`];
+//! `local` is the one adapter that touches files and block devices. Nothing here opens a socket.
+
+pub mod error;
+pub mod format;
+pub mod io;
+pub mod limits;
+pub mod progress;
+
+pub use error::{Error, ErrorKind, Result};

@@ -1,0 +1,28 @@
+//! The bounds inside which untrusted images are handled.
+
+/// Bounds for one image. Every value is inclusive; crossing one ends in [`crate::ErrorKind::Limit`].
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Largest virtual disk accepted, bytes.
+    pub virtual_size_max: u64,
+    /// Most bytes of metadata tables held in memory at once for one open image.
+    pub table_bytes_max: u64,
+    /// Most bytes a wrapper (gz, xz, zst, bz2) may decode to, per byte read, once 64 MiB were decoded.
+    pub expansion_ratio_max: u64,
+    /// Most bytes a wrapper may decode to in all.
+    pub decoded_bytes_max: u64,
+    /// Most memory a decoder may ask for (xz dictionary, zstd window), bytes.
+    pub decoder_memory_bytes_max: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            virtual_size_max: 64 << 40,
+            table_bytes_max: 48 << 20,
+            expansion_ratio_max: 100_000,
+            decoded_bytes_max: 64 << 40,
+            decoder_memory_bytes_max: 80 << 20,
+        }
+    }
+}
