@@ -1,5 +1,6 @@
 //! Progress and cancellation of one piece of long work, shared with whoever shows it.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::{Error, ErrorKind, Result};
@@ -12,6 +13,7 @@ pub struct Progress {
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
     cancelled: AtomicBool,
+    phase: Mutex<&'static str>,
 }
 
 impl Progress {
@@ -33,6 +35,16 @@ impl Progress {
     /// Bytes in all; zero while unknown.
     pub fn total(&self) -> u64 {
         self.total_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Names the step the work is in, one lower-case word or two ("transfer", "commit").
+    pub fn set_phase(&self, phase: &'static str) {
+        *self.phase.lock().unwrap_or_else(|e| e.into_inner()) = phase;
+    }
+
+    /// The step the work is in; empty before the first.
+    pub fn phase(&self) -> &'static str {
+        *self.phase.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Asks the work to stop at its next step.
