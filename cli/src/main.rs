@@ -1,1 +1,25 @@
-fn main() {}
+//! The one binary: parses the command line, hands over to a room, shows progress, turns the outcome into an exit code.
+//!
+//! ```text
+//! main ──> cmd::<command>::run ──> work::run (runtime, signals, progress bar) ──> a room's function
+//! ```
+//!
+//! Exit codes: 0 done; 1 failed; 2 wrong usage; 130 and 143 stopped by SIGINT and SIGTERM.
+
+mod cmd;
+mod logging;
+mod size;
+mod work;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = cmd::Cli::parse();
+    logging::init(&cli.log);
+    match cmd::run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => work::report(&error),
+    }
+}

@@ -1,0 +1,59 @@
+//! The commands, one file each.
+
+mod convert;
+mod import;
+mod info;
+mod populate;
+mod registry;
+
+use clap::{Parser, Subcommand};
+
+use crate::logging;
+
+/// Takes virtual machine images from anywhere, keeps them in an OCI registry, turns them into bootable disks.
+#[derive(Debug, Parser)]
+#[command(name = "dvcr", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub log: logging::Args,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Registry(registry::Args),
+    Import(import::Args),
+    Populate(populate::Args),
+    Info(info::Args),
+    Convert(convert::Args),
+}
+
+/// Runs one command to its end.
+pub fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Registry(args) => registry::run(args),
+        Command::Import(args) => import::run(args),
+        Command::Populate(args) => populate::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Convert(args) => convert::run(args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    /// The help people see is kept in `snapshots/`; `INSTA_UPDATE=always cargo test -p dvcr` renews it.
+    #[test]
+    fn help_texts_are_the_snapshots() {
+        let mut root = Cli::command();
+        root.build();
+        insta::assert_snapshot!("dvcr", root.render_long_help());
+        for sub in root.get_subcommands_mut().filter(|sub| sub.get_name() != "help") {
+            insta::assert_snapshot!(format!("dvcr-{}", sub.get_name()), sub.render_long_help());
+        }
+    }
+}

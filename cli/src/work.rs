@@ -1,0 +1,220 @@
+//! Long work: a runtime, a progress display, and a clean end on SIGINT and SIGTERM.
+
+use std::fmt;
+use std::future::Future;
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use dvcr_converter::progress::Progress;
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use crate::size::Human;
+
+/// How long interrupted work may take to put things in order before it is dropped.
+const WIND_DOWN_MS: u64 = 10_000;
+/// How often a terminal's bar is redrawn.
+const BAR_INTERVAL_MS: u64 = 100;
+/// How often a line is written where there is no terminal.
+const LINE_INTERVAL_MS: u64 = 5_000;
+
+/// The error of work that a signal stopped.
+#[derive(Debug)]
+pub struct Interrupted(SignalKind);
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("interrupted; nothing half-made was published, run the same command to start again")
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
+/// Runs `work` on a new runtime, shows its progress under `title`, and stops it on SIGINT or SIGTERM: first by asking
+/// through [`Progress::cancel`], then, after [`WIND_DOWN_MS`] or a second signal, by dropping it.
+pub fn run<T, F>(title: &str, work: impl FnOnce(Arc<Progress>) -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = anyhow::Result<T>>,
+{
+    let runtime = runtime()?;
+    let progress = Arc::new(Progress::default());
+    let display = Display::start(title, progress.clone());
+    let result = runtime.block_on(async {
+        let mut signals = Signals::listen()?;
+        let mut work = std::pin::pin!(work(progress.clone()));
+        let interrupted = tokio::select! {
+            result = &mut work => return result,
+            interrupted = signals.next() => interrupted,
+        };
+        progress.cancel();
+        tokio::select! {
+            _ = &mut work => {}
+            _ = signals.next() => {}
+            _ = tokio::time::sleep(Duration::from_millis(WIND_DOWN_MS)) => {}
+        }
+        Err(interrupted.into())
+    });
+    display.end(result.is_ok());
+    // Blocking threads notice the cancellation on their own; they must not hold up the exit.
+    runtime.shutdown_timeout(Duration::from_millis(WIND_DOWN_MS / 10));
+    result
+}
+
+/// Makes the runtime every command uses.
+pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")
+}
+
+/// SIGINT and SIGTERM, caught from the moment of [`Signals::listen`] on.
+pub struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    /// Begins to catch; needs a runtime around it.
+    pub fn listen() -> anyhow::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).context("listening for SIGINT")?,
+            terminate: signal(SignalKind::terminate()).context("listening for SIGTERM")?,
+        })
+    }
+
+    /// Waits for the next one.
+    pub async fn next(&mut self) -> Interrupted {
+        tokio::select! {
+            _ = self.interrupt.recv() => Interrupted(SignalKind::interrupt()),
+            _ = self.terminate.recv() => Interrupted(SignalKind::terminate()),
+        }
+    }
+}
+
+/// Prints an error with its chain of causes and gives the exit code that belongs to it.
+pub fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("dvcr: {error}");
+    for cause in error.chain().skip(1) {
+        eprintln!("  because: {cause}");
+    }
+    match error.downcast_ref::<Interrupted>() {
+        Some(Interrupted(kind)) if *kind == SignalKind::terminate() => ExitCode::from(143),
+        Some(_) => ExitCode::from(130),
+        None => ExitCode::FAILURE,
+    }
+}
+
+/// A thread that shows progress on standard error: a bar on a terminal, lines elsewhere.
+struct Display {
+    stop: Sender<bool>,
+    thread: JoinHandle<()>,
+}
+
+impl Display {
+    fn start(title: &str, progress: Arc<Progress>) -> Self {
+        let (stop, stopped) = channel();
+        let title = title.to_owned();
+        let thread = std::thread::spawn(move || {
+            if std::io::stderr().is_terminal() {
+                draw_bar(&title, &progress, &stopped);
+            } else {
+                write_lines(&title, &progress, &stopped);
+            }
+        });
+        Self { stop, thread }
+    }
+
+    fn end(self, ok: bool) {
+        // Either call fails only when the thread is gone already, and then there is nothing left to show.
+        let _ = self.stop.send(ok);
+        let _ = self.thread.join();
+    }
+}
+
+fn draw_bar(title: &str, progress: &Progress, stopped: &Receiver<bool>) {
+    let bar = ProgressBar::new(0);
+    let known =
+        "{prefix} {msg:10} [{bar:30}] {percent:>3}% {bytes} of {total_bytes}, {bytes_per_sec}, ETA {eta}";
+    let unknown = "{prefix} {msg:10} {spinner} {bytes}, {bytes_per_sec}, {elapsed}";
+    bar.set_prefix(title.to_owned());
+    let mut total_shown = None;
+    loop {
+        let total = progress.total();
+        if total_shown != Some(total) {
+            total_shown = Some(total);
+            let template = if total == 0 { unknown } else { known };
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            bar.set_length(total.max(1));
+        }
+        bar.set_message(progress.phase());
+        bar.set_position(if total == 0 { progress.done() } else { progress.done().min(total) });
+        bar.tick();
+        match stopped.recv_timeout(Duration::from_millis(BAR_INTERVAL_MS)) {
+            Err(RecvTimeoutError::Timeout) => {}
+            Ok(_) | Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    bar.finish_and_clear();
+}
+
+fn write_lines(title: &str, progress: &Progress, stopped: &Receiver<bool>) {
+    let begun = Instant::now();
+    loop {
+        match stopped.recv_timeout(Duration::from_millis(LINE_INTERVAL_MS)) {
+            Err(RecvTimeoutError::Timeout) => eprintln!("{}", line(title, progress, begun.elapsed())),
+            Ok(true) => {
+                return eprintln!("{title}: done, {} in {:.1?}", Human(progress.done()), begun.elapsed());
+            }
+            Ok(false) | Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn line(title: &str, progress: &Progress, elapsed: Duration) -> String {
+    let (phase, done, total) = (progress.phase(), progress.done(), progress.total());
+    let per_second = done as f64 / elapsed.as_secs_f64().max(0.001);
+    let mut line = format!("{title}: {phase} {}", Human(done));
+    if total > 0 {
+        let share = 100.0 * done.min(total) as f64 / total as f64;
+        line += &format!(" of {} ({share:.1}%)", Human(total));
+    }
+    line += &format!(", {}/s", Human(per_second as u64));
+    if total > done && per_second >= 1.0 {
+        line += &format!(", ETA {:.0} s", (total - done) as f64 / per_second);
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_tells_phase_bytes_share_rate_and_eta() {
+        let progress = Progress::default();
+        progress.set_phase("transfer");
+        progress.set_total(4 << 20);
+        progress.advance(1 << 20);
+        let text = line("debian", &progress, Duration::from_secs(1));
+        assert_eq!(text, "debian: transfer 1.0 MiB of 4.0 MiB (25.0%), 1.0 MiB/s, ETA 3 s");
+    }
+
+    #[test]
+    fn a_signal_stops_work_that_listens() {
+        let outcome: anyhow::Result<()> = run("test", |progress| async move {
+            let me = std::process::id().to_string();
+            let kill = std::process::Command::new("kill").args(["-TERM", &me]).status()?;
+            anyhow::ensure!(kill.success());
+            while progress.check().is_ok() {
+                tokio::task::yield_now().await;
+            }
+            Ok(())
+        });
+        assert!(outcome.unwrap_err().is::<Interrupted>());
+    }
+}
