@@ -1,0 +1,68 @@
+//! Measures `dvcr` beside its peers: the same work, on the same disk, in one run, interleaved round by round.
+//!
+//! ```text
+//! registry.rs   servers (dvcr, CNCF distribution v3, Debian's docker-registry) x rows (push, pull, ...)
+//! converter.rs  converters (dvcr, qemu-img) x rows (qcow2 plain, zlib, zstd -> raw, and back)
+//! http.rs       a load maker on plain sockets, cheaper than any server it measures
+//! table.rs      medians, spread and ratios as Markdown
+//! ```
+//!
+//! It prints tables and judges nothing; `benches/RESULTS.md` keeps the ones worth keeping.
+
+mod converter;
+mod http;
+mod registry;
+mod table;
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+struct Cli {
+    /// The dvcr binary to measure; build it with --release
+    #[arg(long, default_value = "target/release/dvcr")]
+    dvcr: PathBuf,
+    /// Folder on the disk to measure; a new folder is made inside it and removed at the end
+    #[arg(long, default_value = ".cache/bench")]
+    dir: PathBuf,
+    /// Rounds per row; the table shows medians
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    #[command(subcommand)]
+    suite: Suite,
+}
+
+#[derive(Subcommand)]
+enum Suite {
+    /// Push, pull, chunked push, manifest GET, blob HEAD, 4 KiB blobs
+    Registry {
+        /// CNCF distribution v3's `registry` program
+        #[arg(long, default_value = ".cache/tools/bin/registry")]
+        distribution: PathBuf,
+        /// Debian's docker-registry
+        #[arg(long, default_value = "/usr/bin/docker-registry")]
+        debian: PathBuf,
+        /// MiB of the large blob
+        #[arg(long, default_value_t = 1024)]
+        blob_mib: usize,
+    },
+    /// Disk images to raw and back
+    Converter {
+        /// Folder whose files fill the test disk
+        #[arg(long, default_value = "/usr")]
+        content: PathBuf,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    let cli = Cli::parse();
+    std::fs::create_dir_all(&cli.dir)?;
+    let dir = std::fs::canonicalize(&cli.dir)?;
+    match cli.suite {
+        Suite::Registry { distribution, debian, blob_mib } => {
+            registry::run(&cli.dvcr, &distribution, &debian, &dir, cli.rounds, blob_mib << 20)
+        }
+        Suite::Converter { content } => converter::run(&cli.dvcr, &content, &dir, cli.rounds),
+    }
+}
