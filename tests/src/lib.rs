@@ -1,1 +1,57 @@
-//! Placeholder until the room is furnished.
+//! Harness of the end-to-end tests: it starts the real programs, and stops them whatever happens.
+//!
+//! ```text
+//!            main_job (the demo, and the test of the same name)
+//!           /      |          \               \
+//!    fixture   FileServer   Registry           qemu (convert, compare, boot)
+//!  (images)   (HTTP source) PeerRegistry      /
+//!          \        |          |             /
+//!           programs (where binaries are), process (start, log, kill, wait)
+//! ```
+//!
+//! Every child process dies with the test program, also when that one is killed: children are started through
+//! `setpriv --pdeathsig KILL` from a thread that lives as long as the program. Nothing here waits without a bound.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a harness: a failure is the report"
+)]
+
+mod file_server;
+mod process;
+mod programs;
+mod registry;
+
+pub use file_server::FileServer;
+pub use process::{Daemon, Output, cmd, interrupt, run, run_output, run_visible, wait_until};
+pub use programs::{dvcr, tool, workspace};
+pub use registry::{PeerRegistry, Registry};
+pub use tempfile::TempDir;
+
+use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
+use std::io::Read;
+use std::path::Path;
+
+/// Makes an empty directory that is removed when it is dropped.
+pub fn temp_dir() -> TempDir {
+    tempfile::Builder::new()
+        .prefix("dvcr-test-")
+        .tempdir()
+        .expect("no temporary directory; is TMPDIR writable?")
+}
+
+/// Computes the SHA-256 of a file as lower-case hex.
+pub fn sha256_file(path: &Path) -> Result<String> {
+    let mut file = std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut hash = Sha256::new();
+    let mut block = vec![0; 1 << 20];
+    loop {
+        let n = file.read(&mut block).with_context(|| format!("cannot read {}", path.display()))?;
+        if n == 0 {
+            return Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+        }
+        hash.update(&block[..n]);
+    }
+}
