@@ -19,12 +19,18 @@
 )]
 
 mod file_server;
+pub mod fixture;
+mod main_job;
 mod process;
 mod programs;
+pub mod qemu;
 mod registry;
 
 pub use file_server::FileServer;
-pub use process::{Daemon, Output, cmd, interrupt, run, run_output, run_visible, wait_until};
+pub use main_job::{Done, main_job};
+pub use process::{
+    Daemon, Output, cmd, interrupt, interrupted, run, run_output, run_telling, run_visible, wait_until,
+};
 pub use programs::{dvcr, tool, workspace};
 pub use registry::{PeerRegistry, Registry};
 pub use tempfile::TempDir;

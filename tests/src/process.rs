@@ -55,14 +55,18 @@ pub fn run_output(command: &Command) -> Result<Output> {
     let stdout = read_in_background(process.child.stdout.take());
     let stderr = read_in_background(process.child.stderr.take());
     let status = process.wait(RUN_TIMEOUT)?;
-    // The pipes end with the program, unless it left a grandchild behind that still holds them.
-    let text = |receiver: mpsc::Receiver<Vec<u8>>| -> Result<String> {
-        let bytes = receiver
-            .recv_timeout(KILL_TIMEOUT)
-            .map_err(|_| anyhow!("{} ended but its output is still held open", process.line))?;
-        Ok(String::from_utf8_lossy(&bytes).into_owned())
-    };
-    Ok(Output { status, stdout: text(stdout)?, stderr: text(stderr)? })
+    Ok(Output { status, stdout: process.text(&stdout)?, stderr: process.text(&stderr)? })
+}
+
+/// Runs a program that tells its progress on standard error to the user, and returns its standard output.
+pub fn run_telling(command: &Command) -> Result<String> {
+    let mut process = Process::spawn(command, [Stdio::null(), Stdio::piped(), Stdio::inherit()])?;
+    let stdout = read_in_background(process.child.stdout.take());
+    let status = process.wait(RUN_TIMEOUT)?;
+    if !status.success() {
+        bail!("{} failed: {status}", process.line);
+    }
+    process.text(&stdout)
 }
 
 /// Runs a program that talks to the user directly.
@@ -232,6 +236,14 @@ impl Process {
             }
             std::thread::sleep(POLL_INTERVAL);
         }
+    }
+
+    /// Returns what a finished process wrote; a grandchild that still holds the pipe is an error.
+    fn text(&self, pipe: &mpsc::Receiver<Vec<u8>>) -> Result<String> {
+        let bytes = pipe
+            .recv_timeout(KILL_TIMEOUT)
+            .map_err(|_| anyhow!("{} ended but its output is still held open", self.line))?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     pub(crate) fn kill(&mut self) -> Result<()> {

@@ -1,0 +1,158 @@
+//! QEMU as the oracle of disk formats and as the machine that boots what we made.
+
+use crate::process::Process;
+use crate::{cmd, run, workspace};
+use anyhow::{Context, Result, anyhow, bail};
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+const KVM_PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+const CONSOLE_BYTES_MAX: usize = 1 << 20;
+const MEMORY_MIB: u32 = 768;
+
+/// Runs qemu-img and returns what it prints.
+pub fn qemu_img(args: &[&str]) -> Result<String> {
+    run(&cmd("qemu-img", args))
+}
+
+/// Converts an image with qemu-img.
+pub fn convert(source: &Path, source_format: &str, target: &Path, target_format: &str) -> Result<()> {
+    let mut command = cmd("qemu-img", ["convert", "-f", source_format, "-O", target_format]);
+    run(command.arg(source).arg(target)).map(drop)
+}
+
+/// Checks with qemu-img that two images hold the same disk, their sizes included.
+pub fn assert_same_disk(left: &Path, left_format: &str, right: &Path, right_format: &str) -> Result<()> {
+    let mut command = cmd("qemu-img", ["compare", "-s", "-f", left_format, "-F", right_format]);
+    run(command.arg(left).arg(right)).map(drop)
+}
+
+/// Returns the virtual size of an image in bytes.
+pub fn virtual_size(image: &Path, format: &str) -> Result<u64> {
+    let text = run(cmd("qemu-img", ["info", "--output=json", "-f", format]).arg(image))?;
+    let info: serde_json::Value = serde_json::from_str(&text)?;
+    info["virtual-size"].as_u64().with_context(|| format!("no virtual size in {text}"))
+}
+
+/// How a guest's instructions are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The processor's own virtualization.
+    Kvm,
+    /// QEMU's translator: always there, some ten times slower.
+    Tcg,
+}
+
+impl Accelerator {
+    /// Chooses KVM when it really runs a guest here, which is tried once per boot of this machine.
+    pub fn choose() -> Self {
+        if kvm_works_here() { Self::Kvm } else { Self::Tcg }
+    }
+
+    fn args(self) -> [&'static str; 4] {
+        match self {
+            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max"],
+        }
+    }
+}
+
+/// Boots a disk and returns the serial console's text up to and with `prompt`.
+pub fn boot(disk: &Path, format: &str, accelerator: Accelerator, prompt: &str) -> Result<String> {
+    let drive = format!("file={},format={format},if=virtio,cache=unsafe", disk.display());
+    let memory = MEMORY_MIB.to_string();
+    let mut command = cmd("qemu-system-x86_64", accelerator.args());
+    command.args(["-m", &memory, "-smp", "2", "-nographic", "-no-reboot", "-net", "none", "-drive", &drive]);
+    watch_console(&command, prompt, BOOT_TIMEOUT)
+}
+
+/// Runs a virtual machine whose console is its standard output, until `wanted` appears there.
+fn watch_console(command: &Command, wanted: &str, timeout: Duration) -> Result<String> {
+    let deadline = Instant::now() + timeout;
+    let mut process = Process::spawn(command, [Stdio::null(), Stdio::piped(), Stdio::inherit()])?;
+    let mut pipe = process.child.stdout.take().context("the console is a pipe")?;
+    let (sender, pieces) = mpsc::channel();
+    // Detached: when the process hangs in the kernel, its pipe never ends.
+    std::thread::spawn(move || {
+        let mut block = vec![0; 4096];
+        while let Ok(n) = pipe.read(&mut block) {
+            if n == 0 || sender.send(block[..n].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    let mut console = String::new();
+    let failed = loop {
+        match pieces.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(piece) => console.push_str(&String::from_utf8_lossy(&piece)),
+            Err(RecvTimeoutError::Timeout) => break format!("did not come in {} s", timeout.as_secs()),
+            Err(RecvTimeoutError::Disconnected) => {
+                break "did not come before the machine stopped".to_owned();
+            }
+        }
+        if console.contains(wanted) {
+            return Ok(console);
+        }
+        if console.len() > CONSOLE_BYTES_MAX {
+            break format!("is not in the first {CONSOLE_BYTES_MAX} bytes");
+        }
+    };
+    bail!("{wanted:?} {failed}: {}\n--- console\n{console}", process.line)
+}
+
+/// Tells whether /dev/kvm runs a guest; it may be there and hang whoever opens it.
+fn kvm_works_here() -> bool {
+    if !Path::new("/dev/kvm").exists() {
+        return false;
+    }
+    // A hung probe cannot even be killed, so the answer is kept and asked for only once per boot.
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let kept = workspace().join(".cache").join(format!("kvm-{}", boot_id.trim()));
+    match std::fs::read_to_string(&kept).as_deref() {
+        Ok("works") => return true,
+        Ok("hangs or fails") => return false,
+        _ => {}
+    }
+    let works = match probe(Accelerator::Kvm) {
+        Ok(()) => true,
+        Err(error) => {
+            eprintln!("KVM is not used: {}", error.to_string().lines().next().unwrap_or_default());
+            false
+        }
+    };
+    let _ = std::fs::create_dir_all(workspace().join(".cache"));
+    let _ = std::fs::write(&kept, if works { "works" } else { "hangs or fails" });
+    works
+}
+
+/// Runs a machine without a disk until its firmware speaks.
+fn probe(accelerator: Accelerator) -> Result<()> {
+    let mut command = cmd("qemu-system-x86_64", accelerator.args());
+    command.args(["-nodefaults", "-no-reboot", "-display", "none", "-m", "64"]);
+    command.args(["-chardev", "stdio,id=firmware", "-device", "isa-debugcon,iobase=0x402,chardev=firmware"]);
+    watch_console(&command, "SeaBIOS", KVM_PROBE_TIMEOUT)
+        .map(drop)
+        .map_err(|error| anyhow!("its probe: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_probe_sees_a_working_accelerator() {
+        probe(Accelerator::Tcg).unwrap();
+    }
+
+    #[test]
+    fn a_silent_machine_is_given_up_at_the_deadline() {
+        let started = Instant::now();
+        let error = watch_console(&cmd("sleep", ["600"]), "login:", Duration::from_millis(300)).unwrap_err();
+        assert!(error.to_string().contains("sleep 600"), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(30));
+    }
+}
