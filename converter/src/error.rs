@@ -39,13 +39,23 @@ impl Error {
     }
 
     /// Wraps an I/O error; `context` says what was being done, and where.
+    ///
+    /// An error of this crate that travelled through [`std::io::Read`] keeps its kind.
     pub fn io(context: impl Into<String>, source: std::io::Error) -> Self {
-        Self { kind: ErrorKind::Io, context: context.into(), source: Some(source) }
+        let carried = source.get_ref().and_then(|e| e.downcast_ref::<Error>()).map(Error::kind);
+        Self { kind: carried.unwrap_or(ErrorKind::Io), context: context.into(), source: Some(source) }
     }
 
     /// The stable kind.
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+}
+
+/// Lets an error pass through [`std::io::Read`]; [`Error::io`] finds its kind again.
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        std::io::Error::other(error)
     }
 }
 

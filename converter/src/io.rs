@@ -16,6 +16,13 @@ pub trait ReadAt: Send + Sync {
 
     /// Fills `buf` from `offset` (bytes). Fails with [`std::io::ErrorKind::UnexpectedEof`] past the end.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()>;
+
+    /// Returns the run of stored bytes, or of a hole that reads as zeros, that begins at `offset`; `None` where
+    /// that is not cheaply known.
+    fn extent_at(&self, offset: u64) -> Option<Extent> {
+        let _ = offset;
+        None
+    }
 }
 
 /// What is known about a run of the virtual disk without reading it.

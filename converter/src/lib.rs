@@ -7,12 +7,18 @@
 //! ```
 //!
 //! The core is synchronous and does no I/O but through [`io::ReadAt`], [`std::io::Read`] and [`std::io::Write`];
-//! `local` is the one adapter that touches files and block devices. Nothing here opens a socket.
+//! [`local`] is the one adapter that touches files and block devices. Nothing here opens a socket.
 
+mod buffer;
+pub mod convert;
 pub mod error;
 pub mod format;
 pub mod io;
 pub mod limits;
+pub mod local;
 pub mod progress;
+pub mod wrapper;
+mod zeros;
 
 pub use error::{Error, ErrorKind, Result};
+pub use format::qcow2;

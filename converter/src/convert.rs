@@ -1,0 +1,445 @@
+//! The engine: workers take ranges of a disk, decode or encode them, and hand them to the target.
+//!
+//! ```text
+//!                 ┌─ worker: read, decode ─ write at its offset (raw)      ┐
+//!  feed (ranges) ─┼─ worker: read, encode ─ wait for its turn, append (qcow2) ├─> target
+//!                 └─ ...                                                   ┘
+//! ```
+//!
+//! The feed passes over holes and zeros, so that they cost nothing; a stream is read by whichever worker holds it.
+
+use std::io::{Read, Write};
+use std::sync::{Condvar, Mutex, MutexGuard};
+
+use crate::buffer::{ALIGN_BYTES, AlignedBuf};
+use crate::format::{SECTOR_BYTES, qcow2};
+use crate::io::{Disk, Extent};
+use crate::local::RawTarget;
+use crate::progress::Progress;
+use crate::zeros::is_zero;
+use crate::{Error, ErrorKind, Result};
+
+/// Most workers; more than that only add buffers.
+const WORKERS_MAX: usize = 16;
+
+/// Bounds of the unit of work, bytes.
+const UNIT_BYTES_MIN: usize = 64 << 10;
+const UNIT_BYTES_MAX: usize = 8 << 20;
+
+/// Longest run of zeros handed to a target in one piece, so that an interruption is noticed.
+const ZERO_BYTES_MAX: u64 = 1 << 30;
+
+/// How the work is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Threads that read and code at the same time; 1 to 16, other values are brought into that range.
+    pub workers: usize,
+    /// Bytes of the virtual disk that a worker takes at a time; 64 KiB to 8 MiB, at least one cluster.
+    pub unit_bytes: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        Self { workers: cores.clamp(2, 8), unit_bytes: 1 << 20 }
+    }
+}
+
+impl Options {
+    fn workers(&self) -> usize {
+        self.workers.clamp(1, WORKERS_MAX)
+    }
+
+    /// The unit as a whole number of `step`s, a power of two of at most 2 MiB.
+    fn unit(&self, step: usize) -> usize {
+        self.unit_bytes.clamp(UNIT_BYTES_MIN, UNIT_BYTES_MAX).next_multiple_of(step)
+    }
+}
+
+/// What went to a raw target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// Bytes written as data.
+    pub data_bytes: u64,
+    /// Bytes that are zero and were not written, or written as zeros without data.
+    pub zero_bytes: u64,
+}
+
+/// Writes the whole disk to `target`, which is as large as the disk or larger; what lies beyond is made zero.
+///
+/// `progress` counts bytes of the target. The target is complete only after [`RawTarget::finish`].
+pub fn to_raw(
+    disk: &dyn Disk,
+    target: &RawTarget,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Written> {
+    let disk_bytes = disk.virtual_size();
+    if target.size() < disk_bytes {
+        return Err(Error::new(
+            ErrorKind::Target,
+            format!("the target of {} bytes is smaller than the disk of {disk_bytes} bytes", target.size()),
+        ));
+    }
+    progress.set_total(target.size());
+    let unit = options.unit(ALIGN_BYTES);
+    let mut ranges = Ranges::new(disk, unit as u64);
+    let written = write_raw(
+        |_| ranges.next(),
+        |buf, start| disk.read_at(buf, start),
+        target,
+        unit,
+        options.workers(),
+        progress,
+    )?;
+    fill_rest(target, disk_bytes, written, progress)
+}
+
+/// Writes the bytes of `raw`, a disk of unknown length, to `target`, which grows as far as it can.
+///
+/// The last sector is filled up with zeros, as qemu does with a raw file. `progress` counts bytes of the disk; its
+/// total is left alone. Fails with [`ErrorKind::Target`] when the target cannot hold the disk.
+pub fn stream_to_raw(
+    raw: Box<dyn Read + Send + '_>,
+    target: &RawTarget,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Written> {
+    let unit = options.unit(ALIGN_BYTES);
+    let mut stream = Stream { raw, at: 0, ended: false };
+    let feed = |buf: &mut [u8]| {
+        let range = stream.next(buf)?;
+        target.grow(stream.at)?;
+        Ok(range)
+    };
+    let written = write_raw(feed, |_, _| Ok(()), target, unit, options.workers(), progress)?;
+    fill_rest(target, stream.at, written, progress)
+}
+
+/// Writes the whole disk to `out` as a qcow2 file from host offset `cluster_size` on; the header is in the answer.
+///
+/// `progress` counts bytes of the virtual disk.
+pub fn to_qcow2<W: Write + Send>(
+    disk: &dyn Disk,
+    out: W,
+    qcow2: &qcow2::WriteOptions,
+    options: &Options,
+    progress: &Progress,
+) -> Result<qcow2::Finished> {
+    let writer = qcow2::Writer::new(out, qcow2)?;
+    let virtual_size = disk.virtual_size();
+    writer.check_size(virtual_size.max(qcow2.virtual_size_min))?;
+    progress.set_total(virtual_size);
+    let unit = options.unit(qcow2.cluster_size as usize);
+    let mut ranges = Ranges::new(disk, unit as u64);
+    let fill = |buf: &mut [u8], start| disk.read_at(buf, start);
+    encode(|_| ranges.next(), fill, writer, qcow2, unit, options.workers(), progress)?.finish(virtual_size)
+}
+
+/// Writes the bytes of `raw`, a disk of unknown length, to `out` as a qcow2 file like [`to_qcow2`].
+///
+/// Zero clusters are not stored, and the last sector is filled up with zeros, as qemu does with a raw file.
+/// `progress` counts bytes of the disk; its total is left alone.
+pub fn stream_to_qcow2<W: Write + Send>(
+    raw: Box<dyn Read + Send + '_>,
+    out: W,
+    qcow2: &qcow2::WriteOptions,
+    options: &Options,
+    progress: &Progress,
+) -> Result<qcow2::Finished> {
+    let writer = qcow2::Writer::new(out, qcow2)?;
+    let unit = options.unit(qcow2.cluster_size as usize);
+    let mut stream = Stream { raw, at: 0, ended: false };
+    let feed = |buf: &mut [u8]| stream.next(buf);
+    let writer = encode(feed, |_, _| Ok(()), writer, qcow2, unit, options.workers(), progress)?;
+    writer.finish(stream.at)
+}
+
+/// Makes zero what lies between the end of the disk and the end of the target.
+fn fill_rest(
+    target: &RawTarget,
+    disk_bytes: u64,
+    mut written: Written,
+    progress: &Progress,
+) -> Result<Written> {
+    let mut at = disk_bytes;
+    while at < target.size() {
+        progress.check()?;
+        let len = (target.size() - at).min(ZERO_BYTES_MAX);
+        target.write_zeros(at, len)?;
+        written.zero_bytes += len;
+        progress.advance(len);
+        at += len;
+    }
+    Ok(written)
+}
+
+/// A piece of work.
+enum Range {
+    Zero { start: u64, len: u64 },
+    Data { start: u64, len: usize },
+}
+
+/// Walks the extents of a disk and cuts them on a grid of units.
+struct Ranges<'a> {
+    disk: &'a dyn Disk,
+    unit: u64,
+    at: u64,
+    extent: Option<Extent>,
+}
+
+impl<'a> Ranges<'a> {
+    fn new(disk: &'a dyn Disk, unit: u64) -> Self {
+        Self { disk, unit, at: 0, extent: None }
+    }
+
+    fn next(&mut self) -> Result<Option<Range>> {
+        let size = self.disk.virtual_size();
+        if self.at >= size {
+            return Ok(None);
+        }
+        let extent = match self.extent {
+            Some(extent) if extent.end() > self.at => extent,
+            _ => *self.extent.insert(self.disk.extent_at(self.at)?),
+        };
+        let start = self.at;
+        if !extent.is_data() {
+            // Zeros end on the grid too; a short rest is read with the data after it.
+            let end = if extent.end() >= size { size } else { extent.end() / self.unit * self.unit };
+            if end > start {
+                let len = (end - start).min(ZERO_BYTES_MAX / self.unit * self.unit);
+                self.at = start + len;
+                return Ok(Some(Range::Zero { start, len }));
+            }
+        }
+        // Holes inside a unit read as zeros; one request for all of it costs less than one per extent.
+        let end = (start / self.unit + 1).saturating_mul(self.unit).min(size);
+        self.at = end;
+        Ok(Some(Range::Data { start, len: (end - start) as usize }))
+    }
+}
+
+/// A disk that is read in order only.
+struct Stream<'a> {
+    raw: Box<dyn Read + Send + 'a>,
+    at: u64,
+    ended: bool,
+}
+
+impl Stream<'_> {
+    /// Fills `buf` with the next unit, the end of the disk with zeros up to a whole sector.
+    fn next(&mut self, buf: &mut [u8]) -> Result<Option<Range>> {
+        let start = self.at;
+        let mut len = 0;
+        while !self.ended && len < buf.len() {
+            match self.raw.read(&mut buf[len..]) {
+                Ok(0) => self.ended = true,
+                Ok(n) => len += n,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    return Err(Error::io(format!("reading the disk at offset {}", start + len as u64), e));
+                }
+            }
+        }
+        if len == 0 {
+            return Ok(None);
+        }
+        let whole = len.next_multiple_of(SECTOR_BYTES as usize);
+        buf[len..whole].fill(0);
+        self.at = start + whole as u64;
+        if is_zero(&buf[..whole]) {
+            return Ok(Some(Range::Zero { start, len: whole as u64 }));
+        }
+        Ok(Some(Range::Data { start, len: whole }))
+    }
+}
+
+/// Runs workers that write what `feed` hands out, in any order. `fill` reads a range that `feed` has not read.
+fn write_raw(
+    feed: impl FnMut(&mut [u8]) -> Result<Option<Range>> + Send,
+    fill: impl Fn(&mut [u8], u64) -> Result<()> + Sync,
+    target: &RawTarget,
+    unit: usize,
+    workers: usize,
+    progress: &Progress,
+) -> Result<Written> {
+    let feed = Mutex::new(feed);
+    let written = Mutex::new(Written::default());
+    run_workers(workers, |team| {
+        let mut buf = AlignedBuf::new(unit);
+        let mut mine = Written::default();
+        while !team.stopped() {
+            progress.check()?;
+            let range = lock(&feed)(buf.first_mut(unit))?;
+            let (data, len) = match range {
+                None => break,
+                Some(Range::Zero { start, len }) => {
+                    target.write_zeros(start, len)?;
+                    (0, len)
+                }
+                Some(Range::Data { start, len }) => {
+                    let bytes = buf.first_mut(len);
+                    fill(bytes, start)?;
+                    (target.write_sparse(bytes, start)?, len as u64)
+                }
+            };
+            mine.data_bytes += data;
+            mine.zero_bytes += len - data;
+            progress.advance(len);
+        }
+        let mut all = lock(&written);
+        all.data_bytes += mine.data_bytes;
+        all.zero_bytes += mine.zero_bytes;
+        Ok(())
+    })?;
+    Ok(written.into_inner().unwrap_or_else(|e| e.into_inner()))
+}
+
+/// Runs workers that encode what `feed` hands out and append it to `writer` in that order.
+fn encode<W: Write + Send>(
+    feed: impl FnMut(&mut [u8]) -> Result<Option<Range>> + Send,
+    fill: impl Fn(&mut [u8], u64) -> Result<()> + Sync,
+    writer: qcow2::Writer<W>,
+    options: &qcow2::WriteOptions,
+    unit: usize,
+    workers: usize,
+    progress: &Progress,
+) -> Result<qcow2::Writer<W>> {
+    let cluster_size = options.cluster_size as usize;
+    // The feed numbers its ranges; the writer takes them in that order.
+    let feed = Mutex::new((0u64, feed));
+    let writer = Mutex::new(writer);
+    run_workers(workers, |team| {
+        let mut encoder = qcow2::Encoder::new(options.compression)?;
+        // One cluster of slack: the last one of a disk is filled up with zeros.
+        let mut buf = vec![0; unit + cluster_size];
+        let mut packed = vec![0; unit];
+        let mut clusters: Vec<(usize, Option<usize>)> = Vec::with_capacity(unit / cluster_size);
+        while !team.stopped() {
+            progress.check()?;
+            let (turn, start, len) = {
+                let mut feed = lock(&feed);
+                let turn = feed.0;
+                match (feed.1)(&mut buf[..unit])? {
+                    None => break,
+                    Some(Range::Zero { len, .. }) => {
+                        progress.advance(len);
+                        continue;
+                    }
+                    Some(Range::Data { start, len }) => {
+                        feed.0 += 1;
+                        (turn, start, len)
+                    }
+                }
+            };
+            fill(&mut buf[..len], start)?;
+            let whole = len.next_multiple_of(cluster_size);
+            buf[len..whole].fill(0);
+
+            clusters.clear();
+            for (i, cluster) in buf[..whole].chunks_exact(cluster_size).enumerate() {
+                if !is_zero(cluster) {
+                    let packed = &mut packed[i * cluster_size..(i + 1) * cluster_size];
+                    clusters.push((i, encoder.encode(cluster, packed)));
+                }
+            }
+
+            if !team.wait_turn(turn) {
+                break;
+            }
+            let mut writer = lock(&writer);
+            let first = start / cluster_size as u64;
+            for &(i, compressed) in &clusters {
+                let at = i * cluster_size;
+                match compressed {
+                    Some(bytes) => writer.put_compressed(first + i as u64, &packed[at..at + bytes])?,
+                    None => writer.put_plain(first + i as u64, &buf[at..at + cluster_size])?,
+                }
+            }
+            drop(writer);
+            team.end_turn();
+            progress.advance(len as u64);
+        }
+        Ok(())
+    })?;
+    Ok(writer.into_inner().unwrap_or_else(|e| e.into_inner()))
+}
+
+/// What the workers of one piece of work share: whose turn it is, and whether to stop.
+#[derive(Default)]
+struct Team {
+    state: Mutex<TeamState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct TeamState {
+    turn: u64,
+    stopped: bool,
+    failure: Option<Error>,
+}
+
+impl Team {
+    fn stopped(&self) -> bool {
+        lock(&self.state).stopped
+    }
+
+    /// Waits until everything before `turn` is appended; false when the work has stopped.
+    fn wait_turn(&self, turn: u64) -> bool {
+        let mut state = lock(&self.state);
+        while state.turn != turn && !state.stopped {
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        !state.stopped
+    }
+
+    fn end_turn(&self) {
+        lock(&self.state).turn += 1;
+        self.changed.notify_all();
+    }
+
+    /// Stops every worker; the first failure is the one that is told.
+    fn stop(&self, failure: Option<Error>) {
+        let mut state = lock(&self.state);
+        state.stopped = true;
+        if state.failure.is_none() {
+            state.failure = failure;
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+}
+
+/// Stops the team when a worker leaves by a panic, so that the others do not wait for its turn for ever.
+struct StopOnUnwind<'a>(&'a Team);
+
+impl Drop for StopOnUnwind<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop(None);
+        }
+    }
+}
+
+/// Runs `work` on `workers` threads, the caller's among them, and returns the first failure.
+fn run_workers(workers: usize, work: impl Fn(&Team) -> Result<()> + Sync) -> Result<()> {
+    let team = Team::default();
+    let run = || {
+        let _guard = StopOnUnwind(&team);
+        if let Err(failure) = work(&team) {
+            team.stop(Some(failure));
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..workers {
+            scope.spawn(run);
+        }
+        run();
+    });
+    let failure = lock(&team.state).failure.take();
+    failure.map_or(Ok(()), Err)
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}

@@ -1,0 +1,369 @@
+//! Random access to the virtual disk.
+
+use std::sync::{Arc, Mutex};
+
+use super::decode::Decoder;
+use super::tables::{Table, Tables};
+use super::{COMPRESSED, CompressedAt, Header, OFFSET_MASK, ZERO};
+use crate::io::{Disk, Extent, ExtentKind, ReadAt};
+use crate::limits::Limits;
+use crate::{Error, ErrorKind, Result};
+
+/// Stored ranges at most this far apart are read at once: over a network a request costs more than the gap.
+const GAP_BYTES_MAX: u64 = 64 << 10;
+
+/// Most bytes read at once for several clusters.
+const GROUP_BYTES_MAX: u64 = 4 << 20;
+
+/// Subclusters of a cluster with extended L2 entries.
+const SUBCLUSTERS: u64 = 32;
+
+/// The virtual disk of a qcow2 image.
+pub struct Qcow2Disk {
+    source: Arc<dyn ReadAt>,
+    header: Header,
+    tables: Tables,
+    /// Decoders not in use; there are never more than threads that read.
+    decoders: Mutex<Vec<Decoder>>,
+}
+
+/// Where a run of the virtual disk is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Hole,
+    Zero,
+    /// As it is, from this byte of the file.
+    Plain(u64),
+    /// In a compressed cluster.
+    Compressed(CompressedAt),
+}
+
+impl Place {
+    fn kind(self) -> ExtentKind {
+        match self {
+            Place::Hole => ExtentKind::Hole,
+            Place::Zero => ExtentKind::Zero,
+            Place::Plain(_) | Place::Compressed(_) => ExtentKind::Data,
+        }
+    }
+}
+
+/// A part of a request that is stored.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    /// First byte in the request's buffer.
+    at: usize,
+    /// Bytes of the request.
+    len: usize,
+    /// First byte in the file.
+    host: u64,
+    /// Bytes in the file.
+    stored: u64,
+    /// For a compressed cluster: how many decoded bytes come before the wanted ones.
+    skip: Option<usize>,
+}
+
+impl Qcow2Disk {
+    /// Opens the disk: reads and validates the L1 table; L2 tables follow when they are needed.
+    pub fn open(source: Arc<dyn ReadAt>, header: &Header, limits: &Limits) -> Result<Self> {
+        let tables = Tables::load(source.as_ref(), header, limits)?;
+        Ok(Self { source, header: header.clone(), tables, decoders: Mutex::new(Vec::new()) })
+    }
+
+    fn entry_words(&self) -> u64 {
+        if self.header.extended_l2 { 2 } else { 1 }
+    }
+
+    fn l2_entries(&self) -> u64 {
+        self.header.cluster_size() / (8 * self.entry_words())
+    }
+
+    /// Bytes of the virtual disk under one L2 table.
+    fn l2_reach(&self) -> u64 {
+        self.header.cluster_size() * self.l2_entries()
+    }
+
+    /// The smallest run that is stored in one way: a cluster, or a subcluster.
+    fn grain(&self) -> u64 {
+        if self.header.extended_l2 {
+            self.header.cluster_size() / SUBCLUSTERS
+        } else {
+            self.header.cluster_size()
+        }
+    }
+
+    /// Finds the grain at `offset` in its L2 `table`.
+    fn place(&self, table: &Table, offset: u64) -> Result<Place> {
+        let cluster_size = self.header.cluster_size();
+        let word = (offset / cluster_size % self.l2_entries() * self.entry_words()) as usize;
+        let entry = table.get(word).copied().unwrap_or(0);
+        if entry & COMPRESSED != 0 {
+            return self.compressed(entry, offset).map(Place::Compressed);
+        }
+        let host = entry & OFFSET_MASK;
+        let in_cluster = offset % cluster_size / self.grain() * self.grain();
+        if self.header.extended_l2 {
+            let bitmap = table.get(word + 1).copied().unwrap_or(0);
+            let subcluster = in_cluster / self.grain();
+            let allocated = bitmap >> subcluster & 1 != 0;
+            let zero = bitmap >> (subcluster + SUBCLUSTERS) & 1 != 0;
+            return match (allocated, zero) {
+                (false, false) => Ok(Place::Hole),
+                (false, true) => Ok(Place::Zero),
+                (true, false) if host != 0 => self.plain(host, in_cluster, offset),
+                (true, _) => {
+                    Err(self.corrupt(offset, format!("its subcluster bitmap {bitmap:#x} contradicts itself")))
+                }
+            };
+        }
+        if entry & ZERO != 0 {
+            if self.header.version < 3 {
+                return Err(self.corrupt(offset, "it has the zero flag, which version 2 does not know"));
+            }
+            return Ok(Place::Zero);
+        }
+        if host == 0 {
+            return Ok(Place::Hole);
+        }
+        self.plain(host, in_cluster, offset)
+    }
+
+    fn plain(&self, host: u64, in_cluster: u64, offset: u64) -> Result<Place> {
+        if !host.is_multiple_of(self.header.cluster_size()) {
+            return Err(
+                self.corrupt(offset, format!("its bytes at {host:#x} do not begin at a cluster boundary"))
+            );
+        }
+        // Of the last cluster of a file only the written part may be there; qemu reads the rest as zeros.
+        if host >= self.source.len() {
+            return Err(
+                self.corrupt(offset, format!("its bytes at {host:#x} are beyond the end of the file"))
+            );
+        }
+        self.check_overlap(host, self.header.cluster_size(), offset)?;
+        Ok(Place::Plain(host + in_cluster))
+    }
+
+    fn compressed(&self, entry: u64, offset: u64) -> Result<CompressedAt> {
+        let at = CompressedAt::decode(entry, self.header.cluster_bits);
+        if at.host >= self.source.len() {
+            return Err(self.corrupt(
+                offset,
+                format!("its compressed bytes at {:#x} are beyond the end of the file", at.host),
+            ));
+        }
+        self.check_overlap(at.host, at.len, offset)?;
+        Ok(at)
+    }
+
+    /// A cluster never lies in the header, in the L1 table or in its own L2 table.
+    fn check_overlap(&self, host: u64, bytes: u64, offset: u64) -> Result<()> {
+        let l2 = self.tables.l1_entry(offset / self.l2_reach());
+        let l1_bytes = self.tables.l1_len() * 8;
+        let cluster_size = self.header.cluster_size();
+        for (what, start, len) in [
+            ("header", 0, cluster_size),
+            ("L1 table", self.header.l1_offset, l1_bytes),
+            ("L2 table", l2, cluster_size),
+        ] {
+            if host < start + len && start < host + bytes {
+                return Err(self.corrupt(offset, format!("its bytes at {host:#x} overlap the {what}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn corrupt(&self, offset: u64, why: impl std::fmt::Display) -> Error {
+        Error::new(
+            ErrorKind::Corrupt,
+            format!("the qcow2 cluster at virtual offset {offset} is damaged: {why}"),
+        )
+    }
+
+    /// Fills the unstored parts of `buf` with zeros and lists the stored ones.
+    fn plan(&self, buf: &mut [u8], offset: u64) -> Result<Vec<Piece>> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        let end = offset + buf.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let l1_index = at / self.l2_reach();
+            let table_end = (l1_index + 1).saturating_mul(self.l2_reach()).min(end);
+            let Some(table) = self.tables.l2(self.source.as_ref(), l1_index)? else {
+                buf[(at - offset) as usize..(table_end - offset) as usize].fill(0);
+                at = table_end;
+                continue;
+            };
+            while at < table_end {
+                let place = self.place(&table, at)?;
+                // A compressed cluster is one piece, whatever the grain.
+                let grain = match place {
+                    Place::Compressed(_) => self.header.cluster_size(),
+                    _ => self.grain(),
+                };
+                let skip = at % grain;
+                let len = (grain - skip).min(table_end - at);
+                let start = (at - offset) as usize;
+                let piece = match place {
+                    Place::Hole | Place::Zero => {
+                        buf[start..start + len as usize].fill(0);
+                        None
+                    }
+                    Place::Plain(host) => {
+                        let host = host + skip;
+                        let stored = self.source.len().saturating_sub(host).min(len);
+                        buf[start + stored as usize..start + len as usize].fill(0);
+                        Some(Piece { at: start, len: stored as usize, host, stored, skip: None })
+                            .filter(|piece| piece.len > 0)
+                    }
+                    Place::Compressed(CompressedAt { host, len: stored }) => {
+                        let stored = stored.min(self.source.len() - host);
+                        Some(Piece { at: start, len: len as usize, host, stored, skip: Some(skip as usize) })
+                    }
+                };
+                if let Some(piece) = piece {
+                    match pieces.last_mut() {
+                        Some(last) if last.continues_with(&piece) => {
+                            last.len += piece.len;
+                            last.stored += piece.stored;
+                        }
+                        _ => pieces.push(piece),
+                    }
+                }
+                at += len;
+            }
+        }
+        pieces.sort_unstable_by_key(|piece| piece.host);
+        Ok(pieces)
+    }
+
+    /// Reads `pieces`, which lie close together in the file, with one request and puts each in its place.
+    fn read_group(&self, pieces: &[Piece], buf: &mut [u8], offset: u64, decoder: &mut Decoder) -> Result<()> {
+        let Some(first) = pieces.first() else { return Ok(()) };
+        let start = first.host;
+        let failed = |e| Error::io(format!("reading the image at file offset {start}"), e);
+        if let [Piece { skip: None, at, len, .. }] = *pieces {
+            return self.source.read_exact_at(&mut buf[at..at + len], start).map_err(failed);
+        }
+        let end = pieces.iter().map(Piece::end).max().unwrap_or(start);
+        let mut stored = std::mem::take(&mut decoder.stored);
+        let bytes = (end - start) as usize;
+        if stored.len() < bytes {
+            stored.resize(bytes, 0);
+        }
+        self.source.read_exact_at(&mut stored[..bytes], start).map_err(failed)?;
+        for piece in pieces {
+            let from = (piece.host - start) as usize;
+            let from = &stored[from..from + piece.stored as usize];
+            let into = &mut buf[piece.at..piece.at + piece.len];
+            let Some(skip) = piece.skip else {
+                into.copy_from_slice(from);
+                continue;
+            };
+            let cluster_size = self.header.cluster_size() as usize;
+            let whole = if into.len() == cluster_size {
+                decoder.decode(self.header.compression, from, into)
+            } else {
+                let mut cluster = std::mem::take(&mut decoder.cluster);
+                cluster.resize(cluster_size, 0);
+                let whole = decoder.decode(self.header.compression, from, &mut cluster);
+                into.copy_from_slice(&cluster[skip..skip + into.len()]);
+                decoder.cluster = cluster;
+                whole
+            };
+            if !whole {
+                let compression = self.header.compression;
+                let why = format!("its {compression} stream at {:#x} cannot be decoded", piece.host);
+                return Err(self.corrupt(offset + piece.at as u64, why));
+            }
+        }
+        decoder.stored = stored;
+        Ok(())
+    }
+}
+
+impl Piece {
+    fn end(&self) -> u64 {
+        self.host + self.stored
+    }
+
+    fn continues_with(&self, next: &Piece) -> bool {
+        self.skip.is_none()
+            && next.skip.is_none()
+            && self.end() == next.host
+            && self.at + self.len == next.at
+            && self.stored == self.len as u64
+    }
+}
+
+impl Disk for Qcow2Disk {
+    fn virtual_size(&self) -> u64 {
+        self.header.virtual_size
+    }
+
+    fn extent_at(&self, offset: u64) -> Result<Extent> {
+        let size = self.header.virtual_size;
+        let l1_index = offset / self.l2_reach();
+        let table_end = |l1_index: u64| (l1_index + 1).saturating_mul(self.l2_reach()).min(size);
+        let mut end;
+        let kind;
+        match self.tables.l2(self.source.as_ref(), l1_index)? {
+            None => {
+                kind = ExtentKind::Hole;
+                end = table_end(l1_index);
+            }
+            Some(table) => {
+                kind = self.place(&table, offset)?.kind();
+                end = offset;
+                let last = table_end(l1_index);
+                while end < last && self.place(&table, end)?.kind() == kind {
+                    end = (end / self.grain() + 1) * self.grain();
+                }
+                end = end.min(size);
+            }
+        }
+        // On through whole tables that are not there; this costs no read.
+        while kind == ExtentKind::Hole && end < size && end.is_multiple_of(self.l2_reach()) {
+            let next = end / self.l2_reach();
+            if !self.tables.is_hole(next) {
+                break;
+            }
+            end = table_end(next);
+        }
+        Ok(Extent { start: offset, len: end.saturating_sub(offset), kind })
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let end = offset.checked_add(buf.len() as u64);
+        if end.is_none_or(|end| end > self.header.virtual_size) {
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len()),
+            ));
+        }
+        let pieces = self.plan(buf, offset)?;
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        let pool = || self.decoders.lock().unwrap_or_else(|e| e.into_inner());
+        let mut decoder = pool().pop().unwrap_or_else(Decoder::new);
+        let mut rest = pieces.as_slice();
+        let mut result = Ok(());
+        while let (Some(first), Ok(())) = (rest.first(), &result) {
+            let mut end = first.end();
+            let members = 1 + rest[1..]
+                .iter()
+                .take_while(|piece| {
+                    let near = piece.host <= end.saturating_add(GAP_BYTES_MAX);
+                    let fits = piece.end().max(end) - first.host <= GROUP_BYTES_MAX;
+                    end = end.max(piece.end());
+                    near && fits
+                })
+                .count();
+            let (group, others) = rest.split_at(members);
+            result = self.read_group(group, buf, offset, &mut decoder);
+            rest = others;
+        }
+        pool().push(decoder);
+        result
+    }
+}

@@ -1,0 +1,61 @@
+//! Raw disks: the file is the disk.
+
+use std::sync::Arc;
+
+use super::SECTOR_BYTES;
+use crate::io::{Disk, Extent, ExtentKind, ReadAt};
+use crate::limits::Limits;
+use crate::{Error, ErrorKind, Result};
+
+/// Virtual size of a raw file of `file_bytes`: whole sectors, rounded up as qemu does.
+pub(super) fn virtual_size(file_bytes: u64, limits: &Limits) -> Result<u64> {
+    match file_bytes.checked_next_multiple_of(SECTOR_BYTES) {
+        Some(size) if size <= limits.virtual_size_max => Ok(size),
+        _ => Err(Error::new(
+            ErrorKind::Limit,
+            format!("a disk of {file_bytes} bytes is larger than the limit of {}", limits.virtual_size_max),
+        )),
+    }
+}
+
+pub(super) struct RawDisk {
+    source: Arc<dyn ReadAt>,
+    virtual_size: u64,
+}
+
+impl RawDisk {
+    pub(super) fn new(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Self> {
+        let virtual_size = virtual_size(source.len(), limits)?;
+        Ok(Self { source, virtual_size })
+    }
+}
+
+impl Disk for RawDisk {
+    fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    fn extent_at(&self, offset: u64) -> Result<Extent> {
+        let rest = self.virtual_size.saturating_sub(offset);
+        let whole = Extent { start: offset, len: rest, kind: ExtentKind::Data };
+        let Some(known) = self.source.extent_at(offset) else { return Ok(whole) };
+        // The zeros that fill the last sector belong to the last run of the file.
+        let end = if known.end() >= self.source.len() { self.virtual_size } else { known.end() };
+        match end.checked_sub(offset) {
+            Some(len) if len > 0 => Ok(Extent { start: offset, len: len.min(rest), kind: known.kind }),
+            _ => Ok(whole),
+        }
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let stored = self.source.len().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (stored, tail) = buf.split_at_mut(stored);
+        tail.fill(0);
+        if stored.is_empty() {
+            return Ok(());
+        }
+        self.source.read_exact_at(stored, offset).map_err(|e| {
+            Error::io(format!("reading {} bytes of the disk at offset {offset}", stored.len()), e)
+        })
+    }
+}

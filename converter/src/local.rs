@@ -1,0 +1,437 @@
+//! Local files and block devices: the only module that touches them.
+//!
+//! A target is recognisably incomplete until it is finished: a file has another name, a block device begins with
+//! zeros (its real first bytes come last, after everything else is on stable storage).
+
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
+
+use crate::buffer::ALIGN_BYTES;
+use crate::format::qcow2::Finished;
+use crate::io::{Extent, ExtentKind, ReadAt};
+use crate::zeros::runs;
+use crate::{Error, ErrorKind, Result};
+
+/// First bytes of a block device, written last.
+const DEVICE_HEAD_BYTES: u64 = 1 << 20;
+
+/// Zeros written at a time where the device cannot be told to zero a range.
+const ZERO_BYTES: usize = 1 << 20;
+
+/// Shortest run of zeros that is left out of a fresh file.
+const SPARSE_BYTES_MIN: usize = 4 << 10;
+
+/// Shortest run of zeros for which a device is asked to zero a range; a shorter one is written as data.
+const DEVICE_ZERO_BYTES_MIN: usize = 64 << 10;
+
+/// A regular file or block device that is read at random.
+#[derive(Debug)]
+pub struct FileSource {
+    file: File,
+    len: u64,
+    sparse: bool,
+}
+
+impl FileSource {
+    /// Opens `path` for reading.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io(format!("opening {}", path.display()), e))?;
+        let metadata = file.metadata().map_err(|e| Error::io(format!("examining {}", path.display()), e))?;
+        let kind = metadata.file_type();
+        let len = if kind.is_block_device() {
+            device_bytes(&file, path)?
+        } else if kind.is_file() {
+            metadata.len()
+        } else {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("{} is neither a regular file nor a block device", path.display()),
+            ));
+        };
+        Ok(Self { file, len, sparse: kind.is_file() })
+    }
+
+    /// Bytes that the file occupies on its file system.
+    pub fn allocated_bytes(&self) -> Result<u64> {
+        let metadata = self.file.metadata().map_err(|e| Error::io("examining the image file", e))?;
+        Ok(metadata.blocks() * 512)
+    }
+}
+
+impl ReadAt for FileSource {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        self.file.read_exact_at(buf, offset)
+    }
+
+    fn extent_at(&self, offset: u64) -> Option<Extent> {
+        if !self.sparse || offset >= self.len {
+            return None;
+        }
+        let (start, kind, end) = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => (offset, ExtentKind::Hole, data),
+            Ok(_) => (offset, ExtentKind::Data, rustix::fs::seek(&self.file, SeekFrom::Hole(offset)).ok()?),
+            // No data up to the end.
+            Err(rustix::io::Errno::NXIO) => (offset, ExtentKind::Hole, self.len),
+            Err(_) => return None,
+        };
+        let len = end.min(self.len).checked_sub(start)?;
+        (len > 0).then_some(Extent { start, len, kind })
+    }
+}
+
+/// A raw disk under construction: a sparse file or a block device, written by any number of threads.
+#[derive(Debug)]
+pub struct RawTarget {
+    path: PathBuf,
+    buffered: File,
+    /// The same file past the page cache, where the file system can do that.
+    direct: Option<File>,
+    direct_works: AtomicBool,
+    size: AtomicU64,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// A new file, renamed when it is complete; it is zero where nothing was written.
+    Fresh(Partial),
+    /// Storage that exists and may hold old bytes. Its first bytes are kept here until the end.
+    InPlace { capacity: u64, head: Mutex<Vec<u8>> },
+}
+
+impl RawTarget {
+    /// Starts a raw disk of `size` bytes at `path`: a block device is overwritten, everything else becomes a new
+    /// file, which replaces an existing one when it is finished.
+    ///
+    /// Fails with [`ErrorKind::Target`] if `path` is a device smaller than `size`, or nothing to write a disk to.
+    pub fn create(path: &Path, size: u64) -> Result<Self> {
+        match std::fs::metadata(path) {
+            Ok(metadata) if metadata.file_type().is_block_device() => Self::in_place(path, size),
+            _ => {
+                let partial = Partial::create(path)?;
+                let buffered = partial
+                    .file
+                    .try_clone()
+                    .map_err(|e| Error::io(format!("opening {}", partial.temporary.display()), e))?;
+                let direct = open_direct(&partial.temporary);
+                let target = Self {
+                    path: path.to_owned(),
+                    buffered,
+                    direct,
+                    direct_works: AtomicBool::new(true),
+                    size: AtomicU64::new(0),
+                    kind: Kind::Fresh(partial),
+                };
+                target.grow(size)?;
+                Ok(target)
+            }
+        }
+    }
+
+    /// Starts a raw disk of `size` bytes over the storage at `path`, a block device or a file of fixed length,
+    /// which may hold old bytes. Its first MiB is wiped at once and gets its content in [`RawTarget::finish`].
+    pub fn in_place(path: &Path, size: u64) -> Result<Self> {
+        let context = |e| Error::io(format!("opening {} for writing", path.display()), e);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        // On a block device: fail if it is mounted or otherwise in use.
+        let buffered =
+            options.clone().custom_flags(OFlags::EXCL.bits() as i32).open(path).map_err(context)?;
+        let metadata = buffered.metadata().map_err(context)?;
+        let capacity = if metadata.file_type().is_block_device() {
+            device_bytes(&buffered, path)?
+        } else {
+            metadata.len()
+        };
+        let head = Mutex::new(vec![0; DEVICE_HEAD_BYTES.min(capacity) as usize]);
+        let target = Self {
+            path: path.to_owned(),
+            buffered,
+            direct: open_direct(path),
+            direct_works: AtomicBool::new(true),
+            size: AtomicU64::new(0),
+            kind: Kind::InPlace { capacity, head },
+        };
+        target.grow(size)?;
+        let wiped = vec![0; DEVICE_HEAD_BYTES.min(capacity) as usize];
+        target.write_data(&wiped, 0)?;
+        target.sync()?;
+        Ok(target)
+    }
+
+    /// Bytes of the disk.
+    pub fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// Makes the disk at least `size` bytes; fails with [`ErrorKind::Target`] if there is no room for it.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        if size <= self.size() {
+            return Ok(());
+        }
+        match &self.kind {
+            Kind::Fresh(partial) => self.buffered.set_len(size).map_err(|e| {
+                Error::io(format!("making {} {size} bytes long", partial.temporary.display()), e)
+            })?,
+            Kind::InPlace { capacity, .. } if size > *capacity => {
+                return Err(Error::new(
+                    ErrorKind::Target,
+                    format!(
+                        "{} has {capacity} bytes, the disk needs {size}; use a larger target",
+                        self.path.display()
+                    ),
+                ));
+            }
+            Kind::InPlace { .. } => {}
+        }
+        self.size.fetch_max(size, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Writes `bytes` at `offset` and returns how many of them went out as data: zeros need not be stored.
+    ///
+    /// Fast when both begin at multiples of 4096.
+    pub fn write_sparse(&self, bytes: &[u8], offset: u64) -> Result<u64> {
+        let zero_bytes_min = match self.kind {
+            Kind::Fresh(_) => SPARSE_BYTES_MIN,
+            Kind::InPlace { .. } => DEVICE_ZERO_BYTES_MIN,
+        };
+        let mut data_bytes = 0;
+        for run in runs(bytes, zero_bytes_min) {
+            let at = offset + run.start as u64;
+            if run.zero {
+                self.write_zeros(at, (run.end - run.start) as u64)?;
+                continue;
+            }
+            data_bytes += (run.end - run.start) as u64;
+            let rest = self.keep_head(&bytes[run.start..run.end], at);
+            let kept = run.end - run.start - rest.len();
+            self.write_data(rest, at + kept as u64)?;
+        }
+        Ok(data_bytes)
+    }
+
+    /// Makes `len` bytes at `offset` zero.
+    pub fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
+        let Kind::InPlace { head, .. } = &self.kind else { return Ok(()) };
+        let end = offset.saturating_add(len);
+        let mut at = offset;
+        {
+            let mut head = lock(head);
+            if let Some(kept) = head.get_mut(at.min(DEVICE_HEAD_BYTES) as usize..) {
+                let n = len.min(kept.len() as u64);
+                kept[..n as usize].fill(0);
+                at += n;
+            }
+        }
+        if at >= end {
+            return Ok(());
+        }
+        for flags in [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE] {
+            let flags = flags | FallocateFlags::KEEP_SIZE;
+            if rustix::fs::fallocate(&self.buffered, flags, at, end - at).is_ok() {
+                return Ok(());
+            }
+        }
+        let zeros = crate::buffer::AlignedBuf::new(ZERO_BYTES);
+        while at < end {
+            let n = (end - at).min(ZERO_BYTES as u64);
+            self.write_data(zeros.first(n as usize), at)?;
+            at += n;
+        }
+        Ok(())
+    }
+
+    /// Completes the disk: everything is on stable storage, and under its name, when this returns.
+    pub fn finish(self) -> Result<()> {
+        self.sync()?;
+        match &self.kind {
+            Kind::InPlace { head, .. } => {
+                let head = lock(head);
+                let head = &head[..head.len().min(self.size() as usize)];
+                self.buffered.write_all_at(head, 0).map_err(|e| self.write_error(0, e))?;
+                self.sync()
+            }
+            Kind::Fresh(_) => {
+                let Kind::Fresh(partial) = self.kind else { return Ok(()) };
+                partial.commit()
+            }
+        }
+    }
+
+    /// Keeps the part of `bytes` that belongs to the head of a device; returns the rest.
+    fn keep_head<'b>(&self, bytes: &'b [u8], offset: u64) -> &'b [u8] {
+        let Kind::InPlace { head, .. } = &self.kind else { return bytes };
+        let mut head = lock(head);
+        let Some(kept) = head.get_mut(offset.min(DEVICE_HEAD_BYTES) as usize..) else { return bytes };
+        let (first, rest) = bytes.split_at(kept.len().min(bytes.len()));
+        kept[..first.len()].copy_from_slice(first);
+        rest
+    }
+
+    fn write_data(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        let mut done = 0;
+        if let Some(direct) = &self.direct
+            && self.direct_works.load(Ordering::Relaxed)
+            && offset.is_multiple_of(ALIGN_BYTES as u64)
+            && bytes.as_ptr().addr().is_multiple_of(ALIGN_BYTES)
+        {
+            let whole = bytes.len() / ALIGN_BYTES * ALIGN_BYTES;
+            match direct.write_all_at(&bytes[..whole], offset) {
+                Ok(()) => done = whole,
+                // The file system took the flag but not the write.
+                Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => {
+                    self.direct_works.store(false, Ordering::Relaxed);
+                }
+                Err(e) => return Err(self.write_error(offset, e)),
+            }
+        }
+        self.buffered
+            .write_all_at(&bytes[done..], offset + done as u64)
+            .map_err(|e| self.write_error(offset, e))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.buffered.sync_data().map_err(|e| Error::io(format!("syncing {}", self.path.display()), e))
+    }
+
+    fn write_error(&self, offset: u64, source: std::io::Error) -> Error {
+        Error::io(format!("writing {} at offset {offset}", self.path.display()), source)
+    }
+}
+
+/// A qcow2 file under construction: takes the bytes from host offset `cluster_size` on, then the header.
+#[derive(Debug)]
+pub struct Qcow2Target {
+    partial: Partial,
+    at: u64,
+}
+
+impl Qcow2Target {
+    /// Starts a file for `path`, which replaces an existing one when it is finished.
+    pub fn create(path: &Path, cluster_size: u32) -> Result<Self> {
+        Ok(Self { partial: Partial::create(path)?, at: u64::from(cluster_size) })
+    }
+
+    /// Writes the header, syncs the file and gives it its name.
+    pub fn finish(self, finished: &Finished) -> Result<()> {
+        let context = |e| Error::io(format!("writing {}", self.partial.temporary.display()), e);
+        // The header only after everything it points to: a torn file is no qcow2 file.
+        self.partial.file.sync_data().map_err(context)?;
+        self.partial.file.write_all_at(&finished.header, 0).map_err(context)?;
+        self.partial.file.sync_data().map_err(context)?;
+        self.partial.commit()
+    }
+}
+
+impl Write for Qcow2Target {
+    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+        let n = self.partial.file.write_at(buf, self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A file that has a temporary name beside its own until it is complete, and vanishes if it never is.
+#[derive(Debug)]
+struct Partial {
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+    committed: bool,
+}
+
+impl Partial {
+    fn create(path: &Path) -> Result<Self> {
+        // Through a symbolic link: the file is replaced, not the link.
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let not_a_file = |what: &str| {
+            Error::new(ErrorKind::Target, format!("{} {what}: name a file or a block device", path.display()))
+        };
+        if let Ok(metadata) = path.metadata()
+            && !metadata.is_file()
+        {
+            return Err(not_a_file("is not a regular file"));
+        }
+        let name = path.file_name().ok_or_else(|| not_a_file("has no file name"))?;
+        let mut partial_name = OsString::from(".");
+        partial_name.push(name);
+        partial_name.push(".dvcr-partial");
+        let temporary = path.with_file_name(partial_name);
+        let context = |e| Error::io(format!("creating {}", temporary.display()), e);
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&temporary)
+            .map_err(context)?;
+        let busy = || {
+            Error::new(
+                ErrorKind::Target,
+                format!("another process is writing {}; wait for it to end", temporary.display()),
+            )
+        };
+        // A file left by a killed process is taken over; one that a living process writes is not.
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| busy())?;
+        // Nor one that the other process has just renamed or removed.
+        let named = std::fs::metadata(&temporary).map_err(|_| busy())?;
+        let locked = file.metadata().map_err(context)?;
+        if (named.dev(), named.ino()) != (locked.dev(), locked.ino()) {
+            return Err(busy());
+        }
+        file.set_len(0).map_err(context)?;
+        Ok(Self { file, temporary, path, committed: false })
+    }
+
+    fn commit(mut self) -> Result<()> {
+        let context =
+            |e| Error::io(format!("moving {} to {}", self.temporary.display(), self.path.display()), e);
+        std::fs::rename(&self.temporary, &self.path).map_err(context)?;
+        self.committed = true;
+        let directory = match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        File::open(directory)
+            .and_then(|directory| directory.sync_all())
+            .map_err(|e| Error::io(format!("syncing directory {}", directory.display()), e))
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing to do about a failure: the next run takes the file over.
+            let _ = std::fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+fn device_bytes(file: &File, path: &Path) -> Result<u64> {
+    rustix::fs::seek(file, SeekFrom::End(0))
+        .map_err(|e| Error::io(format!("finding the size of {}", path.display()), e.into()))
+}
+
+fn open_direct(path: &Path) -> Option<File> {
+    OpenOptions::new().write(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
