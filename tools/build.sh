@@ -3,9 +3,10 @@
 #
 #   crane             a registry client (github.com/google/go-containerregistry)
 #   registry          CNCF distribution v3
+#   docker-registry   distribution 2.8, from Debian's package
 #   conformance.test  the conformance program of the OCI distribution specification
 #
-# Each has its own Go module here, so that one's dependencies never change the other's. Versions and checksums are
+# Each Go program has its own module here, so that one's dependencies never change the other's. Versions and checksums are
 # pinned by go.mod and go.sum; a program is built again only when one of these changes.
 set -euo pipefail
 
@@ -83,6 +84,20 @@ build() {
     say "built $program: $((SECONDS - started)) s"
 }
 
+# Debian's registry is unpacked rather than installed: installing it starts a service on the machine.
+unpack_docker_registry() {
+    [ ! -x "$cache/bin/docker-registry" ] || return 0
+    local dir
+    dir=$(mktemp -d)
+    say "unpacking Debian's docker-registry ..."
+    # As root, apt would drop its rights and warn that it cannot write here.
+    (cd "$dir" && apt-get download -qq -o APT::Sandbox::User=root docker-registry && dpkg-deb -x ./*.deb x) ||
+        fail "cannot download Debian's docker-registry; run 'apt-get update' and try again"
+    mv "$dir/x/usr/bin/docker-registry" "$cache/bin/docker-registry"
+    rm -r "$dir"
+}
+
+unpack_docker_registry
 build crane crane github.com/google/go-containerregistry/cmd/crane build -trimpath
 build registry registry github.com/distribution/distribution/v3/cmd/registry build -trimpath
 build conformance conformance.test github.com/opencontainers/distribution-spec/conformance test -c

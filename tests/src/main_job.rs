@@ -44,7 +44,7 @@ pub fn main_job(keep_pristine: bool) -> Result<Done> {
     let dir = temp_dir();
     let mut steps = Steps::default();
 
-    let source = steps.run("Debian image", || fixture::debian_image())?;
+    let source = steps.run("Debian image", fixture::debian_image)?;
     let (folder, name) = (source.parent().context("a folder")?, source.file_name().context("a name")?);
 
     let (server, registry) = steps.run("HTTP server and registry", || {

@@ -13,7 +13,7 @@ pub fn dvcr() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os("DVCR_BIN") {
         let path = PathBuf::from(path);
         if !path.is_file() {
-            bail!("DVCR_BIN names {}, which is not a file; unset it or run `make build`", path.display());
+            bail!("DVCR_BIN names {}, which is not a file; unset it, or build that file", path.display());
         }
         return Ok(path);
     }
@@ -24,10 +24,11 @@ pub fn dvcr() -> Result<PathBuf> {
         .take(2)
         .map(|dir| dir.join("dvcr"))
         .find(|path| path.is_file())
-        .with_context(|| format!("no dvcr binary beside {}; run `make build` first", own.display()))
+        .with_context(|| format!("no dvcr binary beside {}; run `cargo build --workspace` first", own.display()))
 }
 
-/// Finds a peer or checker that `make tools` builds: `crane`, `registry` (CNCF distribution v3) or `conformance.test`.
+/// Finds a peer or checker that `make tools` builds: `crane`, `registry` (CNCF distribution v3), `docker-registry`
+/// (Debian's, 2.8) or `conformance.test`.
 pub fn tool(name: &str) -> Result<PathBuf> {
     let path = workspace().join(".cache/tools/bin").join(name);
     if !path.is_file() {

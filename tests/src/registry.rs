@@ -106,9 +106,9 @@ pub struct PeerRegistry {
 }
 
 impl PeerRegistry {
-    /// Starts Debian's docker-registry (distribution 2.8).
+    /// Starts Debian's docker-registry (distribution 2.8), which `make tools` unpacks.
     pub fn debian(root: &Path) -> Result<Self> {
-        Self::start(Path::new("docker-registry"), root)
+        Self::start(&tool("docker-registry")?, root)
     }
 
     /// Starts CNCF distribution v3, which `make tools` builds.

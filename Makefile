@@ -1,0 +1,77 @@
+# The entry points for people. Each target installs what it needs and says so; `make` alone lists them.
+
+# Where cargo puts what it builds; the environment decides, as it does for cargo itself.
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+CACHE := .cache
+# cargo-deny and cargo-fuzz go here, so that nothing of the user's own is touched.
+TOOLS := $(abspath $(CACHE)/tools)
+# How long `make fuzz` spends on each target.
+SECONDS := 60
+# What `make bench` runs: registry, converter, or both.
+SUITES := registry converter
+
+.PHONY: help
+help: ## List the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+.PHONY: demo
+demo: deps-demo ## Import a real Debian image and boot a disk made from it
+	cargo build --locked --workspace --bins
+	$(TARGET_DIR)/debug/demo
+
+.PHONY: test
+test: deps-test tools ## Run all tests, end to end ones included
+	cargo build --locked --workspace --bins
+	cargo test --locked --workspace --no-fail-fast
+
+.PHONY: lint
+lint: deps-lint $(TOOLS)/bin/cargo-deny ## Check format, lints, scripts, licenses and banned crates
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	shellcheck .ci/run fixtures/*.sh tools/*.sh
+	$(TOOLS)/bin/cargo-deny --locked check bans licenses sources
+
+.PHONY: bench
+bench: deps-test tools ## Measure beside the peers; SUITES=registry runs one suite
+	cargo build --locked --release -p dvcr -p dvcr-benches
+	for suite in $(SUITES); do \
+	    $(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr $$suite || exit 1; \
+	done
+
+.PHONY: fuzz
+fuzz: deps-build $(TOOLS)/bin/cargo-fuzz ## Fuzz every target; SECONDS=60 each (needs a nightly tool chain)
+	export PATH="$(TOOLS)/bin:$$PATH"; \
+	for target in $$(cargo +nightly fuzz list); do \
+	    cargo +nightly fuzz run $$target -- -max_total_time=$(SECONDS) || exit 1; \
+	done
+
+.PHONY: build
+build: deps-build ## Build the release binary, target/release/dvcr
+	cargo build --locked --release -p dvcr
+
+.PHONY: tools
+tools: ## Build the programs that tests compare with (crane, two registries, OCI conformance)
+	@tools/deps.sh tools
+	@tools/build.sh
+
+.PHONY: deps
+deps: ## Install the Debian packages that building, the demo and the tests need
+	@tools/deps.sh build demo test lint tools
+
+.PHONY: deps-build deps-demo deps-test deps-lint
+deps-build:
+	@tools/deps.sh build
+deps-demo:
+	@tools/deps.sh build demo
+deps-test:
+	@tools/deps.sh build demo test
+deps-lint:
+	@tools/deps.sh build lint
+
+.PHONY: clean
+clean: ## Remove all that was built, fetched or cached
+	cargo clean
+	rm -rf $(CACHE)
+
+$(TOOLS)/bin/cargo-%:
+	cargo install --locked --root $(TOOLS) cargo-$*
