@@ -1,0 +1,134 @@
+//! A blob, or a part of it, as a stream that goes on where a connection broke.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use http::header::{CONTENT_RANGE, RANGE};
+use http::{Method, StatusCode};
+use reqwest::Response;
+
+use super::request::{ATTEMPTS_MAX, Outgoing, back_off, content_length, header, next_chunk};
+use super::{Access, Repository};
+use crate::digest::Digest;
+use crate::{Error, ErrorKind, Result};
+
+/// Bytes of a blob in order. Not verified against the digest: the reader that sees all bytes does that.
+pub struct BlobStream {
+    repository: Repository,
+    digest: Digest,
+    position: u64,
+    end: u64,
+    /// Whether a part was asked for from the start; a whole blob is first asked for without a range.
+    ranged: bool,
+    response: Option<Response>,
+    failures: u32,
+}
+
+impl Repository {
+    /// Reads a whole blob of `size` bytes.
+    pub fn blob(&self, digest: &Digest, size: u64) -> BlobStream {
+        self.stream(digest, 0..size, false)
+    }
+
+    /// Reads the bytes `range` of a blob; they must lie inside it. The first read fails with
+    /// [`ErrorKind::Unsupported`] if the registry ignores ranges.
+    pub fn blob_range(&self, digest: &Digest, range: Range<u64>) -> BlobStream {
+        self.stream(digest, range, true)
+    }
+
+    fn stream(&self, digest: &Digest, range: Range<u64>, ranged: bool) -> BlobStream {
+        BlobStream {
+            repository: self.clone(),
+            digest: digest.clone(),
+            position: range.start,
+            end: range.end,
+            ranged,
+            response: None,
+            failures: 0,
+        }
+    }
+}
+
+impl BlobStream {
+    /// The next bytes, `None` after the last. A broken connection is continued a bounded number of times.
+    pub async fn next(&mut self) -> Result<Option<Bytes>> {
+        while self.position < self.end {
+            let error = match self.advance().await {
+                Ok(bytes) => {
+                    self.failures = 0;
+                    return Ok(Some(bytes));
+                }
+                Err(error) => error,
+            };
+            self.response = None;
+            self.failures += 1;
+            if error.kind() != ErrorKind::Unavailable || self.failures >= ATTEMPTS_MAX {
+                return Err(error);
+            }
+            tracing::debug!(digest = %self.digest, position = self.position, %error, "a blob broke off, going on");
+            back_off(self.failures, None).await;
+        }
+        Ok(None)
+    }
+
+    async fn advance(&mut self) -> Result<Bytes> {
+        let response = match &mut self.response {
+            Some(response) => response,
+            None => {
+                let response = self.request().await?;
+                self.response.insert(response)
+            }
+        };
+        let what = || format!("blob {} of {}", self.digest, self.repository.name);
+        let Some(bytes) = next_chunk(response).await? else {
+            let text = format!("{} ended at byte {} of {}", what(), self.position, self.end);
+            return Err(Error::new(ErrorKind::Unavailable, text));
+        };
+        let left = self.end - self.position;
+        if bytes.len() as u64 > left {
+            let text = format!("{} goes on past its announced end at byte {}", what(), self.end);
+            return Err(Error::new(ErrorKind::Mismatch, text));
+        }
+        self.position += bytes.len() as u64;
+        Ok(bytes)
+    }
+
+    async fn request(&self) -> Result<Response> {
+        let repository = &self.repository;
+        let what = format!("reading blob {} of {}", self.digest, repository.name);
+        let url = repository.url(&format!("blobs/{}", self.digest)).await?;
+        let mut request = Outgoing::new(Method::GET, url, Access::Pull, &repository.name, &what);
+        let ranged = self.ranged || self.position > 0;
+        if ranged {
+            request =
+                request.header(RANGE, &format!("bytes={}-{}", self.position, self.end.saturating_sub(1)));
+        }
+        let response = repository.transport.send_following(&request).await?;
+        match (response.status(), ranged) {
+            (StatusCode::PARTIAL_CONTENT, true) => {
+                let begun = header(response.headers(), &CONTENT_RANGE).and_then(range_start);
+                if begun != Some(self.position) {
+                    let text = format!("{what}: asked for bytes from {}, got {begun:?}", self.position);
+                    return Err(Error::new(ErrorKind::Protocol, text));
+                }
+                Ok(response)
+            }
+            (StatusCode::OK, false) => match content_length(response.headers()) {
+                Some(length) if length != self.end => Err(Error::new(
+                    ErrorKind::Mismatch,
+                    format!("{what}: it has {length} bytes, the manifest says {}", self.end),
+                )),
+                _ => Ok(response),
+            },
+            (StatusCode::OK, true) => {
+                Err(Error::new(ErrorKind::Unsupported, format!("{what}: the registry serves no ranges")))
+            }
+            _ => Err(repository.transport.refused(response, &what).await),
+        }
+    }
+}
+
+/// The first byte of `bytes 10-19/20`.
+fn range_start(value: &str) -> Option<u64> {
+    value.trim().strip_prefix("bytes ")?.split('-').next()?.trim().parse().ok()
+}

@@ -1,0 +1,307 @@
+//! A disk in an image: published by us, found in anyone's.
+//!
+//! ```text
+//!  manifest ──> layers in order ──> plain tar: walk the headers by ranges ──> Window (random access)
+//!                               └─> gz, zst, or no ranges: walk as a stream ──> DiskStream (forward, verified)
+//! ```
+
+use std::io::{Cursor, Read};
+use std::sync::{Arc, Mutex};
+
+use bytes::{Buf, Bytes};
+use dvcr_converter::limits::Limits;
+use dvcr_converter::wrapper;
+use oci_spec::image::Descriptor;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use crate::client::{RangedBlob, Repository, Window};
+use crate::digest::{self, Digest, Hasher};
+use crate::layout::{self, DiskLabels};
+use crate::tar::{self, Forward, Found, Source};
+use crate::{Error, ErrorKind, Result, media_type};
+
+/// Parts of a layer that may wait for their reader.
+const PARTS_WAITING_MAX: usize = 16;
+/// First bytes of a layer that tell its compression.
+const MAGIC_BYTES: usize = 16;
+
+/// Makes an image of a pushed layer, and gives it the tag `target`. Returns the manifest's digest.
+///
+/// `layer` is an uncompressed tar of this crate's layout, already a blob of `repository`, with its length in bytes.
+pub async fn publish(
+    repository: &Repository,
+    target: &str,
+    labels: &DiskLabels,
+    layer: (&Digest, u64),
+) -> Result<Digest> {
+    let config = layout::config(labels, layer.0)?;
+    let config_bytes = config.len() as u64;
+    let config = repository.push_blob(config.into()).await?;
+    let manifest = layout::manifest((&config, config_bytes), layer)?;
+    repository.put_manifest(target, manifest.into(), media_type::OCI_MANIFEST).await
+}
+
+/// The disk file found in an image.
+#[derive(Clone, Debug)]
+pub struct DiskImage {
+    repository: Repository,
+    manifest: Digest,
+    layer: Layer,
+    found: Found,
+    seekable: bool,
+    limits: Limits,
+    runtime: Handle,
+}
+
+#[derive(Clone, Debug)]
+struct Layer {
+    digest: Digest,
+    size: u64,
+}
+
+impl DiskImage {
+    /// Finds the first regular file below `disk/` in the image of a tag or digest, layer by layer.
+    ///
+    /// An image without one is [`ErrorKind::NotFound`]. Costs one ranged read for an image of our own layout;
+    /// compressed layers are decoded up to the file, inside `limits`.
+    pub async fn locate(repository: &Repository, target: &str, limits: &Limits) -> Result<Self> {
+        let (manifest, image) = repository.image(target).await?;
+        let runtime = Handle::current();
+        for descriptor in image.layers() {
+            if !may_hold_files(descriptor) {
+                continue;
+            }
+            let layer = Layer { digest: descriptor.digest().clone(), size: descriptor.size() };
+            let search = Search {
+                repository: repository.clone(),
+                layer: layer.clone(),
+                limits: limits.clone(),
+                runtime: runtime.clone(),
+            };
+            let outcome = tokio::task::spawn_blocking(move || search.run()).await;
+            let outcome = outcome.map_err(|e| {
+                Error::with(ErrorKind::Unavailable, "the thread that reads a layer ended early", e)
+            })?;
+            if let Some((found, seekable)) = outcome? {
+                return Ok(Self {
+                    repository: repository.clone(),
+                    manifest: manifest.digest,
+                    layer,
+                    found,
+                    seekable,
+                    limits: limits.clone(),
+                    runtime,
+                });
+            }
+        }
+        Err(Error::new(
+            ErrorKind::NotFound,
+            format!("image {target} of {repository:?} has no file below disk/ in any layer"),
+        ))
+    }
+
+    /// Name of the file, without its directory.
+    pub fn file_name(&self) -> &str {
+        &self.found.file_name
+    }
+
+    /// Length of the stored file, bytes.
+    pub fn size(&self) -> u64 {
+        self.found.size
+    }
+
+    /// Digest of the image's manifest.
+    pub fn manifest(&self) -> &Digest {
+        &self.manifest
+    }
+
+    /// Random access to the file, if its layer is a plain tar and the registry serves ranges. What is read this way
+    /// is not verified against the layer's digest.
+    pub fn window(&self) -> Result<Option<Window>> {
+        if !self.seekable {
+            return Ok(None);
+        }
+        Window::new(blob(&self.repository, &self.layer, &self.runtime), self.found.offset, self.found.size)
+            .map(Some)
+    }
+
+    /// Opens the file as a stream. Must not be read on the runtime's own async threads.
+    ///
+    /// The last read, the one that tells the end, reads the rest of the layer and fails with
+    /// [`ErrorKind::Mismatch`] if the layer does not have its digest.
+    pub fn stream(&self) -> Result<DiskStream> {
+        let raw = Raw::open(&self.repository, &self.layer, &self.runtime)?;
+        let mut tar = Forward(decoded(&raw, &self.limits)?);
+        tar.skip(self.found.offset)?;
+        Ok(DiskStream { raw, tar: tar.0, left: self.found.size })
+    }
+}
+
+/// Attestations, signatures and the like are no file systems.
+fn may_hold_files(descriptor: &Descriptor) -> bool {
+    descriptor.media_type().to_string().contains("tar")
+}
+
+fn blob(repository: &Repository, layer: &Layer, runtime: &Handle) -> RangedBlob {
+    RangedBlob::new(repository.clone(), layer.digest.clone(), layer.size, runtime.clone())
+}
+
+struct Search {
+    repository: Repository,
+    layer: Layer,
+    limits: Limits,
+    runtime: Handle,
+}
+
+impl Search {
+    /// The disk, and whether it can be read at random.
+    fn run(&self) -> Result<Option<(Found, bool)>> {
+        let blob = blob(&self.repository, &self.layer, &self.runtime);
+        let mut head = vec![0; blob.size().min(MAGIC_BYTES as u64) as usize];
+        let seekable = match blob.read(&mut head, 0) {
+            Ok(()) => wrapper::detect(&head).is_none(),
+            Err(error) if error.kind() == ErrorKind::Unsupported => false,
+            Err(error) => return Err(error),
+        };
+        let found = if seekable {
+            tar::find_disk(&mut Ranged { blob, position: 0 })
+        } else {
+            let raw = Raw::open(&self.repository, &self.layer, &self.runtime)?;
+            tar::find_disk(&mut Forward(decoded(&raw, &self.limits)?))
+        };
+        let place =
+            |e: Error| Error::with(e.kind(), format!("looking for a disk in layer {}", self.layer.digest), e);
+        Ok(found.map_err(place)?.map(|found| (found, seekable)))
+    }
+}
+
+/// A tar read by ranges: skipping costs nothing.
+struct Ranged {
+    blob: RangedBlob,
+    position: u64,
+}
+
+impl Source for Ranged {
+    fn read(&mut self, buf: &mut [u8]) -> Result<bool> {
+        if self.position >= self.blob.size() {
+            return Ok(false);
+        }
+        self.blob.read(buf, self.position)?;
+        self.position += buf.len() as u64;
+        Ok(true)
+    }
+
+    fn skip(&mut self, bytes: u64) -> Result<()> {
+        self.position = self.position.saturating_add(bytes);
+        Ok(())
+    }
+}
+
+/// The file's bytes in order; see [`DiskImage::stream`].
+pub struct DiskStream {
+    raw: SharedRaw,
+    tar: Box<dyn Read + Send>,
+    left: u64,
+}
+
+impl Read for DiskStream {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        if buf.is_empty() {
+            return Ok(0);
+        }
+        let wanted = buf.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        if wanted == 0 {
+            std::io::copy(&mut self.tar, &mut std::io::sink())?;
+            std::io::copy(&mut self.raw, &mut std::io::sink())?;
+            return Ok(0);
+        }
+        let count = self.tar.read(&mut buf[..wanted])?;
+        if count == 0 {
+            return Err(Error::new(ErrorKind::Corrupt, "the layer ends before the disk in it").into());
+        }
+        self.left -= count as u64;
+        Ok(count)
+    }
+}
+
+/// Undoes the layer's compression, whatever its media type says.
+fn decoded(raw: &SharedRaw, limits: &Limits) -> Result<Box<dyn Read + Send>> {
+    let mut raw = raw.clone();
+    let mut head = Vec::with_capacity(MAGIC_BYTES);
+    let read = Read::by_ref(&mut raw).take(MAGIC_BYTES as u64).read_to_end(&mut head);
+    read.map_err(|e| tar::unwrap_io("reading a layer", e))?;
+    let compression = wrapper::detect(&head);
+    let whole = Box::new(Read::chain(Cursor::new(head), raw));
+    match compression {
+        None => Ok(whole),
+        Some(wrapper) => wrapper::decoder(wrapper, whole, limits)
+            .map_err(|e| Error::with(ErrorKind::Corrupt, "opening a compressed layer", e)),
+    }
+}
+
+/// The bytes of a layer's blob as they come, hashed on the way; shared by a decoder and whoever drains the rest.
+#[derive(Clone)]
+struct SharedRaw(Arc<Mutex<Raw>>);
+
+struct Raw {
+    parts: mpsc::Receiver<Result<Bytes>>,
+    part: Bytes,
+    expected: Digest,
+    /// Gone once the digest was compared.
+    hasher: Option<Hasher>,
+}
+
+impl Raw {
+    fn open(repository: &Repository, layer: &Layer, runtime: &Handle) -> Result<SharedRaw> {
+        let hasher = Some(Hasher::matching(&layer.digest)?);
+        let mut stream = repository.blob(&layer.digest, layer.size);
+        let (sender, parts) = mpsc::channel(PARTS_WAITING_MAX);
+        runtime.spawn(async move {
+            loop {
+                let part = stream.next().await.transpose();
+                let Some(part) = part else { return };
+                let failed = part.is_err();
+                // A reader that went away wants no more.
+                if sender.send(part).await.is_err() || failed {
+                    return;
+                }
+            }
+        });
+        let raw = Self { parts, part: Bytes::new(), expected: layer.digest.clone(), hasher };
+        Ok(SharedRaw(Arc::new(Mutex::new(raw))))
+    }
+
+    /// Makes `part` the next bytes; false at the verified end.
+    fn advance(&mut self) -> Result<bool> {
+        while self.part.is_empty() {
+            match self.parts.blocking_recv() {
+                Some(part) => {
+                    self.part = part?;
+                    if let Some(hasher) = &mut self.hasher {
+                        hasher.update(&self.part);
+                    }
+                }
+                None => {
+                    if let Some(hasher) = self.hasher.take() {
+                        digest::same(&hasher.finish()?, &self.expected, "a layer")?;
+                    }
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Read for SharedRaw {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        let mut raw = self.0.lock().unwrap_or_else(|e| e.into_inner());
+        if buf.is_empty() || !raw.advance()? {
+            return Ok(0);
+        }
+        let count = buf.len().min(raw.part.len());
+        raw.part.copy_to_slice(&mut buf[..count]);
+        Ok(count)
+    }
+}
