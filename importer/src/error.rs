@@ -1,0 +1,70 @@
+//! The crate's error: a stable kind, what and where, and the source.
+
+use std::fmt;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// What went wrong, for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The request contradicts itself or is malformed.
+    Invalid,
+    /// The source cannot be opened or read, or is not what it claims to be.
+    Source,
+    /// The bytes received do not have the checksum that was demanded.
+    Checksum,
+    /// The source is not a disk image that can be taken.
+    Image,
+    /// The registry refused or failed.
+    Registry,
+    /// The target cannot take the disk.
+    Target,
+    /// The caller asked to stop.
+    Cancelled,
+}
+
+/// An error with its place; `Display` does not repeat the source, the logger prints the chain.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    context: String,
+    cause: Option<Cause>,
+}
+
+impl Error {
+    /// Makes an error of `kind`; `context` says what was wrong, with the value, where, and what to do about it.
+    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), cause: None }
+    }
+
+    /// The same with the error that caused it.
+    pub fn with(kind: ErrorKind, context: impl Into<String>, cause: impl Into<Cause>) -> Self {
+        Self { kind, context: context.into(), cause: Some(cause.into()) }
+    }
+
+    /// The stable kind.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.cause.as_ref().map(|cause| &**cause as _)
+    }
+}
+
+impl From<Error> for std::io::Error {
+    fn from(error: Error) -> Self {
+        std::io::Error::other(error)
+    }
+}

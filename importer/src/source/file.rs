@@ -1,0 +1,35 @@
+//! An image in a local file or on a block device.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::path::Path;
+
+use crate::{Error, ErrorKind, Result};
+
+/// A file opened for reading from its first byte.
+pub struct FileSource {
+    /// At its first byte.
+    pub file: File,
+    /// Length in bytes; of a block device, its capacity.
+    pub len: u64,
+    /// The file's own name, without its folder.
+    pub name: Option<String>,
+}
+
+impl FileSource {
+    /// Opens a regular file or a block device; anything else is refused.
+    pub fn open(path: &Path) -> Result<Self> {
+        let failed = |error| Error::with(ErrorKind::Source, format!("cannot read {}", path.display()), error);
+        let kind = std::fs::metadata(path).map_err(failed)?.file_type();
+        if kind.is_dir() {
+            let context = format!("{} is a folder; name the image file in it", path.display());
+            return Err(Error::new(ErrorKind::Source, context));
+        }
+        let mut file = File::open(path).map_err(failed)?;
+        // A pipe or a character device cannot seek, and fails here.
+        let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        file.rewind().map_err(failed)?;
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        Ok(Self { file, len, name })
+    }
+}

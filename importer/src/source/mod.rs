@@ -1,0 +1,4 @@
+//! Where images come from.
+
+pub mod file;
+pub mod http;
