@@ -48,6 +48,22 @@ pub fn temp_dir() -> TempDir {
         .expect("no temporary directory; is TMPDIR writable?")
 }
 
+/// Returns a path as text for a command line; ours are all made of ASCII.
+pub fn utf8(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8; is TMPDIR an odd one?")
+}
+
+/// Runs `dvcr` with the given arguments and returns its standard output.
+pub fn run_dvcr(args: &[&str]) -> Result<String> {
+    run(&cmd(dvcr()?, args))
+}
+
+/// Compares two files byte by byte, the first `bytes` of them or all.
+pub fn assert_same_bytes(left: &Path, right: &Path, bytes: Option<u64>) -> Result<()> {
+    let mut command = cmd("cmp", bytes.map(|bytes| format!("--bytes={bytes}")));
+    run(command.arg(left).arg(right)).map(drop)
+}
+
 /// Computes the SHA-256 of a file as lower-case hex.
 pub fn sha256_file(path: &Path) -> Result<String> {
     let mut file = std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;

@@ -19,12 +19,9 @@ pub fn dvcr() -> Result<PathBuf> {
     }
     let own = std::env::current_exe().context("the running program has no path")?;
     // target/<profile>/deps/<test>-<hash> for tests, target/<profile>/<name> for binaries.
-    own.ancestors()
-        .skip(1)
-        .take(2)
-        .map(|dir| dir.join("dvcr"))
-        .find(|path| path.is_file())
-        .with_context(|| format!("no dvcr binary beside {}; run `cargo build --workspace` first", own.display()))
+    own.ancestors().skip(1).take(2).map(|dir| dir.join("dvcr")).find(|path| path.is_file()).with_context(
+        || format!("no dvcr binary beside {}; run `cargo build --workspace` first", own.display()),
+    )
 }
 
 /// Finds a peer or checker that `make tools` builds: `crane`, `registry` (CNCF distribution v3), `docker-registry`

@@ -1,0 +1,97 @@
+//! Disks made from an image in the registry: their size, format and what is refused.
+
+use anyhow::Result;
+use dvcr_tests::{
+    Registry, TempDir, assert_same_bytes, cmd, dvcr, fixture, qemu, run_dvcr, run_output, temp_dir, utf8,
+};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+const MIB: u64 = 1 << 20;
+const VIRTUAL_BYTES: u64 = 256 * MIB;
+const DATA_BYTES: usize = 6 << 20;
+
+/// A registry with one image, and the raw disk that has to come out of it.
+struct Setup {
+    dir: TempDir,
+    _registry: Registry,
+    reference: String,
+    expected: PathBuf,
+}
+
+impl Setup {
+    fn new() -> Result<Self> {
+        let dir = temp_dir();
+        let source = dir.path().join("disk.qcow2");
+        fixture::noise_qcow2(&source, VIRTUAL_BYTES, DATA_BYTES)?;
+        let expected = dir.path().join("expected.raw");
+        qemu::convert(&source, "qcow2", &expected, "raw")?;
+        let registry = Registry::start(&dir.path().join("registry"))?;
+        let reference = registry.reference("vi/tests/disk:1");
+        run_dvcr(&["import", utf8(&source), &reference])?;
+        Ok(Self { dir, _registry: registry, reference, expected })
+    }
+
+    fn target(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn populate(&self, name: &str, options: &[&str]) -> Result<PathBuf> {
+        let target = self.target(name);
+        let mut args = vec!["populate", &self.reference, utf8(&target)];
+        args.extend(options);
+        run_dvcr(&args)?;
+        Ok(target)
+    }
+}
+
+#[test]
+fn a_raw_disk_is_the_source_and_as_sparse() -> Result<()> {
+    let setup = Setup::new()?;
+    let disk = setup.populate("disk.raw", &[])?;
+    assert_same_bytes(&setup.expected, &disk, None)?;
+    let allocated = disk.metadata()?.blocks() * 512;
+    assert!(allocated <= DATA_BYTES as u64 + MIB, "{allocated} bytes allocated for {DATA_BYTES} of data");
+    Ok(())
+}
+
+#[test]
+fn a_disk_grows_with_zeros_to_the_size_asked_for() -> Result<()> {
+    let setup = Setup::new()?;
+    let disk = setup.populate("disk.raw", &["--size", "1G"])?;
+    assert_eq!(disk.metadata()?.len(), 1024 * MIB);
+    assert_same_bytes(&setup.expected, &disk, Some(VIRTUAL_BYTES))?;
+    std::fs::File::options().write(true).open(&setup.expected)?.set_len(1024 * MIB)?;
+    assert_same_bytes(&setup.expected, &disk, None)
+}
+
+#[test]
+fn a_disk_is_never_cut() -> Result<()> {
+    let setup = Setup::new()?;
+    let target = setup.target("disk.raw");
+    let smaller = (VIRTUAL_BYTES - MIB).to_string();
+    let output =
+        run_output(cmd(dvcr()?, ["populate", &setup.reference]).arg(&target).args(["--size", &smaller]))?;
+    assert!(!output.status.success(), "{output:?}");
+    assert!(output.stderr.contains("256"), "the message tells the image's size: {}", output.stderr);
+    assert!(!target.exists(), "a refused disk leaves no file");
+    Ok(())
+}
+
+#[test]
+fn a_qcow2_disk_is_sound_and_the_source() -> Result<()> {
+    let setup = Setup::new()?;
+    let disk = setup.populate("disk.qcow2", &["--format", "qcow2"])?;
+    qemu::qemu_img(&["check", "-f", "qcow2", utf8(&disk)])?;
+    qemu::assert_same_disk(&setup.expected, "raw", &disk, "qcow2")
+}
+
+#[test]
+fn a_qcow2_disk_grows_too() -> Result<()> {
+    let setup = Setup::new()?;
+    let disk = setup.populate("disk.qcow2", &["--format", "qcow2", "--size", "1G"])?;
+    qemu::qemu_img(&["check", "-f", "qcow2", utf8(&disk)])?;
+    assert_eq!(qemu::virtual_size(&disk, "qcow2")?, 1024 * MIB);
+    std::fs::File::options().write(true).open(&setup.expected)?.set_len(1024 * MIB)?;
+    qemu::assert_same_disk(&setup.expected, "raw", &disk, "qcow2")
+}
