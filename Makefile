@@ -29,7 +29,7 @@ lint: deps-lint $(TOOLS)/bin/cargo-deny ## Check format, lints, scripts, license
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	shellcheck .ci/run fixtures/*.sh tools/*.sh
-	$(TOOLS)/bin/cargo-deny --locked check bans licenses sources
+	$(TOOLS)/bin/cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 
 .PHONY: bench
 bench: deps-test tools ## Measure beside the peers; SUITES=registry runs one suite
