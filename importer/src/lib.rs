@@ -1,1 +1,31 @@
-//! Placeholder until the room is furnished.
+//! Images from anywhere into a registry, and disks out of it.
+//!
+//! ```text
+//!            source thread (blocking)                                   async side
+//!  http ┐   ┌─────────────────────────────────────────────────┐  ┌────────────────────┐
+//!  file ├──>│ checksums ─ unwrap ─ probe ─┬─ as it came ──────│──│─> hash, push ──────│──> layer
+//!  image┘   │                             └─ raw -> qcow2 zstd│──│─> stage, assemble ─│──> layer
+//!           └─────────────────────────────────────────────────┘  └────────────────────┘
+//!  image ──> ranges (or a stream) ──> converter ──> raw file, block device or qcow2 file
+//! ```
+//!
+//! The import is one pass over the source with bounded memory and nothing on the local disk. A layer begins with a
+//! tar header that tells the file's length, and a qcow2 file begins with a header that is known last. What has its
+//! length beforehand goes straight into its layer. Everything else (a compressed source, HTTP without a length, a
+//! raw disk re-encoded) is **staged in the destination's own repository**: its bytes are pushed as a blob while they
+//! come, then read back, verified, into the layer; the staged blob, which nothing refers to, is deleted as far as
+//! the registry lets, and is any garbage collection's to take otherwise.
+
+pub mod checksum;
+mod chunks;
+mod error;
+pub mod forward;
+mod import;
+mod name;
+mod populate;
+pub mod source;
+
+pub use error::{Error, ErrorKind, Result};
+pub use import::{ImportRequest, ImportSummary, import};
+pub use populate::{PopulateRequest, PopulateSummary, TargetFormat, populate};
+pub use source::Source;

@@ -1,4 +1,268 @@
-//! Where images come from.
+//! Where images come from: an opened source is a blocking reader, its length as far as known, and its name.
 
 pub mod file;
 pub mod http;
+
+use std::fmt;
+use std::io::{self, Read};
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bytes::{Buf, Bytes};
+use dvcr_converter::limits::Limits;
+use dvcr_converter::progress::Progress;
+use dvcr_image::{ClientOptions, DiskImage, Reference, Repository};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use crate::checksum::Checksums;
+use crate::{Error, ErrorKind, Result};
+use file::FileSource;
+use http::HttpSource;
+
+/// Pieces of a body that may wait for the source thread.
+const PIECES_WAITING_MAX: usize = 16;
+
+/// Where an image is, as people write it: `http(s)://...`, `docker://REF`, else a path.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A URL; it may hold credentials.
+    Http(String),
+    /// An image in a registry.
+    Image(Reference),
+    /// A file or a block device.
+    File(PathBuf),
+}
+
+impl FromStr for Source {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text.split_once("://") {
+            Some(("http" | "https", _)) => Ok(Self::Http(text.to_owned())),
+            Some(("docker", rest)) => {
+                let bad = |e| Error::with(ErrorKind::Invalid, "the source is no image in a registry", e);
+                rest.parse().map(Self::Image).map_err(bad)
+            }
+            Some((scheme, _)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) && !scheme.is_empty() => {
+                let text = format!(
+                    "sources of scheme {scheme:?} are not read; write http://, https://, docker:// or a path"
+                );
+                Err(Error::new(ErrorKind::Invalid, text))
+            }
+            _ if text.is_empty() => Err(Error::new(ErrorKind::Invalid, "the source is an empty text")),
+            _ => Ok(Self::File(text.into())),
+        }
+    }
+}
+
+impl fmt::Debug for Source {
+    /// Shows no URL: it may hold credentials.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Http(_) => f.write_str("Http(..)"),
+            Self::Image(reference) => f.debug_tuple("Image").field(reference).finish(),
+            Self::File(path) => f.debug_tuple("File").field(path).finish(),
+        }
+    }
+}
+
+/// A source at its first byte.
+pub(crate) struct Opened {
+    /// Blocking; must not be read on the runtime's async threads.
+    pub(crate) reader: Box<dyn Read + Send>,
+    /// Bytes, if known beforehand.
+    pub(crate) len: Option<u64>,
+    /// What the source calls itself.
+    pub(crate) name: Option<String>,
+    /// The server says that this is a web page.
+    pub(crate) is_html: bool,
+    /// The source without secrets, for messages.
+    pub(crate) shown: String,
+    /// Stops what runs in the background when the opened source goes away.
+    pub(crate) pump: Option<Pump>,
+}
+
+/// Ends a background task when dropped.
+pub(crate) struct Pump(AbortHandle);
+
+impl Drop for Pump {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Source {
+    /// Opens the source; `options` are for a source in a registry, `insecure` is its permission.
+    pub(crate) async fn open(
+        &self,
+        insecure: bool,
+        options: &ClientOptions,
+        limits: &Limits,
+    ) -> Result<Opened> {
+        match self {
+            Self::Http(url) => open_http(url, insecure).await,
+            Self::Image(reference) => {
+                let options = ClientOptions { insecure, ..options.clone() };
+                open_image(reference, &options, limits).await
+            }
+            Self::File(path) => {
+                let (path, shown) = (path.clone(), path.display().to_string());
+                let opened = tokio::task::spawn_blocking(move || FileSource::open(&path)).await;
+                let file = opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))??;
+                let reader = Box::new(file.file);
+                Ok(Opened { reader, len: Some(file.len), name: file.name, is_html: false, shown, pump: None })
+            }
+        }
+    }
+}
+
+async fn open_http(url: &str, insecure: bool) -> Result<Opened> {
+    let mut source = HttpSource::open(url, insecure).await?;
+    let (len, name, is_html, shown) = (source.len, source.name.clone(), source.is_html, source.display_url());
+    let (sender, pieces) = mpsc::channel(PIECES_WAITING_MAX);
+    let pump = tokio::spawn(async move {
+        loop {
+            let piece = source.chunk().await;
+            let last = !matches!(piece, Ok(Some(_)));
+            // A reader that went away wants no more.
+            if sender.send(piece).await.is_err() || last {
+                return;
+            }
+        }
+    });
+    let reader = Box::new(Pieces { pieces, piece: Bytes::new(), ended: false });
+    Ok(Opened { reader, len, name, is_html, shown, pump: Some(Pump(pump.abort_handle())) })
+}
+
+async fn open_image(reference: &Reference, options: &ClientOptions, limits: &Limits) -> Result<Opened> {
+    let shown = reference.to_string();
+    let failed = |e| Error::with(ErrorKind::Source, format!("reading the source image {shown}"), e);
+    let repository = Repository::open(reference, options).map_err(failed)?;
+    let disk = DiskImage::locate(&repository, reference.target(), limits).await.map_err(failed)?;
+    let (len, name) = (Some(disk.size()), Some(disk.file_name().to_owned()));
+    let opened = tokio::task::spawn_blocking(move || disk.stream()).await;
+    let stream =
+        opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))?.map_err(failed)?;
+    Ok(Opened { reader: Box::new(stream), len, name, is_html: false, shown, pump: None })
+}
+
+/// Pieces sent by a task, as a blocking reader. Only `Ok(None)` is the end; a task that vanished is a failure.
+struct Pieces {
+    pieces: mpsc::Receiver<Result<Option<Bytes>>>,
+    piece: Bytes,
+    ended: bool,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() && !self.ended && !buf.is_empty() {
+            match self.pieces.blocking_recv() {
+                Some(Ok(Some(piece))) => self.piece = piece,
+                Some(Ok(None)) => self.ended = true,
+                Some(Err(error)) => return Err(error.into()),
+                None => return Err(Error::new(ErrorKind::Cancelled, "the transfer was stopped").into()),
+            }
+        }
+        let count = buf.len().min(self.piece.len());
+        self.piece.copy_to_slice(&mut buf[..count]);
+        Ok(count)
+    }
+}
+
+/// The bytes of a source as they were received: counted, summed, and able to stop. Decoders own one handle, the
+/// pipeline another, to read what they leave and to get the verdict.
+#[derive(Clone)]
+pub(crate) struct Received(Arc<Mutex<State>>);
+
+struct State {
+    reader: Box<dyn Read + Send>,
+    checksums: Option<Checksums>,
+    progress: Arc<Progress>,
+    bytes: u64,
+    /// The source's own failure: decoders wrap it beyond recognition.
+    failure: Option<Error>,
+}
+
+impl Received {
+    pub(crate) fn new(reader: Box<dyn Read + Send>, checksums: Checksums, progress: Arc<Progress>) -> Self {
+        let state = State { reader, checksums: Some(checksums), progress, bytes: 0, failure: None };
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// What the source failed with, if it did.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.lock().failure.take()
+    }
+
+    /// Reads what a decoder left, and passes judgement: length and checksums. Returns the length in bytes.
+    pub(crate) fn finish(mut self, announced: Option<u64>) -> Result<u64> {
+        let rest = io::copy(&mut self, &mut io::sink());
+        if let Some(error) = self.failure() {
+            return Err(error);
+        }
+        rest.map_err(|e| Error::with(ErrorKind::Source, "reading the source", e))?;
+        let mut state = self.lock();
+        if let Some(announced) = announced.filter(|announced| *announced != state.bytes) {
+            let text = format!("the source has {} bytes, {announced} were announced", state.bytes);
+            return Err(Error::new(ErrorKind::Source, text));
+        }
+        if let Some(checksums) = state.checksums.take() {
+            checksums.verify()?;
+        }
+        Ok(state.bytes)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl Read for Received {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if state.progress.check().is_err() {
+            state.failure = Some(Error::new(ErrorKind::Cancelled, "interrupted"));
+            return Err(io::Error::other("interrupted"));
+        }
+        let count = match state.reader.read(buf) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return Err(error),
+            Err(error) => {
+                state.failure = Some(match error.downcast::<Error>() {
+                    Ok(ours) => ours,
+                    Err(other) => Error::with(ErrorKind::Source, "reading the source", other),
+                });
+                return Err(io::Error::other("the source failed"));
+            }
+        };
+        if let Some(checksums) = &mut state.checksums {
+            checksums.update(&buf[..count]);
+        }
+        state.bytes += count as u64;
+        state.progress.advance(count as u64);
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_is_what_its_scheme_says() {
+        assert_eq!("http://h/a.img".parse::<Source>().unwrap(), Source::Http("http://h/a.img".into()));
+        assert_eq!(
+            "docker://r.example/a".parse::<Source>().unwrap(),
+            Source::Image("r.example/a".parse().unwrap())
+        );
+        assert_eq!("a/b.img".parse::<Source>().unwrap(), Source::File("a/b.img".into()));
+        for bad in ["ftp://h/a", "docker://R", ""] {
+            assert_eq!(bad.parse::<Source>().unwrap_err().kind(), ErrorKind::Invalid, "{bad}");
+        }
+        let secret = "https://user:secret@h/a".parse::<Source>().unwrap();
+        assert!(!format!("{secret:?}").contains("secret"));
+    }
+}

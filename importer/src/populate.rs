@@ -1,0 +1,329 @@
+//! A disk from an image in a registry: a raw file, a block device, or a qcow2 file.
+//!
+//! ```text
+//!  plain layer ──> ranges, several workers ──────────────┐
+//!  compressed layer or file ──┬─ raw, iso: one stream ───┼──> converter ──> target
+//!                             └─ qcow2: ForwardReader ───┘
+//! ```
+
+use std::fmt;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use dvcr_converter::convert::{Options, stream_to_qcow2, stream_to_raw, to_qcow2, to_raw};
+use dvcr_converter::format::{self, Format, Image};
+use dvcr_converter::io::ReadAt;
+use dvcr_converter::limits::Limits;
+use dvcr_converter::local::{Qcow2Target, RawTarget};
+use dvcr_converter::progress::Progress;
+use dvcr_converter::{qcow2, wrapper};
+use dvcr_image::{ClientOptions, DiskImage, Reference, Repository};
+use serde::Serialize;
+
+use crate::forward::ForwardReader;
+use crate::{Error, ErrorKind, Result};
+
+/// First bytes of a stored file that tell whether it is compressed.
+const MAGIC_BYTES: u64 = 16;
+
+/// What to write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TargetFormat {
+    /// The bytes of the disk, sparse where the target can be.
+    #[default]
+    Raw,
+    /// A qcow2 version 3 file with uncompressed clusters.
+    Qcow2,
+}
+
+impl fmt::Display for TargetFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        })
+    }
+}
+
+impl FromStr for TargetFormat {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "raw" => Ok(Self::Raw),
+            "qcow2" => Ok(Self::Qcow2),
+            other => {
+                let text = format!("disks are written as raw or qcow2, not as {other:?}");
+                Err(Error::new(ErrorKind::Invalid, text))
+            }
+        }
+    }
+}
+
+/// Which disk to make.
+#[derive(Clone, Debug)]
+pub struct PopulateRequest {
+    /// The image.
+    pub reference: Reference,
+    /// A file, replaced when the disk is complete, or a block device.
+    pub target: PathBuf,
+    /// Bytes of the new disk; the image's virtual size if not given, and never less.
+    pub size: Option<u64>,
+    /// What to write.
+    pub format: TargetFormat,
+    /// How to talk to the registry.
+    pub client: ClientOptions,
+    /// Bounds for the image.
+    pub limits: Limits,
+}
+
+/// What was made.
+#[derive(Clone, Debug, Serialize)]
+pub struct PopulateSummary {
+    /// The image, as it was asked for.
+    pub reference: String,
+    /// Digest of its manifest.
+    pub digest: String,
+    /// Where the disk is.
+    pub target: PathBuf,
+    /// Format of the file in the image.
+    pub source_format: String,
+    /// What was written.
+    pub format: String,
+    /// Bytes of the new disk.
+    pub virtual_size: u64,
+    /// Bytes written to the target as data.
+    pub written_bytes: u64,
+    /// From the first request to the synced target.
+    pub seconds: f64,
+}
+
+/// Makes a disk. The target is complete and on stable storage when this succeeds, recognisably incomplete before.
+///
+/// `progress` counts bytes of the disk. When the future is dropped the work is cancelled through `progress`.
+pub async fn populate(request: PopulateRequest, progress: Arc<Progress>) -> Result<PopulateSummary> {
+    let begun = Instant::now();
+    progress.set_phase("transfer");
+    let registry = {
+        let shown = request.reference.to_string();
+        move |e| Error::with(ErrorKind::Registry, format!("reading image {shown}"), e)
+    };
+    let repository = Repository::open(&request.reference, &request.client).map_err(&registry)?;
+    let located = DiskImage::locate(&repository, request.reference.target(), &request.limits);
+    let disk = tokio::select! {
+        located = located => located.map_err(&registry)?,
+        error = crate::import::cancelled(&progress) => return Err(error),
+    };
+    let mut cancel = CancelOnDrop(Some(progress.clone()));
+    let digest = disk.manifest().to_string();
+    let work = Work { disk, request, progress };
+    let finished = tokio::task::spawn_blocking(move || work.run().map(|made| (made, work.request))).await;
+    cancel.0 = None;
+    let (made, request) =
+        finished.map_err(|e| Error::with(ErrorKind::Target, "the writing thread ended early", e))??;
+    Ok(PopulateSummary {
+        reference: request.reference.to_string(),
+        digest,
+        target: request.target,
+        source_format: made.source.to_string(),
+        format: request.format.to_string(),
+        virtual_size: made.virtual_size,
+        written_bytes: made.written_bytes,
+        seconds: begun.elapsed().as_secs_f64(),
+    })
+}
+
+/// Stops the writing thread when nobody waits for it any more.
+struct CancelOnDrop(Option<Arc<Progress>>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        if let Some(progress) = &self.0 {
+            progress.cancel();
+        }
+    }
+}
+
+struct Work {
+    disk: DiskImage,
+    request: PopulateRequest,
+    progress: Arc<Progress>,
+}
+
+struct Made {
+    source: Format,
+    virtual_size: u64,
+    written_bytes: u64,
+}
+
+impl Work {
+    fn run(&self) -> Result<Made> {
+        let window = self.disk.window().map_err(|e| self.reading(e))?;
+        if let Some(window) = window {
+            let mut head = vec![0; window.len().min(MAGIC_BYTES) as usize];
+            window.read_exact_at(&mut head, 0).map_err(|e| self.reading(e))?;
+            if wrapper::detect(&head).is_none() {
+                let image =
+                    format::open(Arc::new(window), &self.request.limits).map_err(|e| self.converting(e))?;
+                return self.write(&image, &Options::default(), || Ok(()));
+            }
+        }
+        let limits = &self.request.limits;
+        let stream = self.disk.stream().map_err(|e| self.reading(e))?;
+        let unwrapped = wrapper::unwrap(Box::new(stream), limits).map_err(|e| self.converting(e))?;
+        let probe = format::probe(&unwrapped.head, None, limits).map_err(|e| self.converting(e))?;
+        let plain_len = unwrapped.wrappers.is_empty().then(|| self.disk.size());
+        if probe.format != Format::Qcow2 {
+            return self.write_stream(probe.format, plain_len, unwrapped.reader);
+        }
+        let len = match plain_len {
+            Some(len) => {
+                drop(unwrapped);
+                len
+            }
+            // Nothing tells the length of a compressed file but decoding it.
+            None => {
+                self.progress.set_phase("measure");
+                let len = self.measure(unwrapped.reader)?;
+                self.progress.set_phase("transfer");
+                len
+            }
+        };
+        let (disk, limits) = (self.disk.clone(), self.request.limits.clone());
+        let open = move || -> io::Result<Box<dyn Read + Send>> {
+            Ok(wrapper::unwrap(Box::new(disk.stream()?), &limits)?.reader)
+        };
+        let source = Arc::new(ForwardReader::new(len, open).map_err(|e| self.reading(e))?);
+        let image = format::open(source.clone(), &self.request.limits).map_err(|e| self.converting(e))?;
+        // A second worker would only pull the stream to and fro.
+        let options = Options { workers: 1, ..Options::default() };
+        self.write(&image, &options, || source.drain())
+    }
+
+    /// Writes a disk that is read at random. `verify` has the last word before the target is complete.
+    fn write(&self, image: &Image, options: &Options, verify: impl Fn() -> io::Result<()>) -> Result<Made> {
+        let virtual_size = image.info.virtual_size;
+        let size = self.final_size(virtual_size)?;
+        let target = self.request.target.as_path();
+        let written_bytes = match self.request.format {
+            TargetFormat::Raw => {
+                let raw = RawTarget::create(target, size).map_err(|e| self.converting(e))?;
+                let written =
+                    to_raw(&*image.disk, &raw, options, &self.progress).map_err(|e| self.converting(e))?;
+                verify().map_err(|e| self.reading(e))?;
+                self.commit_raw(raw)?;
+                written.data_bytes
+            }
+            TargetFormat::Qcow2 => {
+                let form = qcow2_form(size);
+                let mut file = self.qcow2_target(target, &form)?;
+                self.progress.set_total(virtual_size);
+                let finished = to_qcow2(&*image.disk, &mut file, &form, options, &self.progress)
+                    .map_err(|e| self.converting(e))?;
+                verify().map_err(|e| self.reading(e))?;
+                self.progress.set_phase("commit");
+                file.finish(&finished).map_err(|e| self.converting(e))?;
+                finished.file_bytes
+            }
+        };
+        Ok(Made { source: image.info.format, virtual_size: size, written_bytes })
+    }
+
+    /// Writes a raw disk that comes as a stream; its end is where the layer's digest is verified.
+    fn write_stream(&self, source: Format, len: Option<u64>, reader: Box<dyn Read + Send>) -> Result<Made> {
+        let target = self.request.target.as_path();
+        let wanted = match len {
+            Some(len) => {
+                self.progress.set_total(len);
+                self.final_size(len.next_multiple_of(format::SECTOR_BYTES))?
+            }
+            None => self.request.size.unwrap_or(0),
+        };
+        let options = Options::default();
+        match self.request.format {
+            TargetFormat::Raw => {
+                let raw = RawTarget::create(target, wanted).map_err(|e| self.converting(e))?;
+                let written =
+                    stream_to_raw(reader, &raw, &options, &self.progress).map_err(|e| self.converting(e))?;
+                let size = self.final_size(raw.size())?;
+                self.commit_raw(raw)?;
+                Ok(Made { source, virtual_size: size, written_bytes: written.data_bytes })
+            }
+            TargetFormat::Qcow2 => {
+                let form = qcow2_form(wanted);
+                let mut file = self.qcow2_target(target, &form)?;
+                let finished = stream_to_qcow2(reader, &mut file, &form, &options, &self.progress)
+                    .map_err(|e| self.converting(e))?;
+                let size = self.final_size(finished.virtual_size)?;
+                self.progress.set_phase("commit");
+                file.finish(&finished).map_err(|e| self.converting(e))?;
+                Ok(Made { source, virtual_size: size, written_bytes: finished.file_bytes })
+            }
+        }
+    }
+
+    fn commit_raw(&self, raw: RawTarget) -> Result<()> {
+        self.progress.set_phase("commit");
+        raw.finish().map_err(|e| self.converting(e))
+    }
+
+    fn qcow2_target(&self, target: &Path, form: &qcow2::WriteOptions) -> Result<Qcow2Target> {
+        Qcow2Target::create(target, form.cluster_size).map_err(|e| self.converting(e))
+    }
+
+    /// The size asked for, which must hold the disk.
+    fn final_size(&self, virtual_size: u64) -> Result<u64> {
+        match self.request.size {
+            Some(size) if size < virtual_size => Err(Error::new(
+                ErrorKind::Target,
+                format!(
+                    "the disk has {virtual_size} bytes and cannot be made {size} bytes small; ask for a size of \
+                     {virtual_size} or more"
+                ),
+            )),
+            Some(size) => Ok(size),
+            None => Ok(virtual_size),
+        }
+    }
+
+    fn measure(&self, mut reader: Box<dyn Read + Send>) -> Result<u64> {
+        const STEP_BYTES: u64 = 16 << 20;
+        let mut len = 0;
+        loop {
+            self.progress.check().map_err(|e| self.converting(e))?;
+            let step = io::copy(&mut Read::by_ref(&mut reader).take(STEP_BYTES), &mut io::sink());
+            match step.map_err(|e| self.reading(e))? {
+                0 => return Ok(len),
+                count => len += count,
+            }
+        }
+    }
+
+    fn reading(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+        Error::with(ErrorKind::Registry, format!("reading image {}", self.request.reference), error)
+    }
+
+    fn converting(&self, error: dvcr_converter::Error) -> Error {
+        use dvcr_converter::ErrorKind as Kind;
+        let kind = match error.kind() {
+            Kind::Cancelled => ErrorKind::Cancelled,
+            Kind::Target => ErrorKind::Target,
+            Kind::Io => ErrorKind::Registry,
+            _ => ErrorKind::Image,
+        };
+        let (from, to) = (&self.request.reference, self.request.target.display());
+        Error::with(kind, format!("making {to} from image {from}"), error)
+    }
+}
+
+/// A disk in use is written to: its clusters are not compressed.
+fn qcow2_form(size: u64) -> qcow2::WriteOptions {
+    qcow2::WriteOptions {
+        compression: qcow2::Compression::None,
+        virtual_size_min: size,
+        ..qcow2::WriteOptions::default()
+    }
+}
