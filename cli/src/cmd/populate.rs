@@ -1,10 +1,70 @@
 //! `dvcr populate`.
 
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use dvcr_converter::limits::Limits;
+use dvcr_image::{AuthStore, ClientOptions, Reference};
+use dvcr_importer::{PopulateRequest, TargetFormat, populate};
+
+use crate::size::{self, Human};
+use crate::work;
+
 /// Makes a disk from an image in a registry.
+///
+/// The target is synced and complete when the command succeeds: a file gets its name only then, and a block device
+/// its first bytes. A disk is made larger on request, never smaller.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// The image: host[:port]/repository[:tag][@digest].
+    reference: Reference,
+    /// The file to write, or for raw a block device to overwrite.
+    target: PathBuf,
+    /// Size of the new disk, in bytes or with K, M, G or T; by default that of the image.
+    #[arg(long, value_parser = size::parse)]
+    size: Option<u64>,
+    /// Format to write.
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    format: Format,
+    /// Accept any certificate, and plain HTTP. Loopback hosts need no permission for that.
+    #[arg(long)]
+    insecure: bool,
+    /// Credentials of the registry, as docker and podman keep them.
+    #[arg(long, value_name = "FILE")]
+    authfile: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Format {
+    Raw,
+    Qcow2,
+}
 
 /// Runs the command.
-pub fn run(_: Args) -> anyhow::Result<()> {
-    anyhow::bail!("not built yet")
+pub fn run(args: Args) -> anyhow::Result<()> {
+    let auth = AuthStore::discover(args.authfile.as_deref(), |name| std::env::var_os(name))?;
+    let title = args.target.display().to_string();
+    let request = PopulateRequest {
+        reference: args.reference,
+        target: args.target,
+        size: args.size,
+        format: match args.format {
+            Format::Raw => TargetFormat::Raw,
+            Format::Qcow2 => TargetFormat::Qcow2,
+        },
+        client: ClientOptions { insecure: args.insecure, auth },
+        limits: Limits::default(),
+    };
+    let done = work::run(&title, |progress| async move { Ok(populate(request, progress).await?) })?;
+    println!(
+        "{}: {} from {} ({}), virtual size {}, written {}, in {:.1} s",
+        done.target.display(),
+        done.format,
+        done.reference,
+        done.source_format,
+        Human(done.virtual_size),
+        Human(done.written_bytes),
+        done.seconds,
+    );
+    Ok(())
 }
