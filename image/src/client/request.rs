@@ -35,6 +35,8 @@ const REDIRECTS_MAX: usize = 5;
 const ANSWER_BYTES_MAX: usize = 256 << 10;
 /// How long a token without a stated lifetime is used, seconds (distribution token specification).
 const TOKEN_LIFETIME_S: u64 = 60;
+/// Longest time a token is used, seconds.
+const TOKEN_LIFETIME_S_MAX: u64 = 24 * 3600;
 /// A token is renewed this long before it ends, seconds.
 const TOKEN_MARGIN_S: u64 = 10;
 /// Longest part of a registry's own message that is shown, characters.
@@ -395,7 +397,8 @@ impl Transport {
         let answer: Answer = serde_json::from_slice(&answer).map_err(|_| bad())?;
         let token = answer.token.or(answer.access_token).ok_or_else(bad)?;
         let header = secret_header(&format!("Bearer {token}")).ok_or_else(bad)?;
-        let lifetime = answer.expires_in.unwrap_or(TOKEN_LIFETIME_S).max(TOKEN_LIFETIME_S).min(24 * 3600);
+        let lifetime =
+            answer.expires_in.unwrap_or(TOKEN_LIFETIME_S).clamp(TOKEN_LIFETIME_S, TOKEN_LIFETIME_S_MAX);
         let expires = Instant::now() + Duration::from_secs(lifetime - TOKEN_MARGIN_S);
         self.state().tokens.insert(scope.to_owned(), Token { header: header.clone(), expires });
         Ok(header)
