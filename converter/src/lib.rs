@@ -12,6 +12,7 @@
 mod buffer;
 pub mod convert;
 pub mod error;
+pub mod file;
 pub mod format;
 pub mod io;
 pub mod limits;

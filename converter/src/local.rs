@@ -58,6 +58,11 @@ impl FileSource {
         Ok(Self { file, len, sparse: kind.is_file() })
     }
 
+    /// Length in bytes.
+    pub fn file_bytes(&self) -> u64 {
+        self.len
+    }
+
     /// Bytes that the file occupies on its file system.
     pub fn allocated_bytes(&self) -> Result<u64> {
         let metadata = self.file.metadata().map_err(|e| Error::io("examining the image file", e))?;

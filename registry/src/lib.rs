@@ -1,1 +1,103 @@
-//! Placeholder until the room is furnished.
+//! An OCI registry (distribution-spec 1.1) on a directory, in the on-disk layout of CNCF distribution.
+//!
+//! ```text
+//!            serve (server.rs): connections, orderly end
+//!              │
+//!            api/ ── auth, metrics      HTTP: routes, answers, error codes
+//!              ├── uploads  blobs  manifests  lists
+//!              │          │
+//!              │        model           what is read of a manifest
+//!              │          │
+//!            storage/ ──┬── uploads, ingest   sessions; hash and write while bytes arrive
+//!                       ├── blobs, manifests, referrers
+//!                       └── sync, layout      durable placement; who lies where
+//!            digest, names              the grammars everything from outside must pass
+//! ```
+//!
+//! What is promised: 201 means that content and directory entries are on disk; a process killed, or a machine switched
+//! off, at any moment leaves no damaged or half-visible blob, manifest or tag; a directory written by CNCF distribution is
+//! served as it is, and the other way round. `docs/registry.md` tells how.
+
+mod api;
+mod auth;
+mod digest;
+mod metrics;
+mod model;
+mod names;
+mod server;
+mod storage;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::Router;
+
+pub use auth::{Auth, Htpasswd};
+pub use server::serve;
+
+use api::App;
+use storage::Storage;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a registry cannot be opened, or did not end well.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    #[error("cannot serve a registry from {path}")]
+    Open { path: PathBuf, source: io::Error },
+    #[error("cannot read {path}")]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{path}, line {line}: {why}")]
+    Htpasswd { path: PathBuf, line: usize, why: &'static str },
+    #[error("cannot put away the uploads that were going on")]
+    Finish { source: Box<dyn std::error::Error + Send + Sync> },
+}
+
+/// How a registry is run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The directory; distribution's `rootdirectory`.
+    pub root: PathBuf,
+    pub auth: Auth,
+    /// Requests that stream content in at a time; more wait 10 s and are then turned away with 429. Each may hold up to
+    /// 4 MiB, all together 48 MiB.
+    pub uploads_max: usize,
+    /// Connections at a time; more wait to be accepted.
+    pub connections_max: usize,
+}
+
+impl Config {
+    /// Serves `root` to everybody, with the usual bounds.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into(), auth: Auth::Anonymous, uploads_max: 40, connections_max: 1024 }
+    }
+}
+
+/// An open registry.
+#[derive(Clone, Debug)]
+pub struct Registry {
+    app: Arc<App>,
+    uploads_max: usize,
+    connections_max: usize,
+}
+
+impl Registry {
+    /// Opens the directory, making it if it is not there. Blocks on the filesystem.
+    ///
+    /// # Errors
+    /// When another process of ours serves the same directory, or it cannot be written.
+    pub fn open(config: Config) -> Result<Self> {
+        let Config { root, auth, uploads_max, connections_max } = config;
+        let storage = Storage::open(&root).map_err(|source| Error::Open { path: root, source })?;
+        let (uploads_max, connections_max) = (uploads_max.max(1), connections_max.max(1));
+        Ok(Self { app: Arc::new(App::new(storage, auth, uploads_max)), uploads_max, connections_max })
+    }
+
+    /// Returns the service: the API below `/v2/`, and `/healthz`, `/readyz`, `/metrics`.
+    pub fn router(&self) -> Router {
+        api::router(Arc::clone(&self.app))
+    }
+}

@@ -1,0 +1,242 @@
+//! Targets: complete and synced, or recognisably not there.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+mod common;
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use common::{assert_same_bytes, noise, path, prose, qemu_img, temp_dir};
+use dvcr_converter::convert::{self, Options};
+use dvcr_converter::error::ErrorKind;
+use dvcr_converter::io::{Disk, Extent, ExtentKind};
+use dvcr_converter::local::RawTarget;
+use dvcr_converter::progress::Progress;
+use dvcr_converter::qcow2::WriteOptions;
+use dvcr_converter::{Error, Result};
+
+/// A disk of 24 MiB with data at its head, in the middle and, unaligned, at its end; returned as raw bytes too.
+fn sample(dir: &Path) -> (std::path::PathBuf, Vec<u8>) {
+    let mut disk = prose(1_500_000, 1);
+    disk.resize(9 << 20, 0);
+    disk.extend(noise(3 << 20, 2));
+    disk.resize((24 << 20) - 512, 0);
+    disk.extend(noise(512, 3));
+    let (raw, image) = (dir.join("sample.raw"), dir.join("sample.qcow2"));
+    std::fs::write(&raw, &disk).unwrap();
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", path(&raw), path(&image)]);
+    (image, disk)
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> =
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_raw_file_is_sparse_and_replaces_the_old_one_only_when_complete() {
+    let dir = temp_dir();
+    let (image, disk) = sample(dir.path());
+    let out = dir.path().join("out.raw");
+    std::fs::write(&out, b"old").unwrap();
+
+    let opened = common::open(&image).unwrap();
+    let target = RawTarget::create(&out, opened.disk.virtual_size()).unwrap();
+    convert::to_raw(opened.disk.as_ref(), &target, &Options::default(), &Progress::default()).unwrap();
+    assert_eq!(std::fs::read(&out).unwrap(), b"old");
+    assert!(names(dir.path()).contains(&".out.raw.dvcr-partial".to_owned()));
+    target.finish().unwrap();
+
+    assert!(std::fs::read(&out).unwrap() == disk);
+    let allocated = std::fs::metadata(&out).unwrap().blocks() * 512;
+    assert!(allocated < 6 << 20, "{allocated} bytes are allocated");
+    assert_eq!(names(dir.path()), ["out.raw", "sample.qcow2", "sample.raw"]);
+}
+
+#[test]
+fn a_larger_raw_file_is_zero_behind_the_disk() {
+    let dir = temp_dir();
+    let (image, mut disk) = sample(dir.path());
+    let out = dir.path().join("out.raw");
+    let opened = common::open(&image).unwrap();
+    let target = RawTarget::create(&out, 40 << 20).unwrap();
+    let written =
+        convert::to_raw(opened.disk.as_ref(), &target, &Options::default(), &Progress::default()).unwrap();
+    target.finish().unwrap();
+    assert_eq!(written.data_bytes + written.zero_bytes, 40 << 20);
+    disk.resize(40 << 20, 0);
+    assert!(std::fs::read(&out).unwrap() == disk);
+}
+
+/// A disk whose reads fail from some offset on.
+struct Failing(u64);
+
+impl Disk for Failing {
+    fn virtual_size(&self) -> u64 {
+        64 << 20
+    }
+    fn extent_at(&self, offset: u64) -> Result<Extent> {
+        Ok(Extent { start: offset, len: self.virtual_size() - offset, kind: ExtentKind::Data })
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        if offset >= self.0 {
+            return Err(Error::new(ErrorKind::Corrupt, "the test disk ends here"));
+        }
+        buf.fill(1);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_failed_conversion_leaves_nothing_behind() {
+    let dir = temp_dir();
+    for workers in [1, 4] {
+        let options = Options { workers, unit_bytes: 1 << 20 };
+        let (raw, qcow2) = (dir.path().join("raw"), dir.path().join("qcow2"));
+        let target = RawTarget::create(&raw, 64 << 20).unwrap();
+        let error = convert::to_raw(&Failing(32 << 20), &target, &options, &Progress::default()).unwrap_err();
+        assert_eq!(error.to_string(), "the test disk ends here");
+        drop(target);
+
+        let write = WriteOptions::default();
+        let mut target = dvcr_converter::local::Qcow2Target::create(&qcow2, write.cluster_size).unwrap();
+        let result =
+            convert::to_qcow2(&Failing(32 << 20), &mut target, &write, &options, &Progress::default());
+        assert_eq!(result.unwrap_err().to_string(), "the test disk ends here");
+        drop(target);
+        assert!(names(dir.path()).is_empty());
+    }
+}
+
+#[test]
+fn a_cancelled_conversion_says_so() {
+    let dir = temp_dir();
+    let progress = Progress::default();
+    progress.cancel();
+    let target = RawTarget::create(&dir.path().join("raw"), 64 << 20).unwrap();
+    let error = convert::to_raw(&Failing(u64::MAX), &target, &Options::default(), &progress).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+}
+
+#[test]
+fn progress_ends_at_its_total_and_never_goes_back() {
+    let dir = temp_dir();
+    let (image, _) = sample(dir.path());
+    let opened = common::open(&image).unwrap();
+    let progress = Progress::default();
+    let target = RawTarget::create(&dir.path().join("raw"), 30 << 20).unwrap();
+    convert::to_raw(opened.disk.as_ref(), &target, &Options::default(), &progress).unwrap();
+    assert_eq!((progress.done(), progress.total()), (30 << 20, 30 << 20));
+}
+
+#[test]
+fn two_writers_of_one_file_do_not_meet() {
+    let dir = temp_dir();
+    let out = dir.path().join("raw");
+    let first = RawTarget::create(&out, 1 << 20).unwrap();
+    let error = RawTarget::create(&out, 1 << 20).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Target, "{error}");
+    first.finish().unwrap();
+    assert_eq!(std::fs::metadata(&out).unwrap().len(), 1 << 20);
+}
+
+#[test]
+fn a_file_left_by_a_killed_process_is_taken_over() {
+    let dir = temp_dir();
+    std::fs::write(dir.path().join(".raw.dvcr-partial"), noise(2 << 20, 9)).unwrap();
+    RawTarget::create(&dir.path().join("raw"), 1 << 20).unwrap().finish().unwrap();
+    assert!(std::fs::read(dir.path().join("raw")).unwrap() == vec![0; 1 << 20]);
+}
+
+#[test]
+fn storage_with_old_bytes_is_overwritten_and_begins_with_zeros_until_the_end() {
+    let dir = temp_dir();
+    let (image, mut disk) = sample(dir.path());
+    let device = dir.path().join("device");
+    let old = noise(32 << 20, 11);
+    std::fs::write(&device, &old).unwrap();
+
+    let opened = common::open(&image).unwrap();
+    let target = RawTarget::in_place(&device, 28 << 20).unwrap();
+    assert!(std::fs::read(&device).unwrap()[..1 << 20].iter().all(|&b| b == 0));
+    convert::to_raw(opened.disk.as_ref(), &target, &Options::default(), &Progress::default()).unwrap();
+    let incomplete = std::fs::read(&device).unwrap();
+    assert!(incomplete[..1 << 20].iter().all(|&b| b == 0));
+    assert!(incomplete[1 << 20..disk.len()] == disk[1 << 20..]);
+    target.finish().unwrap();
+
+    // The disk, zeros up to the size asked for, and behind that what was there.
+    disk.resize(28 << 20, 0);
+    disk.extend(&old[28 << 20..]);
+    assert!(std::fs::read(&device).unwrap() == disk);
+}
+
+#[test]
+fn storage_that_is_too_small_is_refused_with_both_sizes() {
+    let dir = temp_dir();
+    let device = dir.path().join("device");
+    std::fs::write(&device, vec![7; 1 << 20]).unwrap();
+    let error = RawTarget::in_place(&device, 2 << 20).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Target);
+    assert!(error.to_string().contains("1048576") && error.to_string().contains("2097152"), "{error}");
+    assert!(std::fs::read(&device).unwrap() == vec![7; 1 << 20], "a refused device is not touched");
+}
+
+#[test]
+fn targets_that_are_no_disks_are_refused() {
+    let dir = temp_dir();
+    for target in [dir.path(), Path::new("/dev/null"), Path::new("/")] {
+        assert_eq!(RawTarget::create(target, 512).unwrap_err().kind(), ErrorKind::Target, "{target:?}");
+    }
+}
+
+/// A loop device, where this machine allows one; the code path is the one of the tests above.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn attach(file: &Path) -> Option<Self> {
+        let output =
+            std::process::Command::new("losetup").args(["--find", "--show", path(file)]).output().ok()?;
+        output.status.success().then(|| Self(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        common::run("losetup", &["--detach", &self.0]);
+    }
+}
+
+#[test]
+fn a_block_device_holds_the_disk() {
+    let dir = temp_dir();
+    let (image, disk) = sample(dir.path());
+    let backing = dir.path().join("backing");
+    std::fs::write(&backing, noise(24 << 20, 13)).unwrap();
+    let Some(device) = LoopDevice::attach(&backing) else {
+        eprintln!("no loop devices here: the in-place tests on files stand for this one");
+        return;
+    };
+    common::to_raw(&image, Path::new(&device.0), &Options::default()).unwrap();
+    drop(device);
+    assert!(std::fs::read(&backing).unwrap() == disk);
+}
+
+#[test]
+fn a_raw_file_with_holes_is_copied_with_holes() {
+    let dir = temp_dir();
+    let raw = dir.path().join("in.raw");
+    let file = std::fs::File::create(&raw).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &noise(1 << 20, 5), 700 << 20).unwrap();
+    file.set_len((1 << 30) + 100).unwrap();
+    let out = dir.path().join("out.raw");
+    common::to_raw(&raw, &out, &Options::default()).unwrap();
+    assert_eq!(std::fs::metadata(&out).unwrap().len(), (1 << 30) + 512);
+    assert!(std::fs::metadata(&out).unwrap().blocks() * 512 <= 3 << 20);
+    file.set_len((1 << 30) + 512).unwrap();
+    assert_same_bytes(&raw, &out);
+    let extent = common::open(&raw).unwrap().disk.extent_at(0).unwrap();
+    assert_eq!(extent, Extent { start: 0, len: 700 << 20, kind: ExtentKind::Hole });
+}

@@ -1,0 +1,214 @@
+//! Wrappers made by the real gzip, xz, zstd and bzip2, peeled off by us.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
+
+mod common;
+
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::{noise, path, prose, qemu_img, run, temp_dir};
+use dvcr_converter::convert::Options;
+use dvcr_converter::error::ErrorKind;
+use dvcr_converter::file::{self, Output};
+use dvcr_converter::format::PROBE_BYTES;
+use dvcr_converter::limits::Limits;
+use dvcr_converter::progress::Progress;
+use dvcr_converter::qcow2::{Compression, WriteOptions};
+use dvcr_converter::wrapper::{self, Wrapper};
+use dvcr_converter::{Error, Result};
+use proptest::prelude::*;
+
+const ALL: [Wrapper; 4] = [Wrapper::Gzip, Wrapper::Xz, Wrapper::Zstd, Wrapper::Bzip2];
+
+fn compress(wrapper: Wrapper, bytes: &[u8]) -> Vec<u8> {
+    let program = match wrapper {
+        Wrapper::Gzip => ["gzip", "-1"],
+        Wrapper::Xz => ["xz", "-0"],
+        Wrapper::Zstd => ["zstd", "-1"],
+        Wrapper::Bzip2 => ["bzip2", "-1"],
+    };
+    let mut child = Command::new(program[0])
+        .args([program[1], "-c", "-q"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || std::io::Write::write_all(&mut stdin, bytes).unwrap());
+        let mut out = Vec::new();
+        child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
+        assert!(child.wait().unwrap().success());
+        out
+    })
+}
+
+fn decode(bytes: &[u8], limits: &Limits) -> Result<(Vec<Wrapper>, Vec<u8>)> {
+    let mut unwrapped = wrapper::unwrap(Box::new(bytes), limits)?;
+    let mut out = Vec::new();
+    unwrapped.reader.read_to_end(&mut out).map_err(|e| Error::io("decoding", e))?;
+    assert_eq!(unwrapped.head, out[..out.len().min(PROBE_BYTES)]);
+    Ok((unwrapped.wrappers, out))
+}
+
+#[test]
+fn every_pair_of_wrappers_is_peeled_off() {
+    let inner = prose(300_000, 3);
+    for outer in ALL {
+        let once = compress(outer, &inner);
+        assert_eq!(wrapper::detect(&once), Some(outer));
+        assert!(decode(&once, &Limits::default()).unwrap() == (vec![outer], inner.clone()));
+        for second in ALL {
+            let twice = compress(outer, &compress(second, &inner));
+            assert!(decode(&twice, &Limits::default()).unwrap() == (vec![outer, second], inner.clone()));
+        }
+    }
+    assert!(decode(&inner, &Limits::default()).unwrap() == (vec![], inner));
+}
+
+#[test]
+fn a_third_wrapper_is_refused() {
+    let thrice = compress(Wrapper::Xz, &compress(Wrapper::Gzip, &compress(Wrapper::Zstd, b"disk")));
+    let error = decode(&thrice, &Limits::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+}
+
+#[test]
+fn an_empty_file_stays_empty_in_every_wrapper() {
+    for wrapper in ALL {
+        assert_eq!(decode(&compress(wrapper, b""), &Limits::default()).unwrap(), (vec![wrapper], vec![]));
+    }
+}
+
+#[test]
+fn a_stream_that_is_cut_short_or_damaged_is_corrupt() {
+    let inner = noise(400_000, 4);
+    for wrapper in ALL {
+        let whole = compress(wrapper, &inner);
+        for cut in [whole.len() - 1, whole.len() - 9, whole.len() / 2, 20] {
+            let error = decode(&whole[..cut], &Limits::default()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{wrapper} cut at {cut}: {error}");
+        }
+        // zstd -1 stores noise without a checksum in old versions: damage the frame's structure, not its content.
+        let mut damaged = whole.clone();
+        let at = if wrapper == Wrapper::Zstd { 6 } else { whole.len() / 2 };
+        damaged[at..at + 8].fill(0xff);
+        let error = decode(&damaged, &Limits::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{wrapper}: {error}");
+    }
+}
+
+#[test]
+fn garbage_after_the_last_member_is_an_error_and_zeros_are_padding() {
+    for wrapper in [Wrapper::Gzip, Wrapper::Bzip2] {
+        let mut padded = compress(wrapper, b"disk");
+        padded.resize(padded.len() + 300_000, 0);
+        assert_eq!(decode(&padded, &Limits::default()).unwrap().1, b"disk");
+        padded.push(1);
+        assert_eq!(decode(&padded, &Limits::default()).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+}
+
+#[test]
+fn a_decompression_bomb_is_stopped() {
+    let bomb = compress(Wrapper::Gzip, &vec![0; 80 << 20]);
+    let small_ratio = Limits { expansion_ratio_max: 500, ..Limits::default() };
+    let error = decode(&bomb, &small_ratio).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Limit, "{error}");
+    let few_bytes = Limits { decoded_bytes_max: 1 << 20, ..Limits::default() };
+    assert_eq!(decode(&bomb, &few_bytes).unwrap_err().kind(), ErrorKind::Limit);
+    // A sparse disk of zeros is not a bomb.
+    assert_eq!(decode(&bomb, &Limits::default()).unwrap().1.len(), 80 << 20);
+}
+
+#[test]
+fn a_decoder_gets_no_more_memory_than_allowed() {
+    let dir = temp_dir();
+    let file = dir.path().join("disk");
+    std::fs::write(&file, prose(40 << 20, 5)).unwrap();
+    run("zstd", &["-q", "--long=27", "-1", path(&file), "-o", path(&dir.path().join("disk.zst"))]);
+    run("xz", &["-k", "--lzma2=preset=0,dict=128MiB", path(&file)]);
+    for name in ["disk.zst", "disk.xz"] {
+        let bytes = std::fs::read(dir.path().join(name)).unwrap();
+        let error = decode(&bytes, &Limits::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Limit, "{name}: {error}");
+        let generous = Limits { decoder_memory_bytes_max: 160 << 20, ..Limits::default() };
+        assert_eq!(decode(&bytes, &generous).unwrap().1.len(), 40 << 20, "{name}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn members_one_after_another_are_one_file(
+        wrapper in prop_oneof![
+            Just(Wrapper::Gzip), Just(Wrapper::Xz), Just(Wrapper::Zstd), Just(Wrapper::Bzip2)
+        ],
+        members in proptest::collection::vec((0usize..200_000, any::<u64>()), 1..5),
+    ) {
+        let mut whole = Vec::new();
+        let mut stored = Vec::new();
+        for (len, seed) in members {
+            let member = prose(len, seed);
+            stored.extend(compress(wrapper, &member));
+            whole.extend(member);
+        }
+        prop_assert!(decode(&stored, &Limits::default()).unwrap() == (vec![wrapper], whole));
+    }
+}
+
+fn convert(input: &Path, output: &Path, kind: Output) -> Result<file::Converted> {
+    file::convert(input, output, kind, &Options::default(), &Limits::default(), &Progress::default())
+}
+
+#[test]
+fn a_wrapped_raw_disk_becomes_raw_or_qcow2_as_it_is_decoded() {
+    let dir = temp_dir();
+    // Data, a hole, data, and an odd end.
+    let mut disk = prose(3 << 20, 6);
+    disk.resize(20 << 20, 0);
+    disk.extend(noise((5 << 20) + 77, 7));
+    let raw = dir.path().join("disk.raw");
+    std::fs::write(&raw, &disk).unwrap();
+    let padded = disk.len().next_multiple_of(512);
+    for wrapper in ALL {
+        let wrapped = dir.path().join("wrapped");
+        std::fs::write(&wrapped, compress(wrapper, &disk)).unwrap();
+
+        let inspection = file::inspect(&wrapped, &Limits::default(), &Progress::default()).unwrap();
+        assert_eq!((inspection.wrappers, inspection.info.virtual_size), (vec![wrapper], padded as u64));
+
+        let out = dir.path().join("out.raw");
+        convert(&wrapped, &out, Output::Raw).unwrap();
+        let written = std::fs::read(&out).unwrap();
+        assert_eq!(written.len(), padded);
+        assert!(written[..disk.len()] == disk && written[disk.len()..].iter().all(|&b| b == 0));
+
+        for compression in [Compression::None, Compression::Zlib, Compression::Zstd] {
+            for cluster_size in [512, 4096, 65536, 2 << 20] {
+                let out = dir.path().join("out.qcow2");
+                let write = WriteOptions { cluster_size, compression, ..WriteOptions::default() };
+                let converted = convert(&wrapped, &out, Output::Qcow2(write)).unwrap();
+                assert_eq!(converted.virtual_size, padded as u64);
+                common::assert_sound_and_equal(&out, &raw, "raw");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_wrapped_qcow2_image_is_described_but_not_converted() {
+    let dir = temp_dir();
+    let image = dir.path().join("image.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", path(&image), "10G"]);
+    let wrapped = dir.path().join("wrapped");
+    std::fs::write(&wrapped, compress(Wrapper::Xz, &std::fs::read(&image).unwrap())).unwrap();
+    let inspection = file::inspect(&wrapped, &Limits::default(), &Progress::default()).unwrap();
+    assert_eq!(inspection.info.virtual_size, 10 << 30);
+    let error = convert(&wrapped, &dir.path().join("out"), Output::Raw).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("decompress"), "{error}");
+    assert!(!dir.path().join("out").exists());
+}

@@ -1,0 +1,107 @@
+//! Blobs: HEAD, GET with ranges, DELETE.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use axum::body::Body;
+use axum::response::Response;
+use futures_util::stream;
+use http::header::{
+    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, RANGE,
+};
+use http::request::Parts;
+use http::{HeaderMap, HeaderValue, StatusCode};
+use serde_json::json;
+
+use super::error::{ApiError, Code};
+use super::range::{Selected, select};
+use super::{Answer, App, CONTENT_DIGEST, blocking, empty, header, header_str};
+use crate::digest::Digest;
+use crate::names::RepoName;
+use crate::storage::blobs::Reader;
+
+/// Content never changes under its digest: caches may keep it for a year.
+const IMMUTABLE: &str = "max-age=31536000, immutable";
+
+pub(super) fn head(app: &App, repo: &RepoName, digest: &Digest) -> Answer {
+    let length = app.storage.stat_blob(repo, digest)?.ok_or_else(|| unknown(repo, digest))?;
+    let mut response = empty(StatusCode::OK);
+    describe(response.headers_mut(), digest);
+    response.headers_mut().insert(CONTENT_LENGTH, length.into());
+    Ok(response)
+}
+
+pub(super) fn get(app: &Arc<App>, repo: &RepoName, digest: &Digest, parts: &Parts) -> Answer {
+    let blob = app.storage.open_blob(repo, digest)?.ok_or_else(|| unknown(repo, digest))?;
+    if header_str(parts, IF_NONE_MATCH).is_some_and(|tags| names(tags, digest)) {
+        let mut response = empty(StatusCode::NOT_MODIFIED);
+        describe(response.headers_mut(), digest);
+        return Ok(response);
+    }
+    let (status, first, end) = match select(header_str(parts, RANGE), blob.length) {
+        Selected::Whole => (StatusCode::OK, 0, blob.length),
+        Selected::Part(first, end) => (StatusCode::PARTIAL_CONTENT, first, end),
+        Selected::Nothing => {
+            let message = format!("the range begins behind the blob's {} bytes", blob.length);
+            return Err(ApiError::new(StatusCode::RANGE_NOT_SATISFIABLE, Code::SizeInvalid, message)
+                .with(CONTENT_RANGE, header(format!("bytes */{}", blob.length)))
+                .with(ACCEPT_RANGES, HeaderValue::from_static("bytes")));
+        }
+    };
+    let length = blob.length;
+    let reader = Reader::new(blob.file, app.storage.read_pool(), first, end);
+    let mut response = Response::new(body(Arc::clone(app), reader));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    describe(headers, digest);
+    headers.insert(CONTENT_LENGTH, (end - first).into());
+    if status == StatusCode::PARTIAL_CONTENT {
+        headers.insert(CONTENT_RANGE, header(format!("bytes {first}-{}/{length}", end - 1)));
+    }
+    Ok(response)
+}
+
+pub(super) async fn delete(app: Arc<App>, repo: RepoName, digest: Digest) -> Answer {
+    let storage = Arc::clone(&app.storage);
+    let (name, of) = (repo.clone(), digest.clone());
+    match blocking(move || storage.delete_blob(&name, &of)).await? {
+        true => Ok(empty(StatusCode::ACCEPTED)),
+        false => Err(unknown(&repo, &digest)),
+    }
+}
+
+/// Says that a repository has no such blob.
+pub(super) fn unknown(repo: &RepoName, digest: &Digest) -> ApiError {
+    ApiError::not_found(Code::BlobUnknown, format!("{repo} has no blob {digest}"))
+        .detail(json!({"digest": digest.as_str()}))
+}
+
+/// Whether an `If-None-Match` header names this content.
+pub(super) fn names(tags: &str, digest: &Digest) -> bool {
+    tags.split(',').any(|tag| {
+        let tag = tag.trim();
+        tag == "*" || tag.strip_prefix("W/").unwrap_or(tag).trim_matches('"') == digest.as_str()
+    })
+}
+
+fn describe(headers: &mut HeaderMap, digest: &Digest) {
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+    headers.insert(CONTENT_DIGEST, header(digest.as_str()));
+    headers.insert(ETAG, header(format!("\"{digest}\"")));
+    headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static(IMMUTABLE));
+}
+
+fn body(app: Arc<App>, reader: Reader) -> Body {
+    Body::from_stream(stream::unfold((app, reader), async |(app, mut reader)| {
+        let bytes = reader.next().await.transpose()?;
+        match &bytes {
+            Ok(bytes) => {
+                app.metrics.sent_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            }
+            // The connection breaks off, which tells the client; here is told why.
+            Err(error) => tracing::error!(%error, "a blob could not be read to its end"),
+        }
+        Some((bytes, (app, reader)))
+    }))
+}

@@ -1,0 +1,85 @@
+//! Lists: tags, repositories, referrers.
+
+use std::sync::Arc;
+
+use axum::response::Response;
+use http::HeaderValue;
+use http::header::{CONTENT_TYPE, HeaderName, LINK};
+use http::request::Parts;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use serde_json::json;
+
+use super::error::{ApiError, Code};
+use super::route::param;
+use super::{Answer, App, blocking, header, json};
+use crate::digest::Digest;
+use crate::model;
+use crate::names::RepoName;
+use crate::storage::manifests::Page;
+
+/// Repositories in one answer, when no number or a greater one is asked for.
+const CATALOG_NAMES_MAX: usize = 1000;
+
+const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
+
+pub(super) async fn tags(app: Arc<App>, repo: RepoName, parts: &Parts) -> Answer {
+    let (limit, after) = paging(parts)?;
+    let path = format!("/v2/{repo}/tags/list");
+    let storage = Arc::clone(&app.storage);
+    let name = repo.clone();
+    let page = blocking(move || storage.tags(&name, after.as_deref(), limit.unwrap_or(usize::MAX))).await?;
+    let Some(page) = page else {
+        let error = ApiError::not_found(Code::NameUnknown, format!("there is no repository {repo}"));
+        return Err(error.detail(json!({"name": repo.as_str()})));
+    };
+    let body = json!({"name": repo.as_str(), "tags": page.names}).to_string();
+    Ok(linked(json(body), &path, &page, limit))
+}
+
+pub(super) async fn catalog(app: Arc<App>, parts: &Parts) -> Answer {
+    let (limit, after) = paging(parts)?;
+    let limit = limit.unwrap_or(CATALOG_NAMES_MAX).min(CATALOG_NAMES_MAX);
+    let storage = Arc::clone(&app.storage);
+    let page = blocking(move || storage.repositories(after.as_deref(), limit)).await?;
+    let body = json!({"repositories": page.names}).to_string();
+    Ok(linked(json(body), "/v2/_catalog", &page, Some(limit)))
+}
+
+pub(super) async fn referrers(app: Arc<App>, repo: RepoName, subject: Digest, parts: &Parts) -> Answer {
+    let wanted = param(parts.uri.query(), "artifactType");
+    let storage = Arc::clone(&app.storage);
+    let manifests = blocking(move || storage.referrers(&repo, &subject)).await?;
+    let listed: Vec<_> = manifests
+        .iter()
+        .filter_map(|manifest| model::referrer(&manifest.digest, &manifest.bytes))
+        .filter(|referrer| wanted.is_none() || referrer.artifact_type == wanted)
+        .collect();
+    let body = json!({"schemaVersion": 2, "mediaType": model::OCI_INDEX, "manifests": listed}).to_string();
+    let mut response = json(body);
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(model::OCI_INDEX));
+    if wanted.is_some() {
+        response.headers_mut().insert(FILTERS_APPLIED, HeaderValue::from_static("artifactType"));
+    }
+    Ok(response)
+}
+
+/// Reads `n` and `last`.
+fn paging(parts: &Parts) -> Result<(Option<usize>, Option<String>), ApiError> {
+    let query = parts.uri.query();
+    let limit = param(query, "n").map(|n| {
+        n.parse().map_err(|_| {
+            let message = format!("n is {n:?}; it must be a number of names, 0 or more");
+            ApiError::bad_request(Code::PaginationNumberInvalid, message)
+        })
+    });
+    Ok((limit.transpose()?, param(query, "last")))
+}
+
+/// Adds the link to the next page, if there is one.
+fn linked(mut response: Response, path: &str, page: &Page, limit: Option<usize>) -> Response {
+    if let (true, Some(limit), Some(last)) = (page.more, limit, page.names.last()) {
+        let last = utf8_percent_encode(last, NON_ALPHANUMERIC);
+        response.headers_mut().insert(LINK, header(format!("<{path}?n={limit}&last={last}>; rel=\"next\"")));
+    }
+    response
+}

@@ -1,0 +1,273 @@
+//! The HTTP side: routing, authorization, answers, the request log.
+//!
+//! ```text
+//!  request ──> /healthz /readyz /metrics ──────────────────────────────────────────┐
+//!     └──────> authorize ──> Route::parse ──> blobs uploads manifests lists ──> headers, metrics, log ──> answer
+//! ```
+//!
+//! Small lookups (a link, a length, a manifest in memory) run on the async threads: they are answered from the kernel's
+//! caches in microseconds, less than handing them to another thread costs. What syncs, hashes or moves content does not.
+
+mod blobs;
+mod error;
+mod lists;
+mod manifests;
+mod range;
+mod route;
+mod uploads;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::header::{ALLOW, AUTHORIZATION, CONTENT_LENGTH, EXPECT, HeaderName, WWW_AUTHENTICATE};
+use http::request::Parts;
+use http::{HeaderValue, Method, Request, StatusCode};
+use http_body_util::BodyExt;
+use tokio::sync::Semaphore;
+
+use self::error::{ApiError, Code};
+use self::route::Route;
+use crate::auth::Auth;
+use crate::metrics::{Metrics, RouteLabel};
+use crate::storage::Storage;
+
+/// Bodies that are held in memory until they are stored, at a time.
+const SMALL_BODIES_MAX: usize = 256;
+/// Manifests that are taken in at a time.
+const MANIFESTS_MAX: usize = 16;
+/// How much of a refused body is read, so that a client that is still sending sees the answer.
+const DRAIN_BYTES_MAX: u64 = 64 << 20;
+/// The same, for a client that is not let in.
+const UNAUTHORIZED_DRAIN_BYTES_MAX: u64 = 64 << 10;
+/// How long that may take.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
+const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+const UPLOAD_UUID: HeaderName = HeaderName::from_static("docker-upload-uuid");
+
+/// What every request sees.
+#[derive(Debug)]
+pub(crate) struct App {
+    pub(crate) storage: Arc<Storage>,
+    pub(crate) auth: Auth,
+    pub(crate) metrics: Metrics,
+    /// Requests that stream content in.
+    pub(crate) uploads: Arc<Semaphore>,
+    /// Requests whose content is held in memory.
+    pub(crate) small_bodies: Arc<Semaphore>,
+    /// Requests that bring a manifest.
+    pub(crate) manifests: Arc<Semaphore>,
+}
+
+impl App {
+    pub(crate) fn new(storage: Storage, auth: Auth, uploads_max: usize) -> Self {
+        Self {
+            storage: Arc::new(storage),
+            auth,
+            metrics: Metrics::default(),
+            uploads: Arc::new(Semaphore::new(uploads_max)),
+            small_bodies: Arc::new(Semaphore::new(SMALL_BODIES_MAX)),
+            manifests: Arc::new(Semaphore::new(MANIFESTS_MAX)),
+        }
+    }
+}
+
+pub(crate) fn router(app: Arc<App>) -> Router {
+    Router::new().fallback(handle).with_state(app)
+}
+
+type Answer = Result<Response, ApiError>;
+
+async fn handle(State(app): State<Arc<App>>, request: Request<Body>) -> Response {
+    let started = Instant::now();
+    let (parts, body) = request.into_parts();
+    let method = parts.method.clone();
+    let path = parts.uri.path().to_owned();
+    let (label, user, answer) = dispatch(&app, parts, body).await;
+    let mut response = answer.unwrap_or_else(IntoResponse::into_response);
+    response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
+    let (status, elapsed) = (response.status().as_u16(), started.elapsed());
+    app.metrics.record(label, method.as_str(), status, elapsed);
+    let bytes = response.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()).unwrap_or("0");
+    // The query stays out: it can hold tokens of other programs' sessions.
+    tracing::info!(
+        target: "dvcr_registry::access",
+        %method,
+        path,
+        status,
+        bytes,
+        ms = elapsed.as_millis(),
+        user = user.as_deref().unwrap_or("-"),
+        "request"
+    );
+    response
+}
+
+async fn dispatch(app: &Arc<App>, parts: Parts, body: Body) -> (RouteLabel, Option<String>, Answer) {
+    if let Some(answer) = probe(app, &parts).await {
+        return (RouteLabel::Other, None, answer);
+    }
+    let expects = parts.headers.contains_key(EXPECT);
+    let user = match authorize(app, &parts).await {
+        Ok(user) => user,
+        Err(error) => {
+            app.metrics.unauthorized.fetch_add(1, Ordering::Relaxed);
+            drain(body, expects, UNAUTHORIZED_DRAIN_BYTES_MAX).await;
+            return (RouteLabel::Other, None, Err(error));
+        }
+    };
+    let route = match Route::parse(&parts.method, parts.uri.path()) {
+        Ok(route) => route,
+        Err(error) => {
+            drain(body, expects, DRAIN_BYTES_MAX).await;
+            return (RouteLabel::Other, user, Err(error));
+        }
+    };
+    let label = route.label();
+    (label, user, serve(app, parts, body, route).await)
+}
+
+/// Answers those that look whether we live; they need no credentials.
+async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
+    let path = parts.uri.path();
+    if !matches!(path, "/" | "/healthz" | "/readyz" | "/metrics") {
+        return None;
+    }
+    if !matches!(parts.method, Method::GET | Method::HEAD) {
+        return Some(Err(not_allowed("GET, HEAD")));
+    }
+    Some(match path {
+        "/metrics" => {
+            let mut response = app.metrics.render().into_response();
+            let text = HeaderValue::from_static("text/plain; version=0.0.4");
+            response.headers_mut().insert(http::header::CONTENT_TYPE, text);
+            Ok(response)
+        }
+        "/readyz" => {
+            let storage = Arc::clone(&app.storage);
+            blocking(move || storage.probe()).await.map(|()| "ok\n".into_response()).map_err(|_| {
+                let message = "the storage cannot be written; the log tells why";
+                ApiError::new(StatusCode::SERVICE_UNAVAILABLE, Code::Unknown, message)
+            })
+        }
+        _ => Ok("ok\n".into_response()),
+    })
+}
+
+/// Finds the user; `None` is anybody.
+async fn authorize(app: &App, parts: &Parts) -> Result<Option<String>, ApiError> {
+    let Auth::Htpasswd(users) = &app.auth else { return Ok(None) };
+    let user = match parts.headers.get(AUTHORIZATION) {
+        Some(authorization) => users.verify(authorization.as_bytes()).await,
+        None => None,
+    };
+    match user {
+        Some(user) => Ok(Some(user)),
+        None => {
+            let message = "user name and password are needed";
+            Err(ApiError::new(StatusCode::UNAUTHORIZED, Code::Unauthorized, message)
+                .with(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"dvcr\"")))
+        }
+    }
+}
+
+async fn serve(app: &Arc<App>, parts: Parts, body: Body, route: Route) -> Answer {
+    let app = Arc::clone(app);
+    match (route, &parts.method) {
+        (Route::Base, &Method::GET | &Method::HEAD) => Ok(json("{}".to_owned())),
+        (Route::Base, _) => Err(not_allowed("GET, HEAD")),
+        (Route::Catalog, &Method::GET) => lists::catalog(app, &parts).await,
+        (Route::Catalog, _) => Err(not_allowed("GET")),
+        (Route::Tags(repo), &Method::GET) => lists::tags(app, repo, &parts).await,
+        (Route::Tags(_), _) => Err(not_allowed("GET")),
+        (Route::Referrers(repo, subject), &Method::GET) => lists::referrers(app, repo, subject, &parts).await,
+        (Route::Referrers(..), _) => Err(not_allowed("GET")),
+        (Route::Blob(repo, digest), &Method::GET) => blobs::get(&app, &repo, &digest, &parts),
+        (Route::Blob(repo, digest), &Method::HEAD) => blobs::head(&app, &repo, &digest),
+        (Route::Blob(repo, digest), &Method::DELETE) => blobs::delete(app, repo, digest).await,
+        (Route::Blob(..), _) => Err(not_allowed("GET, HEAD, DELETE")),
+        (Route::Manifest(repo, reference), &Method::GET | &Method::HEAD) => {
+            manifests::get(&app, &repo, &reference, &parts)
+        }
+        (Route::Manifest(repo, reference), &Method::PUT) => {
+            manifests::put(app, repo, reference, &parts, body).await
+        }
+        (Route::Manifest(repo, reference), &Method::DELETE) => manifests::delete(app, repo, reference).await,
+        (Route::Manifest(..), _) => Err(not_allowed("GET, HEAD, PUT, DELETE")),
+        (Route::Uploads(repo), &Method::POST) => uploads::post(app, repo, parts, body).await,
+        (Route::Uploads(_), _) => Err(not_allowed("POST")),
+        (Route::Upload(repo, id), &Method::PATCH) => uploads::patch(app, repo, id, parts, body).await,
+        (Route::Upload(repo, id), &Method::PUT) => uploads::put(app, repo, id, parts, body).await,
+        (Route::Upload(repo, id), &Method::GET) => uploads::get(app, repo, id).await,
+        (Route::Upload(repo, id), &Method::DELETE) => uploads::delete(app, repo, id).await,
+        (Route::Upload(..), _) => Err(not_allowed("GET, PATCH, PUT, DELETE")),
+    }
+}
+
+fn not_allowed(allowed: &'static str) -> ApiError {
+    let message = format!("the method is not supported here; use {allowed}");
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, Code::Unsupported, message)
+        .with(ALLOW, HeaderValue::from_static(allowed))
+}
+
+fn json(body: String) -> Response {
+    let length = body.len();
+    let mut response = Response::new(Body::from(body));
+    let headers = response.headers_mut();
+    headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CONTENT_LENGTH, length.into());
+    response
+}
+
+/// An answer without a body.
+fn empty(status: StatusCode) -> Response {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = status;
+    response
+}
+
+/// Makes a header value of a text that has only printable ASCII, as all names, digests and paths of ours have.
+fn header(text: impl Into<String>) -> HeaderValue {
+    HeaderValue::try_from(text.into()).unwrap_or(HeaderValue::from_static(""))
+}
+
+fn header_str(parts: &Parts, name: HeaderName) -> Option<&str> {
+    parts.headers.get(name)?.to_str().ok()
+}
+
+/// Runs what blocks on a thread of its own.
+async fn blocking<T, E>(work: impl FnOnce() -> Result<T, E> + Send + 'static) -> Result<T, ApiError>
+where
+    T: Send + 'static,
+    E: Into<ApiError> + Send + 'static,
+{
+    match tokio::task::spawn_blocking(work).await {
+        Ok(done) => done.map_err(Into::into),
+        Err(error) => Err(ApiError::internal(&error)),
+    }
+}
+
+/// Reads and drops a body that is not wanted, within bounds; not if the client waits to be asked for it.
+async fn drain(mut body: Body, expects: bool, bytes_max: u64) {
+    if expects {
+        return;
+    }
+    let mut left = bytes_max;
+    let drained = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let bytes = frame.data_ref().map_or(0, |data| data.len() as u64);
+            left = match left.checked_sub(bytes) {
+                Some(left) => left,
+                None => break,
+            };
+        }
+    };
+    // Whether it ended in time or not, the answer is the same.
+    let _ = tokio::time::timeout(DRAIN_TIMEOUT, drained).await;
+}

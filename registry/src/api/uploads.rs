@@ -1,0 +1,402 @@
+//! Pushing blobs: POST, PATCH, PUT, and the upload's state (distribution-spec 1.1, "Pushing blobs").
+//!
+//! ```text
+//!  POST ?mount&from ─────────────> 201 | 202 + session
+//!  POST ?digest     body ────────> 201
+//!  POST ─> 202 ─> PATCH* ─> 202 ─> PUT ?digest ─> 201
+//!                   └── connection breaks: what came is kept; GET tells how much ──> PATCH
+//! ```
+//!
+//! The work on a session runs as a task of its own: when the client goes away, it still puts away what has come.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::response::Response;
+use bytes::{Bytes, BytesMut};
+use http::header::{CONTENT_LENGTH, CONTENT_RANGE, EXPECT, LOCATION, RANGE, RETRY_AFTER};
+use http::request::Parts;
+use http::{HeaderValue, StatusCode};
+use http_body_util::BodyExt;
+use serde_json::json;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use super::error::{ApiError, Code};
+use super::route::{self, param, upload_unknown};
+use super::{
+    Answer, App, CONTENT_DIGEST, DRAIN_BYTES_MAX, UPLOAD_UUID, blocking, drain, empty, header, header_str,
+    range,
+};
+use crate::digest::{Algorithm, Digest};
+use crate::names::RepoName;
+use crate::storage::ingest::Ingest;
+use crate::storage::uploads::{Session, UploadError};
+
+/// Largest body that is held in memory until it is stored.
+const SMALL_BODY_BYTES_MAX: u64 = 64 << 10;
+/// How long a request waits for its turn before it is turned away.
+const TURN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a body may bring nothing.
+const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Begins a session, mounts a blob, or takes a whole blob.
+pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body) -> Answer {
+    let query = parts.uri.query();
+    let length = content_length(&parts);
+    if let Some(digest) = param(query, "mount") {
+        let digest: Digest = digest.parse()?;
+        if let Some(from) = param(query, "from") {
+            let from = route::repo(&from)?;
+            let storage = Arc::clone(&app.storage);
+            let (to, mounted) = (repo.clone(), digest.clone());
+            if blocking(move || storage.mount_blob(&from, &to, &mounted)).await? {
+                return Ok(created(&repo, &digest));
+            }
+        }
+    } else if let Some(digest) = param(query, "digest") {
+        let digest: Digest = digest.parse()?;
+        // Without a body it is a client that tells early what will follow by PUT.
+        if length != Some(0) || digest == Digest::of(digest.algorithm(), b"") {
+            let id = app.storage.begin_upload(&repo, digest.algorithm())?;
+            let session = open(&app, &repo, id).await?;
+            return detached(complete(
+                app,
+                repo,
+                session,
+                Incoming { body, length, expected: length },
+                digest,
+            ))
+            .await;
+        }
+    }
+    let algorithm = match param(query, "digest-algorithm") {
+        Some(name) => Algorithm::from_name(&name).ok_or_else(|| {
+            let message = format!("digest-algorithm {name:?} is not supported; use sha256 or sha512");
+            ApiError::bad_request(Code::DigestInvalid, message)
+        })?,
+        None => Algorithm::Sha256,
+    };
+    let id = app.storage.begin_upload(&repo, algorithm)?;
+    Ok(progress(StatusCode::ACCEPTED, &repo, id, 0))
+}
+
+/// Takes a chunk, or a stream of any length.
+pub(super) async fn patch(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, body: Body) -> Answer {
+    let session = open(&app, &repo, id).await?;
+    let incoming = match Incoming::check(&parts, body, &repo, &session) {
+        Ok(incoming) => incoming,
+        Err((error, body)) => return refuse(error, &parts, body).await,
+    };
+    detached(async move {
+        let session = receive(&app, session, incoming, Ending::Acknowledged).await?;
+        Ok(progress(StatusCode::ACCEPTED, &repo, session.id(), session.offset()))
+    })
+    .await
+}
+
+/// Takes what is missing and turns the session into a blob.
+pub(super) async fn put(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, body: Body) -> Answer {
+    let digest = param(parts.uri.query(), "digest").ok_or_else(|| {
+        ApiError::bad_request(
+            Code::DigestInvalid,
+            "the parameter digest is missing; it names the finished blob",
+        )
+    });
+    let digest = match digest.and_then(|digest| Ok(digest.parse()?)) {
+        Ok(digest) => digest,
+        Err(error) => return refuse(error, &parts, body).await,
+    };
+    let session = open(&app, &repo, id).await?;
+    match Incoming::check(&parts, body, &repo, &session) {
+        Ok(incoming) => detached(complete(app, repo, session, incoming, digest)).await,
+        Err((error, body)) => refuse(error, &parts, body).await,
+    }
+}
+
+/// Tells how much of an upload has been taken.
+pub(super) async fn get(app: Arc<App>, repo: RepoName, id: Uuid) -> Answer {
+    let storage = Arc::clone(&app.storage);
+    let name = repo.clone();
+    let offset = blocking(move || storage.upload_offset(&name, id)).await?.ok_or_else(upload_unknown)?;
+    Ok(progress(StatusCode::NO_CONTENT, &repo, id, offset))
+}
+
+/// Cancels an upload.
+pub(super) async fn delete(app: Arc<App>, repo: RepoName, id: Uuid) -> Answer {
+    let session = open(&app, &repo, id).await?;
+    blocking(move || app.storage.cancel_upload(session)).await?;
+    Ok(empty(StatusCode::NO_CONTENT))
+}
+
+/// A body that fits its session.
+struct Incoming {
+    body: Body,
+    /// What `Content-Length` says.
+    length: Option<u64>,
+    /// What it must bring, by `Content-Length` or `Content-Range`.
+    expected: Option<u64>,
+}
+
+impl Incoming {
+    /// Checks the headers against each other and against what the session has; gives the body back on refusal.
+    fn check(
+        parts: &Parts,
+        body: Body,
+        repo: &RepoName,
+        session: &Session,
+    ) -> Result<Self, (ApiError, Body)> {
+        let length = content_length(parts);
+        let Some(text) = header_str(parts, CONTENT_RANGE) else {
+            return Ok(Self { body, length, expected: length });
+        };
+        let Some((first, expected)) = range::chunk(text) else {
+            let message = format!("Content-Range {text:?} is not of the form first-last");
+            return Err((ApiError::bad_request(Code::BlobUploadInvalid, message), body));
+        };
+        if first != session.offset() {
+            let message =
+                format!("the chunk begins at {first}, but the upload has {} bytes", session.offset());
+            let location = location(repo, session.id());
+            let error = ApiError::new(StatusCode::RANGE_NOT_SATISFIABLE, Code::BlobUploadInvalid, message)
+                .with(LOCATION, header(location))
+                .with(RANGE, taken(session.offset()));
+            return Err((error, body));
+        }
+        if let Some(length) = length.filter(|length| *length != expected) {
+            let message = format!("Content-Range announces {expected} bytes, Content-Length {length}");
+            return Err((ApiError::bad_request(Code::SizeInvalid, message), body));
+        }
+        Ok(Self { body, length, expected: Some(expected) })
+    }
+}
+
+/// What a request that brings content leaves behind.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// The state is put on disk: the bytes are the session's for good.
+    Acknowledged,
+    /// The blob is made next.
+    Committed,
+}
+
+async fn complete(
+    app: Arc<App>,
+    repo: RepoName,
+    mut session: Session,
+    incoming: Incoming,
+    digest: Digest,
+) -> Answer {
+    let small = incoming.length.is_some_and(|length| length <= SMALL_BODY_BYTES_MAX);
+    let done = if session.is_fresh() && small {
+        let _turn = turn(&app.small_bodies).await?;
+        let bytes = collect(&app, incoming).await?;
+        let (storage, digest) = (Arc::clone(&app.storage), digest.clone());
+        blocking(move || storage.commit_small(session, &bytes, &digest)).await
+    } else {
+        session.prefer(digest.algorithm());
+        if incoming.length != Some(0) {
+            session = receive(&app, session, incoming, Ending::Committed).await?;
+        }
+        let (storage, digest) = (Arc::clone(&app.storage), digest.clone());
+        blocking(move || storage.commit_upload(session, &digest)).await
+    };
+    done.map(|()| created(&repo, &digest))
+}
+
+/// Takes a body into a session on disk.
+async fn receive(
+    app: &Arc<App>,
+    session: Session,
+    incoming: Incoming,
+    ending: Ending,
+) -> Result<Session, ApiError> {
+    let _turn = turn(&app.uploads).await?;
+    let _gauge = Gauge::raise(app);
+    let storage = Arc::clone(&app.storage);
+    let mut session = blocking(move || {
+        let mut session = session;
+        storage.settle_upload(&mut session)?;
+        Ok::<_, crate::storage::Error>(session)
+    })
+    .await?;
+    let (began_with, began_at) = (session.hasher(), session.offset());
+    let length = incoming.length.unwrap_or(0);
+    let pool = app.storage.ingest_pool();
+    let mut ingest =
+        Ingest::start(pool, &session.data(), session.hashstates(), began_at, session.hasher(), length);
+    let came = pour(app, incoming.body, &mut ingest).await;
+    let (hasher, offset) = ingest.finish().await?;
+    let expected = incoming.expected.unwrap_or(offset - began_at);
+    match came {
+        Ok(()) if offset - began_at == expected => {
+            if ending == Ending::Acknowledged {
+                session = blocking(move || session.advance(hasher, offset).map(|()| session)).await?;
+            } else {
+                session.set(hasher, offset);
+            }
+            Ok(session)
+        }
+        Ok(()) => {
+            let message = format!("{expected} bytes were announced, {} came", offset - began_at);
+            blocking(move || session.rewind(began_with, began_at)).await?;
+            Err(ApiError::bad_request(Code::SizeInvalid, message))
+        }
+        Err(Interrupted::Body(reason)) => {
+            // Good to the last byte: the client asks by GET and goes on from there.
+            blocking(move || session.advance(hasher, offset)).await?;
+            let message = format!("the body broke off after {} bytes: {reason}", offset - began_at);
+            Err(ApiError::bad_request(Code::BlobUploadInvalid, message))
+        }
+        Err(Interrupted::Storage(error)) => Err(error.into()),
+    }
+}
+
+enum Interrupted {
+    Body(String),
+    Storage(crate::storage::Error),
+}
+
+async fn pour(app: &App, mut body: Body, ingest: &mut Ingest) -> Result<(), Interrupted> {
+    while let Some(data) = next(&mut body).await.map_err(Interrupted::Body)? {
+        app.metrics.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+        ingest.push(&data).await.map_err(Interrupted::Storage)?;
+    }
+    Ok(())
+}
+
+/// Reads a whole body of known, small length.
+async fn collect(app: &App, mut incoming: Incoming) -> Result<Bytes, ApiError> {
+    let broken =
+        |reason| ApiError::bad_request(Code::BlobUploadInvalid, format!("the body broke off: {reason}"));
+    let Some(first) = next(&mut incoming.body).await.map_err(broken)? else { return Ok(Bytes::new()) };
+    app.metrics.received_bytes.fetch_add(incoming.length.unwrap_or(0), Ordering::Relaxed);
+    // The length was checked, and no more than that ever comes.
+    if Some(first.len() as u64) == incoming.length {
+        return Ok(first);
+    }
+    let mut bytes = BytesMut::from(first);
+    while let Some(data) = next(&mut incoming.body).await.map_err(broken)? {
+        bytes.extend_from_slice(&data);
+    }
+    Ok(bytes.freeze())
+}
+
+async fn next(body: &mut Body) -> Result<Option<Bytes>, String> {
+    loop {
+        match timeout(BODY_IDLE_TIMEOUT, body.frame()).await {
+            Err(_) => return Err(format!("nothing came for {} s", BODY_IDLE_TIMEOUT.as_secs())),
+            Ok(None) => return Ok(None),
+            Ok(Some(Err(error))) => return Err(error.to_string()),
+            Ok(Some(Ok(frame))) => {
+                if let Ok(data) = frame.into_data() {
+                    return Ok(Some(data));
+                }
+            }
+        }
+    }
+}
+
+async fn open(app: &App, repo: &RepoName, id: Uuid) -> Result<Session, ApiError> {
+    let opened = if app.storage.is_fresh_upload(id) {
+        app.storage.open_upload(repo, id)?
+    } else {
+        let (storage, repo) = (Arc::clone(&app.storage), repo.clone());
+        blocking(move || storage.open_upload(&repo, id)).await?
+    };
+    opened.ok_or_else(upload_unknown)
+}
+
+pub(super) async fn turn(semaphore: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, ApiError> {
+    match timeout(TURN_TIMEOUT, Arc::clone(semaphore).acquire_owned()).await {
+        Ok(Ok(permit)) => Ok(permit),
+        _ => Err(ApiError::too_many("too many uploads at a time; try again later")),
+    }
+}
+
+/// Waits for a body that is taken in as a whole, as long as one may bring nothing.
+pub(super) async fn patiently<T>(body: impl Future<Output = T>) -> Result<T, String> {
+    timeout(BODY_IDLE_TIMEOUT, body)
+        .await
+        .map_err(|_| format!("the body took more than {} s", BODY_IDLE_TIMEOUT.as_secs()))
+}
+
+/// Answers a request whose body is not taken.
+async fn refuse(error: ApiError, parts: &Parts, body: Body) -> Answer {
+    drain(body, parts.headers.contains_key(EXPECT), DRAIN_BYTES_MAX).await;
+    Err(error)
+}
+
+/// Runs to the end whether or not the client waits for it.
+async fn detached(work: impl Future<Output = Answer> + Send + 'static) -> Answer {
+    tokio::spawn(work).await.unwrap_or_else(|error| Err(ApiError::internal(&error)))
+}
+
+/// Counts an upload while it goes on.
+struct Gauge(Arc<App>);
+
+impl Gauge {
+    fn raise(app: &Arc<App>) -> Self {
+        app.metrics.uploads.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(app))
+    }
+}
+
+impl Drop for Gauge {
+    fn drop(&mut self) {
+        self.0.metrics.uploads.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl From<UploadError> for ApiError {
+    fn from(error: UploadError) -> Self {
+        match error {
+            UploadError::Busy => {
+                let message = "another request works on this upload; ask for its state and try again";
+                Self::new(StatusCode::CONFLICT, Code::BlobUploadInvalid, message).with(RETRY_AFTER, 1.into())
+            }
+            UploadError::Digest { actual } => {
+                Self::bad_request(Code::DigestInvalid, format!("the content's digest is {actual}"))
+                    .detail(json!({"digest": actual.as_str()}))
+            }
+            UploadError::Storage(error) => error.into(),
+        }
+    }
+}
+
+fn content_length(parts: &Parts) -> Option<u64> {
+    header_str(parts, CONTENT_LENGTH)?.parse().ok()
+}
+
+fn location(repo: &RepoName, id: Uuid) -> String {
+    format!("/v2/{repo}/blobs/uploads/{id}")
+}
+
+/// Says which bytes are taken; as distribution does, also of none that the first is.
+fn taken(offset: u64) -> HeaderValue {
+    header(format!("0-{}", offset.saturating_sub(1)))
+}
+
+fn progress(status: StatusCode, repo: &RepoName, id: Uuid, offset: u64) -> Response {
+    let mut response = empty(status);
+    let headers = response.headers_mut();
+    headers.insert(LOCATION, header(location(repo, id)));
+    headers.insert(RANGE, taken(offset));
+    headers.insert(UPLOAD_UUID, header(id.to_string()));
+    if status != StatusCode::NO_CONTENT {
+        headers.insert(CONTENT_LENGTH, 0.into());
+    }
+    response
+}
+
+fn created(repo: &RepoName, digest: &Digest) -> Response {
+    let mut response = empty(StatusCode::CREATED);
+    let headers = response.headers_mut();
+    headers.insert(LOCATION, header(format!("/v2/{repo}/blobs/{digest}")));
+    headers.insert(CONTENT_DIGEST, header(digest.as_str()));
+    headers.insert(CONTENT_LENGTH, 0.into());
+    response
+}

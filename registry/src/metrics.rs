@@ -1,0 +1,151 @@
+//! Counters in the Prometheus text format: requests, errors and durations by route, bytes, uploads going on.
+
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// What a request is about; the label `route`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RouteLabel {
+    Base,
+    Blob,
+    Upload,
+    Manifest,
+    Tags,
+    Referrers,
+    Catalog,
+    Other,
+}
+
+const ROUTES: [(RouteLabel, &str); 8] = [
+    (RouteLabel::Base, "base"),
+    (RouteLabel::Blob, "blob"),
+    (RouteLabel::Upload, "upload"),
+    (RouteLabel::Manifest, "manifest"),
+    (RouteLabel::Tags, "tags"),
+    (RouteLabel::Referrers, "referrers"),
+    (RouteLabel::Catalog, "catalog"),
+    (RouteLabel::Other, "other"),
+];
+const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "other"];
+const CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+/// Upper bounds of the duration buckets.
+const BUCKETS_MS: [u64; 9] = [1, 3, 10, 30, 100, 300, 1_000, 10_000, 100_000];
+
+/// All counters of one registry.
+#[derive(Debug, Default)]
+pub(crate) struct Metrics {
+    requests: [[[AtomicU64; CLASSES.len()]; METHODS.len()]; ROUTES.len()],
+    durations: [Histogram; ROUTES.len()],
+    pub(crate) received_bytes: AtomicU64,
+    pub(crate) sent_bytes: AtomicU64,
+    pub(crate) uploads: AtomicU64,
+    pub(crate) unauthorized: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Histogram {
+    buckets: [AtomicU64; BUCKETS_MS.len()],
+    count: AtomicU64,
+    micros: AtomicU64,
+}
+
+impl Metrics {
+    /// Counts an answered request; the duration ends with the answer's head.
+    pub(crate) fn record(&self, route: RouteLabel, method: &str, status: u16, duration: Duration) {
+        let method = METHODS.iter().position(|name| *name == method).unwrap_or(METHODS.len() - 1);
+        let class = usize::from(status / 100).clamp(1, CLASSES.len()) - 1;
+        self.requests[route as usize][method][class].fetch_add(1, Ordering::Relaxed);
+        let histogram = &self.durations[route as usize];
+        let bucket = BUCKETS_MS.iter().position(|bound| duration <= Duration::from_millis(*bound));
+        if let Some(bucket) = bucket {
+            histogram.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        }
+        histogram.count.fetch_add(1, Ordering::Relaxed);
+        let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
+        histogram.micros.fetch_add(micros, Ordering::Relaxed);
+    }
+
+    /// Writes everything as text.
+    pub(crate) fn render(&self) -> String {
+        let mut out = String::new();
+        // Writing to a string does not fail.
+        let _ = self.write(&mut out);
+        out
+    }
+
+    fn write(&self, out: &mut String) -> std::fmt::Result {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        head(out, "dvcr_registry_requests_total", "counter", "Requests answered.")?;
+        for (route, name) in ROUTES {
+            for (method, counters) in METHODS.iter().zip(&self.requests[route as usize]) {
+                for (class, counter) in CLASSES.iter().zip(counters).filter(|(_, counter)| get(counter) > 0) {
+                    writeln!(
+                        out,
+                        "dvcr_registry_requests_total{{route=\"{name}\",method=\"{method}\",status=\"{class}\"}} {}",
+                        get(counter)
+                    )?;
+                }
+            }
+        }
+        let histogram = "dvcr_registry_request_duration_seconds";
+        head(out, histogram, "histogram", "Time to the head of the answer.")?;
+        for (route, name) in ROUTES {
+            let durations = &self.durations[route as usize];
+            if get(&durations.count) == 0 {
+                continue;
+            }
+            let mut sum = 0;
+            for (bound, bucket) in BUCKETS_MS.iter().zip(&durations.buckets) {
+                sum += get(bucket);
+                let le = Duration::from_millis(*bound).as_secs_f64();
+                writeln!(out, "{histogram}_bucket{{route=\"{name}\",le=\"{le}\"}} {sum}")?;
+            }
+            let count = get(&durations.count).max(sum);
+            writeln!(out, "{histogram}_bucket{{route=\"{name}\",le=\"+Inf\"}} {count}")?;
+            let seconds = Duration::from_micros(get(&durations.micros)).as_secs_f64();
+            writeln!(out, "{histogram}_sum{{route=\"{name}\"}} {seconds}")?;
+            writeln!(out, "{histogram}_count{{route=\"{name}\"}} {count}")?;
+        }
+        for (name, kind, help, counter) in [
+            ("received_bytes_total", "counter", "Bytes of content received.", &self.received_bytes),
+            ("sent_bytes_total", "counter", "Bytes of content sent.", &self.sent_bytes),
+            ("unauthorized_total", "counter", "Requests without valid credentials.", &self.unauthorized),
+            ("uploads_in_progress", "gauge", "Requests that bring content just now.", &self.uploads),
+        ] {
+            let name = format!("dvcr_registry_{name}");
+            head(out, &name, kind, help)?;
+            writeln!(out, "{name} {}", get(counter))?;
+        }
+        Ok(())
+    }
+}
+
+fn head(out: &mut String, name: &str, kind: &str, help: &str) -> std::fmt::Result {
+    writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routes_are_indexed_by_their_own_number() {
+        for (at, (route, _)) in ROUTES.iter().enumerate() {
+            assert_eq!(*route as usize, at);
+        }
+    }
+
+    #[test]
+    fn buckets_are_cumulative() {
+        let metrics = Metrics::default();
+        for ms in [0, 2, 2, 1_000_000] {
+            metrics.record(RouteLabel::Blob, "GET", 200, Duration::from_millis(ms));
+        }
+        let text = metrics.render();
+        assert!(text.contains("requests_total{route=\"blob\",method=\"GET\",status=\"2xx\"} 4\n"), "{text}");
+        assert!(text.contains("_bucket{route=\"blob\",le=\"0.001\"} 1\n"), "{text}");
+        assert!(text.contains("_bucket{route=\"blob\",le=\"100\"} 3\n"), "{text}");
+        assert!(text.contains("_bucket{route=\"blob\",le=\"+Inf\"} 4\n"), "{text}");
+    }
+}

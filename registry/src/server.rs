@@ -1,0 +1,105 @@
+//! Accepts connections and speaks HTTP/1.1 on them.
+
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep, timeout};
+
+use crate::{Error, Registry, Result};
+
+/// How long requests may go on after the end was asked for.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long uploads whose connection was cut then may take to put away what has come.
+const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long a request's head may take, and a connection may be idle.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// Most bytes received that wait to be taken, per connection.
+const RECEIVE_BYTES_MAX: usize = 256 << 10;
+/// Pause after a failure to accept that does not go away at once, such as too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves a registry until `shutdown` is ready, then lets running requests end, for at most 10 s.
+///
+/// # Errors
+/// When the sessions that live in memory cannot be put on disk at the end.
+pub async fn serve(
+    listener: TcpListener,
+    registry: Registry,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let router = registry.router();
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(RECEIVE_BYTES_MAX);
+    let graceful = GracefulShutdown::new();
+    let connections = Arc::new(Semaphore::new(registry.connections_max));
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let (stream, permit) = tokio::select! {
+            accepted = accept(&listener, &connections) => accepted,
+            () = &mut shutdown => break,
+        };
+        // Answers are small or come in large pieces: waiting for more to send gains nothing.
+        let _ = stream.set_nodelay(true);
+        let service = TowerToHyperService::new(router.clone());
+        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection ended early");
+            }
+            drop(permit);
+        });
+    }
+    drop(listener);
+    if timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
+        tracing::warn!(seconds = DRAIN_TIMEOUT.as_secs(), "requests still ran at the end and were cut");
+    }
+    registry.finish(KEEP_TIMEOUT).await
+}
+
+/// Waits for a connection, and first for room for one.
+async fn accept(
+    listener: &TcpListener,
+    connections: &Arc<Semaphore>,
+) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+    // The semaphore is never closed.
+    let permit = Arc::clone(connections).acquire_owned().await.ok();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, permit),
+            Err(error) if is_of_connection(&error) => {}
+            Err(error) => {
+                tracing::error!(%error, "cannot accept connections");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Whether only the connection that was being accepted is lost.
+fn is_of_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+}
+
+impl Registry {
+    async fn finish(self, limit: Duration) -> Result<()> {
+        let all = u32::try_from(self.uploads_max).unwrap_or(u32::MAX);
+        if timeout(limit, self.app.uploads.acquire_many(all)).await.is_err() {
+            tracing::warn!(
+                "uploads were still being put away at the end; they go on from their last saved state"
+            );
+        }
+        let storage = Arc::clone(&self.app.storage);
+        let kept = tokio::task::spawn_blocking(move || storage.keep_pending_uploads()).await;
+        kept.map_err(|error| Error::Finish { source: Box::new(error) })?
+            .map_err(|error| Error::Finish { source: Box::new(error) })
+    }
+}

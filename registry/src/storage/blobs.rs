@@ -1,0 +1,171 @@
+//! Looking blobs up, linking them, and reading them.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, IoSliceMut, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use rustix::io::ReadWriteFlags;
+use tokio::task::JoinHandle;
+
+use super::pool::{Buffer, Pool};
+use super::{Error, Result, Storage};
+use crate::digest::Digest;
+use crate::names::RepoName;
+
+/// Bytes per buffer of the read pool.
+pub(crate) const READ_BUFFER_BYTES: usize = 256 << 10;
+/// Longest link that is read; a sha512 digest takes 135 bytes.
+const LINK_BYTES_MAX: u64 = 256;
+
+/// A blob a repository has.
+pub(crate) struct Blob {
+    pub(crate) file: File,
+    pub(crate) length: u64,
+}
+
+impl Storage {
+    /// Finds a blob of a repository and tells its length.
+    pub(crate) fn stat_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<u64>> {
+        let Some(target) = self.layer(repo, digest)? else { return Ok(None) };
+        let path = self.layout.blob(&target);
+        found(fs::metadata(&path).map(|metadata| metadata.len())).map_err(Error::at("cannot look at", &path))
+    }
+
+    /// Opens a blob of a repository.
+    pub(crate) fn open_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<Blob>> {
+        let Some(target) = self.layer(repo, digest)? else { return Ok(None) };
+        let path = self.layout.blob(&target);
+        let open = || {
+            let file = File::open(&path)?;
+            let length = file.metadata()?.len();
+            Ok(Blob { file, length })
+        };
+        found(open()).map_err(Error::at("cannot open", &path))
+    }
+
+    /// Gives `to` a blob that `from` has; durable when it returns. Returns whether `from` has it.
+    pub(crate) fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<bool> {
+        let Some(target) = self.layer(from, digest)? else { return Ok(false) };
+        if !self.layout.blob(&target).is_file() {
+            return Ok(false);
+        }
+        let link = self.link_temp(&target)?;
+        let mut changes = self.dirs.changes();
+        let path = self.layout.layer_link(to, digest);
+        self.place_link(&mut changes, link, &path)?;
+        changes.sync().map_err(Error::at("cannot sync directories of", &path))?;
+        Ok(true)
+    }
+
+    /// Takes a blob from a repository; its bytes stay, for other repositories may have it. Returns whether it was there.
+    pub(crate) fn delete_blob(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+        let link = self.layout.layer_link(repo, digest);
+        self.dirs.remove_file(&link).map_err(Error::at("cannot remove", &link))
+    }
+
+    /// Reads a blob's link. Distribution lets the digest of one algorithm name a blob that is stored under another.
+    fn layer(&self, repo: &RepoName, digest: &Digest) -> Result<Option<Digest>> {
+        read_link(&self.layout.layer_link(repo, digest))
+    }
+}
+
+/// Reads a link; one that holds no digest counts as absent.
+pub(super) fn read_link(path: &Path) -> Result<Option<Digest>> {
+    let read = || {
+        let mut text = String::new();
+        File::open(path)?.take(LINK_BYTES_MAX).read_to_string(&mut text)?;
+        Ok(text)
+    };
+    let Some(text) = found(read()).map_err(Error::at("cannot read", path))? else { return Ok(None) };
+    match text.trim_end().parse() {
+        Ok(digest) => Ok(Some(digest)),
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "a link holds no digest and is passed over");
+            Ok(None)
+        }
+    }
+}
+
+/// Turns "not found" into `None`.
+pub(super) fn found<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads a part of a blob in order: what the page cache has at once, the rest one buffer ahead on another thread.
+pub(crate) struct Reader {
+    file: Arc<File>,
+    pool: Arc<Pool>,
+    offset: u64,
+    end: u64,
+    ahead: Option<JoinHandle<io::Result<Buffer>>>,
+}
+
+impl Reader {
+    /// Reads from `offset` up to `end`, which must lie inside the file.
+    pub(crate) fn new(file: File, pool: &Arc<Pool>, offset: u64, end: u64) -> Self {
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
+        Self { file: Arc::new(file), pool: Arc::clone(pool), offset, end, ahead: None }
+    }
+
+    /// Returns the next bytes, `None` at the end.
+    pub(crate) async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        let buffer = match self.ahead.take() {
+            Some(ahead) => ahead.await.map_err(io::Error::other)??,
+            None if self.offset >= self.end => return Ok(None),
+            None => {
+                let mut buffer = self.pool.get_extra();
+                buffer.truncate(self.left());
+                match read_cached(&self.file, &mut buffer, self.offset) {
+                    true => buffer,
+                    false => {
+                        let cold = self.read_cold(buffer, self.offset);
+                        cold.await.map_err(io::Error::other)??
+                    }
+                }
+            }
+        };
+        self.offset += buffer.len() as u64;
+        if self.offset < self.end
+            && let Some(mut ahead) = self.pool.try_get()
+        {
+            ahead.truncate(self.left());
+            // Cached bytes cost less to read when they are wanted than a hop to another thread now.
+            if !probably_cached(&self.file, self.offset) {
+                self.ahead = Some(self.read_cold(ahead, self.offset));
+            }
+        }
+        Ok(Some(Bytes::from_owner(buffer)))
+    }
+
+    fn left(&self) -> usize {
+        usize::try_from(self.end - self.offset).unwrap_or(usize::MAX)
+    }
+
+    fn read_cold(&self, mut buffer: Buffer, offset: u64) -> JoinHandle<io::Result<Buffer>> {
+        let file = Arc::clone(&self.file);
+        tokio::task::spawn_blocking(move || {
+            file.read_exact_at(buffer.as_mut(), offset)?;
+            Ok(buffer)
+        })
+    }
+}
+
+/// Fills the buffer if that needs no waiting for the device.
+fn read_cached(file: &File, buffer: &mut Buffer, offset: u64) -> bool {
+    let wanted = buffer.len();
+    let slices = &mut [IoSliceMut::new(buffer.as_mut())];
+    rustix::io::preadv2(file, slices, offset, ReadWriteFlags::NOWAIT) == Ok(wanted)
+}
+
+fn probably_cached(file: &File, offset: u64) -> bool {
+    let mut byte = [0];
+    let slices = &mut [IoSliceMut::new(&mut byte)];
+    rustix::io::preadv2(file, slices, offset, ReadWriteFlags::NOWAIT) == Ok(1)
+}

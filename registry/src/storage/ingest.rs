@@ -1,0 +1,257 @@
+//! Takes the bytes of one request into an upload session: receiving, hashing and writing overlap.
+//!
+//! ```text
+//!  HTTP body ──copy──> aligned 1 MiB buffer ──┬──> hashing thread: SHA-2, a saved state now and then
+//!  (async task)                               └──> writing thread: O_DIRECT, page cache for unaligned edges
+//! ```
+//!
+//! Both threads read the same buffer; the queues hold one buffer each, and the pool bounds all uploads together.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, OFlags};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::pool::{ALIGN_BYTES, Buffer, Pool};
+use super::uploads::save_state;
+use super::{Error, Result};
+use crate::digest::{Algorithm, Hasher};
+
+/// Bytes per buffer of the upload pool, a multiple of [`ALIGN_BYTES`].
+pub(crate) const INGEST_BUFFER_BYTES: usize = 1 << 20;
+/// Buffers waiting for one thread.
+const QUEUE_BUFFERS_MAX: usize = 1;
+/// Least run of bytes worth a direct write.
+const DIRECT_BYTES_MIN: usize = 64 << 10;
+/// How often the hash state is put on disk while a request goes on, so that a killed stream can be resumed.
+const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// Least announced length that space is reserved for.
+const RESERVE_BYTES_MIN: u64 = 1 << 20;
+
+/// The receiving end of one request.
+pub(crate) struct Ingest {
+    pool: Arc<Pool>,
+    buffer: Option<Buffer>,
+    /// Where the first byte of the current buffer that is not ours to fill ends.
+    start: usize,
+    end: usize,
+    offset: u64,
+    to_hash: mpsc::Sender<Arc<Piece>>,
+    to_write: mpsc::Sender<Arc<Piece>>,
+    hashing: JoinHandle<Hasher>,
+    writing: JoinHandle<Result<()>>,
+}
+
+/// A filled buffer and its place in the file.
+struct Piece {
+    buffer: Buffer,
+    start: usize,
+    offset: u64,
+}
+
+impl Piece {
+    fn bytes(&self) -> &[u8] {
+        &self.buffer.as_ref()[self.start..]
+    }
+}
+
+impl Ingest {
+    /// Begins at `offset` of `data`, whose content up to there is what `hasher` has hashed; the rest is cut off.
+    ///
+    /// `length` is what the request announced, and 0 if it did not. Must be called on a Tokio runtime.
+    pub(crate) fn start(
+        pool: &Arc<Pool>,
+        data: &Path,
+        hashstates: PathBuf,
+        offset: u64,
+        hasher: Hasher,
+        length: u64,
+    ) -> Self {
+        let (to_hash, hash_queue) = mpsc::channel(QUEUE_BUFFERS_MAX);
+        let (to_write, write_queue) = mpsc::channel(QUEUE_BUFFERS_MAX);
+        let data = data.to_owned();
+        let start = usize::try_from(offset % ALIGN_BYTES as u64).unwrap_or(0);
+        Self {
+            pool: Arc::clone(pool),
+            buffer: None,
+            start,
+            end: start,
+            offset,
+            to_hash,
+            to_write,
+            hashing: tokio::task::spawn_blocking(move || hash(hasher, offset, &hashstates, hash_queue)),
+            writing: tokio::task::spawn_blocking(move || write(&data, offset, length, write_queue)),
+        }
+    }
+
+    /// Takes bytes in, waiting while both queues are full.
+    ///
+    /// # Errors
+    /// When writing failed; the session then goes on from its last saved state.
+    pub(crate) async fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
+        while !bytes.is_empty() {
+            let mut buffer = match self.buffer.take() {
+                Some(buffer) => buffer,
+                None => self.pool.get().await,
+            };
+            let room = buffer.as_mut().get_mut(self.end..).unwrap_or_default();
+            let (now, later) = bytes.split_at(bytes.len().min(room.len()));
+            room[..now.len()].copy_from_slice(now);
+            self.end += now.len();
+            bytes = later;
+            if now.len() == room.len() {
+                self.hand_over(buffer).await?;
+            } else {
+                self.buffer = Some(buffer);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until everything is hashed and written (to the page cache or the device, not synced).
+    ///
+    /// Returns the hasher and the length of the content so far.
+    pub(crate) async fn finish(mut self) -> Result<(Hasher, u64)> {
+        if let Some(buffer) = self.buffer.take() {
+            self.hand_over(buffer).await?;
+        }
+        drop((self.to_hash, self.to_write));
+        self.writing.await.map_err(join_error)??;
+        let hasher = self.hashing.await.map_err(join_error)?;
+        Ok((hasher, self.offset))
+    }
+
+    async fn hand_over(&mut self, mut buffer: Buffer) -> Result<()> {
+        buffer.truncate(self.end);
+        let piece = Arc::new(Piece { buffer, start: self.start, offset: self.offset });
+        self.offset = self
+            .offset
+            .checked_add((self.end - self.start) as u64)
+            .ok_or_else(|| Error::other("the upload is longer than a file can be"))?;
+        (self.start, self.end) = (0, 0);
+        let hashing = self.to_hash.send(Arc::clone(&piece)).await;
+        if hashing.is_err() || self.to_write.send(piece).await.is_err() {
+            // A thread ends early only when writing failed: its result tells why.
+            return match (&mut self.writing).await {
+                Ok(Err(error)) => Err(error),
+                Ok(Ok(())) => Err(Error::other("an upload's writer ended early")),
+                Err(error) => Err(join_error(error)),
+            };
+        }
+        Ok(())
+    }
+}
+
+fn join_error(error: tokio::task::JoinError) -> Error {
+    Error::new("an upload's thread did not end well", io::Error::other(error))
+}
+
+fn hash(
+    mut hasher: Hasher,
+    mut offset: u64,
+    hashstates: &Path,
+    mut queue: mpsc::Receiver<Arc<Piece>>,
+) -> Hasher {
+    let mut next_checkpoint = offset.saturating_add(CHECKPOINT_BYTES);
+    while let Some(piece) = queue.blocking_recv() {
+        hasher.update(piece.bytes());
+        offset += piece.bytes().len() as u64;
+        drop(piece);
+        if offset >= next_checkpoint {
+            next_checkpoint = offset.saturating_add(CHECKPOINT_BYTES);
+            // A state ahead of the file is ignored by whoever resumes; one that cannot be saved is not missed now.
+            if let Err(error) = save_state(hashstates, &hasher, offset) {
+                tracing::warn!(%error, path = %hashstates.display(), "hash state not saved");
+            }
+        }
+    }
+    hasher
+}
+
+fn write(data: &Path, offset: u64, length: u64, mut queue: mpsc::Receiver<Arc<Piece>>) -> Result<()> {
+    let mut target =
+        Target::open(data, offset, length).map_err(Error::at("cannot open upload data", data))?;
+    while let Some(piece) = queue.blocking_recv() {
+        target.write(piece.bytes(), piece.offset).map_err(Error::at("cannot write upload data", data))?;
+    }
+    Ok(())
+}
+
+/// The session's data file.
+struct Target {
+    cached: File,
+    /// Bypasses the page cache; `None` where the filesystem refuses.
+    direct: Option<File>,
+}
+
+impl Target {
+    fn open(path: &Path, offset: u64, length: u64) -> io::Result<Self> {
+        let cached = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+        // Also gives back what was reserved for a request that broke.
+        cached.set_len(offset)?;
+        if length >= RESERVE_BYTES_MIN {
+            reserve(&cached, offset, length)?;
+        }
+        let direct = match length {
+            1..RESERVE_BYTES_MIN => None,
+            _ => {
+                let flags = i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
+                OpenOptions::new().write(true).custom_flags(flags).open(path).ok()
+            }
+        };
+        Ok(Self { cached, direct })
+    }
+
+    /// Writes at `offset`; the memory is aligned as the offset is.
+    fn write(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let Some(direct) = &self.direct else { return self.cached.write_all_at(bytes, offset) };
+        let past_edge = usize::try_from(offset % ALIGN_BYTES as u64).unwrap_or(0);
+        let head = ((ALIGN_BYTES - past_edge) % ALIGN_BYTES).min(bytes.len());
+        let (head, rest) = bytes.split_at(head);
+        let (middle, tail) = rest.split_at(rest.len() - rest.len() % ALIGN_BYTES);
+        if middle.len() < DIRECT_BYTES_MIN {
+            return self.cached.write_all_at(bytes, offset);
+        }
+        self.cached.write_all_at(head, offset)?;
+        let offset = offset + head.len() as u64;
+        match direct.write_all_at(middle, offset) {
+            Err(error) if matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
+                self.direct = None;
+                self.cached.write_all_at(middle, offset)?;
+            }
+            done => done?,
+        }
+        self.cached.write_all_at(tail, offset + middle.len() as u64)
+    }
+}
+
+/// Reserves space, so that a full disk is noticed before the bytes are sent, and large extents are found.
+fn reserve(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, offset, length) {
+        Err(error @ (rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT | rustix::io::Errno::FBIG)) => {
+            Err(error.into())
+        }
+        // Where it is not supported, nothing is lost but speed.
+        _ => Ok(()),
+    }
+}
+
+/// Hashes a file from the beginning; for the rare case that no usable state was kept.
+pub(crate) fn hash_file(path: &Path, algorithm: Algorithm, length: u64) -> io::Result<Hasher> {
+    let file = File::open(path)?;
+    let mut hasher = Hasher::new(algorithm);
+    let mut block = vec![0; INGEST_BUFFER_BYTES];
+    let mut offset = 0;
+    while offset < length {
+        let want = usize::try_from(length - offset).unwrap_or(usize::MAX).min(block.len());
+        file.read_exact_at(&mut block[..want], offset)?;
+        hasher.update(&block[..want]);
+        offset += want as u64;
+    }
+    Ok(hasher)
+}

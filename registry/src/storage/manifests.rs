@@ -1,0 +1,404 @@
+//! Manifests by digest, tags, and the lists of both.
+
+use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+use super::blobs::{found, read_link};
+use super::layout::tag_index_link;
+use super::sync::sync_dir;
+use super::{Error, Result, Storage};
+use crate::digest::{Algorithm, Digest};
+use crate::names::{Reference, RepoName, Tag};
+
+/// Largest manifest, bytes (distribution-spec: registries should take at least 4 MiB).
+pub(crate) const MANIFEST_BYTES_MAX: usize = 4 << 20;
+/// Manifests kept in memory, bytes.
+const CACHE_BYTES_MAX: usize = 6 << 20;
+/// What an entry costs besides its bytes.
+const CACHE_ENTRY_BYTES: usize = 512;
+/// Larger manifests are not kept.
+const CACHED_MANIFEST_BYTES_MAX: usize = 256 << 10;
+/// How deep repositories may lie in directories: a name has at most 255 bytes, so at most 128 components.
+const REPO_DEPTH_MAX: usize = 128;
+
+/// A manifest as it was pushed.
+#[derive(Clone, Debug)]
+pub(crate) struct Manifest {
+    pub(crate) digest: Digest,
+    pub(crate) bytes: Bytes,
+    pub(crate) media_type: Arc<str>,
+}
+
+/// Manifests by digest. Content never changes under its digest, so nothing here goes stale; whether a repository has
+/// the manifest is asked on disk every time.
+#[derive(Debug, Default)]
+pub(crate) struct Cache(Mutex<Entries>);
+
+#[derive(Debug, Default)]
+struct Entries {
+    manifests: HashMap<Digest, Manifest>,
+    /// Oldest first.
+    order: VecDeque<Digest>,
+    bytes: usize,
+}
+
+/// A page of names, in lexical order.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Page {
+    pub(crate) names: Vec<String>,
+    /// Whether there are more behind the last.
+    pub(crate) more: bool,
+}
+
+impl Storage {
+    /// Finds what a reference names.
+    pub(crate) fn resolve(&self, repo: &RepoName, reference: &Reference) -> Result<Option<Digest>> {
+        match reference {
+            Reference::Digest(digest) => Ok(Some(digest.clone())),
+            Reference::Tag(tag) => read_link(&self.layout.tag_current_link(repo, tag)),
+        }
+    }
+
+    /// Whether a repository has a manifest, the content included.
+    pub(crate) fn has_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+        Ok(self.has_revision(repo, digest)? && self.has_content(digest)?)
+    }
+
+    /// Reads a manifest of a repository.
+    ///
+    /// # Errors
+    /// Also when the bytes on disk are not those of the digest: a damaged manifest is never handed out.
+    pub(crate) fn manifest(&self, repo: &RepoName, digest: &Digest) -> Result<Option<Manifest>> {
+        if !self.has_revision(repo, digest)? {
+            return Ok(None);
+        }
+        if let Some(manifest) = self.manifests.get(digest) {
+            return Ok(Some(manifest));
+        }
+        let path = self.layout.blob(digest);
+        let Some(bytes) =
+            found(read_at_most(&path, MANIFEST_BYTES_MAX)).map_err(Error::at("cannot read", &path))?
+        else {
+            return Ok(None);
+        };
+        if Digest::of(digest.algorithm(), &bytes) != *digest {
+            return Err(Error::new(
+                format!("the manifest {digest} is damaged on disk; push it again"),
+                ErrorKind::InvalidData.into(),
+            ));
+        }
+        let media_type = crate::model::media_type_of(&bytes);
+        let manifest =
+            Manifest { digest: digest.clone(), bytes: bytes.into(), media_type: media_type.into() };
+        self.manifests.put(manifest.clone());
+        Ok(Some(manifest))
+    }
+
+    /// Stores a manifest, and lets a tag name it; durable when it returns.
+    ///
+    /// A tag is placed only when all it depends on is durable: no crash leaves one that names nothing.
+    pub(crate) fn put_manifest(
+        &self,
+        repo: &RepoName,
+        manifest: Manifest,
+        tag: Option<&Tag>,
+        subject: Option<&Digest>,
+    ) -> Result<()> {
+        let digest = manifest.digest.clone();
+        let blob = self.layout.blob(&digest);
+        let mut changes = self.dirs.changes();
+        let temp = self.dirs.write_temp(&manifest.bytes).map_err(Error::at("cannot write", &blob))?;
+        let link = self.link_temp(&digest)?;
+        changes.place(temp, &blob).map_err(Error::at("cannot place", &blob))?;
+        if let Some(subject) = subject {
+            self.place_referrer(&mut changes, repo, subject, &digest)?;
+        }
+        let revision = self.layout.revision_link(repo, &digest);
+        self.place_link(&mut changes, link, &revision)?;
+        changes.sync().map_err(Error::at("cannot sync directories of", &revision))?;
+        self.manifests.put(manifest);
+        match tag {
+            Some(tag) => self.put_tag(repo, tag, &digest),
+            None => Ok(()),
+        }
+    }
+
+    /// Deletes a manifest and the tags that name it; returns whether it was there.
+    pub(crate) fn delete_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+        if !self.has_revision(repo, digest)? {
+            return Ok(false);
+        }
+        let subject = self.manifest(repo, digest).ok().flatten();
+        let subject = subject.and_then(|manifest| crate::model::subject_of(&manifest.bytes));
+        for name in self.tag_names(repo)?.unwrap_or_default() {
+            let Some(tag) = Tag::parse(&name) else { continue };
+            if read_link(&self.layout.tag_current_link(repo, &tag))?.as_ref() == Some(digest) {
+                self.delete_tag(repo, &tag)?;
+            }
+        }
+        let link = self.layout.revision_link(repo, digest);
+        let deleted = self.dirs.remove_file(&link).map_err(Error::at("cannot remove", &link))?;
+        if let Some(subject) = subject {
+            self.remove_referrer(repo, &subject, digest);
+        }
+        Ok(deleted)
+    }
+
+    /// Deletes a tag, not what it names; returns whether it was there.
+    pub(crate) fn delete_tag(&self, repo: &RepoName, tag: &Tag) -> Result<bool> {
+        let dir = self.layout.tag(repo, tag);
+        self.dirs.remove_tree(&dir).map_err(Error::at("cannot remove the tag", &dir))
+    }
+
+    /// Lists up to `limit` tags behind `after`; `None` if there is no such repository.
+    pub(crate) fn tags(&self, repo: &RepoName, after: Option<&str>, limit: usize) -> Result<Option<Page>> {
+        let Some(names) = self.tag_names(repo)? else {
+            return Ok(self.layout.repo(repo).is_dir().then(|| Page { names: Vec::new(), more: false }));
+        };
+        let mut page = Page { names: Vec::new(), more: false };
+        let behind = names.into_iter().filter(|name| after.is_none_or(|after| name.as_str() > after));
+        for name in behind {
+            // A tag that a killed process was about to make or delete names nothing.
+            let named = match Tag::parse(&name) {
+                Some(tag) => self.layout.tag_current_link(repo, &tag).is_file(),
+                None => false,
+            };
+            if named && page.names.len() == limit {
+                page.more = true;
+                break;
+            }
+            if named {
+                page.names.push(name);
+            }
+        }
+        Ok(Some(page))
+    }
+
+    /// Lists up to `limit` repositories behind `after`.
+    pub(crate) fn repositories(&self, after: Option<&str>, limit: usize) -> Result<Page> {
+        let base = self.layout.repositories();
+        let mut smallest = Smallest { limit, names: BinaryHeap::new(), more: false };
+        walk(&base, "", 0, &mut |name| {
+            if after.is_none_or(|after| name > after) {
+                smallest.add(name);
+            }
+        })
+        .map_err(Error::at("cannot list", &base))?;
+        Ok(Page { names: smallest.names.into_sorted_vec(), more: smallest.more })
+    }
+
+    /// Lists the digests of all manifests of a repository.
+    pub(super) fn revisions(&self, repo: &RepoName) -> Result<Vec<Digest>> {
+        let base = self.layout.revisions(repo);
+        let mut digests = Vec::new();
+        for algorithm in Algorithm::ALL {
+            let dir = base.join(algorithm.name());
+            let entries = found(fs::read_dir(&dir)).map_err(Error::at("cannot list", &dir))?;
+            for entry in entries.into_iter().flatten() {
+                let entry = entry.map_err(Error::at("cannot list", &dir))?;
+                let hex = entry.file_name();
+                digests.extend(format!("{}:{}", algorithm.name(), hex.to_string_lossy()).parse::<Digest>());
+            }
+        }
+        Ok(digests)
+    }
+
+    pub(super) fn has_revision(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+        let link = self.layout.revision_link(repo, digest);
+        let metadata = found(fs::metadata(&link)).map_err(Error::at("cannot look at", &link))?;
+        // A link is written whole or not at all, so its content need not be read.
+        Ok(metadata.is_some_and(|metadata| metadata.len() > 0))
+    }
+
+    fn has_content(&self, digest: &Digest) -> Result<bool> {
+        let path = self.layout.blob(digest);
+        let metadata = found(fs::metadata(&path)).map_err(Error::at("cannot look at", &path))?;
+        Ok(metadata.is_some())
+    }
+
+    fn put_tag(&self, repo: &RepoName, tag: &Tag, digest: &Digest) -> Result<()> {
+        let dir = self.layout.tag(repo, tag);
+        if !self.put_new_tag(&dir, digest).map_err(Error::at("cannot make the tag", &dir))? {
+            let current = self.link_temp(digest)?;
+            let index = self.link_temp(digest)?;
+            let mut changes = self.dirs.changes();
+            self.place_link(&mut changes, index, &tag_index_link(&dir, digest))?;
+            self.place_link(&mut changes, current, &self.layout.tag_current_link(repo, tag))?;
+            changes.sync().map_err(Error::at("cannot sync directories of", &dir))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a tag's directory aside and moves it in as a whole; returns whether there was none before.
+    fn put_new_tag(&self, dir: &Path, digest: &Digest) -> io::Result<bool> {
+        if dir.is_dir() {
+            return Ok(false);
+        }
+        let aside = self.dirs.temp_path();
+        let current = aside.join("current");
+        let index = tag_index_link(&aside, digest);
+        let index = index.parent().unwrap_or(&aside);
+        fs::create_dir_all(&current)?;
+        fs::create_dir_all(index)?;
+        for link in [current.join("link"), index.join("link")] {
+            let temp = self.dirs.write_temp(digest.as_str().as_bytes())?;
+            temp.move_to(&link)?;
+        }
+        sync_dir(&current)?;
+        for made in index.ancestors().take_while(|made| made.starts_with(&aside)) {
+            sync_dir(made)?;
+        }
+        let mut changes = self.dirs.changes();
+        match changes.rename(&aside, dir) {
+            Ok(()) => changes.sync().map(|()| true),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&aside);
+                match error.kind() {
+                    ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists => Ok(false),
+                    _ => Err(error),
+                }
+            }
+        }
+    }
+
+    fn tag_names(&self, repo: &RepoName) -> Result<Option<BTreeSet<String>>> {
+        let dir = self.layout.tags(repo);
+        let list = || -> io::Result<BTreeSet<String>> {
+            fs::read_dir(&dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+        };
+        found(list()).map_err(Error::at("cannot list", &dir))
+    }
+}
+
+impl Cache {
+    fn get(&self, digest: &Digest) -> Option<Manifest> {
+        self.entries().manifests.get(digest).cloned()
+    }
+
+    fn put(&self, manifest: Manifest) {
+        let cost = |manifest: &Manifest| manifest.bytes.len() + CACHE_ENTRY_BYTES;
+        if manifest.bytes.len() > CACHED_MANIFEST_BYTES_MAX {
+            return;
+        }
+        let mut entries = self.entries();
+        if entries.manifests.contains_key(&manifest.digest) {
+            return;
+        }
+        entries.bytes += cost(&manifest);
+        entries.order.push_back(manifest.digest.clone());
+        entries.manifests.insert(manifest.digest.clone(), manifest);
+        while entries.bytes > CACHE_BYTES_MAX {
+            let Some(oldest) = entries.order.pop_front() else { break };
+            if let Some(dropped) = entries.manifests.remove(&oldest) {
+                entries.bytes -= cost(&dropped);
+            }
+        }
+    }
+
+    fn entries(&self) -> MutexGuard<'_, Entries> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Keeps the first names in order, so that a listing takes memory for its page only.
+struct Smallest {
+    limit: usize,
+    names: BinaryHeap<String>,
+    more: bool,
+}
+
+impl Smallest {
+    fn add(&mut self, name: &str) {
+        if self.names.len() == self.limit {
+            self.more = true;
+            if self.names.peek().is_none_or(|last| name > last.as_str()) {
+                return;
+            }
+            self.names.pop();
+        }
+        self.names.push(name.to_owned());
+    }
+}
+
+/// Calls `visit` with every repository below `dir`.
+fn walk(dir: &Path, prefix: &str, depth: usize, visit: &mut impl FnMut(&str)) -> io::Result<()> {
+    let Some(entries) = found(fs::read_dir(dir))? else { return Ok(()) };
+    let mut is_repo = false;
+    for entry in entries {
+        let entry = entry?;
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else { continue };
+        if name.starts_with('_') {
+            is_repo |= matches!(name, "_layers" | "_manifests");
+        } else if depth < REPO_DEPTH_MAX && entry.file_type()?.is_dir() {
+            let name = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}/{name}") };
+            walk(&entry.path(), &name, depth + 1, visit)?;
+        }
+    }
+    if is_repo && !prefix.is_empty() {
+        visit(prefix);
+    }
+    Ok(())
+}
+
+fn read_at_most(path: &Path, max: usize) -> io::Result<Vec<u8>> {
+    let length = fs::metadata(path)?.len();
+    match usize::try_from(length) {
+        Ok(length) if length <= max => fs::read(path),
+        _ => Err(io::Error::new(
+            ErrorKind::FileTooLarge,
+            format!("{length} bytes are too many for a manifest"),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_is_bounded_in_bytes() {
+        let cache = Cache::default();
+        for n in 0..100u32 {
+            let bytes = Bytes::from(vec![n as u8; 200 << 10]);
+            let digest = Digest::of(Algorithm::Sha256, &n.to_be_bytes());
+            cache.put(Manifest { digest, bytes, media_type: "x".into() });
+        }
+        assert!(cache.entries().bytes <= CACHE_BYTES_MAX);
+        assert!(cache.get(&Digest::of(Algorithm::Sha256, &99u32.to_be_bytes())).is_some());
+        assert!(cache.get(&Digest::of(Algorithm::Sha256, &0u32.to_be_bytes())).is_none());
+    }
+
+    #[test]
+    fn repositories_are_listed_in_lexical_order_of_their_names() {
+        let root = tempfile::tempdir().unwrap();
+        let storage = Storage::open(root.path()).unwrap();
+        for name in ["a/b", "a-b", "a", "z/y/x", "only-uploads"] {
+            let kind = if name == "only-uploads" { "_uploads" } else { "_layers" };
+            fs::create_dir_all(storage.layout.repositories().join(name).join(kind)).unwrap();
+        }
+        let all = storage.repositories(None, 10).unwrap();
+        assert_eq!(all, Page { names: ["a", "a-b", "a/b", "z/y/x"].map(String::from).to_vec(), more: false });
+        let some = storage.repositories(Some("a"), 2).unwrap();
+        assert_eq!(some, Page { names: ["a-b", "a/b"].map(String::from).to_vec(), more: true });
+    }
+
+    #[test]
+    fn a_tag_directory_without_a_link_is_no_tag() {
+        let root = tempfile::tempdir().unwrap();
+        let storage = Storage::open(root.path()).unwrap();
+        let repo = RepoName::parse("r").unwrap();
+        fs::create_dir_all(storage.layout.tags(&repo).join("half/current")).unwrap();
+        assert!(storage.tags(&repo, None, 10).unwrap().unwrap().names.is_empty());
+        let digest = Digest::of(Algorithm::Sha256, b"m");
+        storage.put_tag(&repo, &Tag::parse("half").unwrap(), &digest).unwrap();
+        storage.put_tag(&repo, &Tag::parse("new").unwrap(), &digest).unwrap();
+        assert_eq!(storage.tags(&repo, None, 10).unwrap().unwrap().names, ["half", "new"]);
+        assert_eq!(fs::read_dir(storage.layout.tmp()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,149 @@
+//! Blobs, links and upload sessions on a filesystem.
+//!
+//! ```text
+//!  Storage ──┬── uploads    sessions, commit          ──┬── ingest   hash and write while bytes arrive ── pool
+//!            ├── blobs      lookup, reading             │
+//!            ├── manifests  revisions, tags, catalogue  ├── sync     temp file, rename, fsync
+//!            └── referrers  index beside the layout   ──┴── layout   paths
+//! ```
+//!
+//! Nothing here knows HTTP. Functions block on the filesystem; the few that wait for the network's pace are async.
+
+pub(crate) mod blobs;
+pub(crate) mod ingest;
+mod layout;
+pub(crate) mod manifests;
+pub(crate) mod pool;
+mod referrers;
+mod sync;
+pub(crate) mod uploads;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::FlockOperation;
+
+use ingest::INGEST_BUFFER_BYTES;
+use layout::Layout;
+use pool::Pool;
+use sync::Dirs;
+
+/// Upload buffers of all uploads together: 48 MiB.
+const INGEST_BUFFERS_MAX: usize = 48;
+/// Upload buffers kept for the next upload: 4 MiB.
+const INGEST_BUFFERS_IDLE_MAX: usize = 4;
+/// Reading ahead of all downloads together: 32 MiB.
+const READ_BUFFERS_MAX: usize = 128;
+/// Read buffers kept for the next download: 4 MiB.
+const READ_BUFFERS_IDLE_MAX: usize = 16;
+
+/// Result of the storage.
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A failure of the filesystem, with what was being done to which path.
+#[derive(Debug, thiserror::Error)]
+#[error("{context}")]
+pub(crate) struct Error {
+    context: String,
+    source: io::Error,
+}
+
+impl Error {
+    fn new(context: impl Into<String>, source: io::Error) -> Self {
+        Self { context: context.into(), source }
+    }
+
+    fn other(context: &str) -> Self {
+        Self::new(context, io::ErrorKind::Other.into())
+    }
+
+    /// Returns what makes an error of an I/O error at `path`; `what` ends before the path.
+    fn at(what: &str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::new(format!("{what} {}", path.display()), source)
+    }
+
+    /// Whether the disk or the quota is full.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(self.source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
+}
+
+/// One root directory.
+#[derive(Debug)]
+pub(crate) struct Storage {
+    layout: Layout,
+    dirs: Dirs,
+    uploads: uploads::Uploads,
+    manifests: manifests::Cache,
+    referrers: referrers::Checked,
+    ingest_pool: Arc<Pool>,
+    read_pool: Arc<Pool>,
+    /// Which boot of the machine this is, where the system tells.
+    boot: Option<Box<str>>,
+    _lock: File,
+}
+
+impl Storage {
+    /// Opens a root directory, making what is missing and clearing what a killed process left in `dvcr/tmp`.
+    ///
+    /// # Errors
+    /// When another process of ours serves the directory, or it cannot be written.
+    pub(crate) fn open(root: &Path) -> io::Result<Self> {
+        fs::create_dir_all(root)?;
+        let root = root.canonicalize()?;
+        let layout = Layout::new(&root);
+        let tmp = layout.tmp();
+        fs::create_dir_all(&tmp)?;
+        let lock = File::create(layout.lock())?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+            rustix::io::Errno::WOULDBLOCK => io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "another dvcr registry serves this directory; stop it, or choose another --root",
+            ),
+            error => error.into(),
+        })?;
+        fs::remove_dir_all(&tmp)?;
+        fs::create_dir(&tmp)?;
+        let dirs = Dirs::new(&root, &tmp);
+        dirs.make(&layout.blobs())?;
+        dirs.make(&layout.repositories())?;
+        let mut changes = dirs.changes();
+        changes.touch(&layout.blobs());
+        changes.touch(&layout.repositories());
+        changes.sync()?;
+        if let Some(parent) = root.parent() {
+            sync::sync_dir(parent)?;
+        }
+        Ok(Self {
+            layout,
+            dirs,
+            uploads: uploads::Uploads::default(),
+            manifests: manifests::Cache::default(),
+            referrers: referrers::Checked::default(),
+            ingest_pool: Pool::new(INGEST_BUFFER_BYTES, INGEST_BUFFERS_MAX, INGEST_BUFFERS_IDLE_MAX),
+            read_pool: Pool::new(blobs::READ_BUFFER_BYTES, READ_BUFFERS_MAX, READ_BUFFERS_IDLE_MAX),
+            boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(Into::into),
+            _lock: lock,
+        })
+    }
+
+    pub(crate) fn ingest_pool(&self) -> &Arc<Pool> {
+        &self.ingest_pool
+    }
+
+    pub(crate) fn read_pool(&self) -> &Arc<Pool> {
+        &self.read_pool
+    }
+
+    /// Tells whether the root can still be written: the readiness probe.
+    pub(crate) fn probe(&self) -> Result<()> {
+        let temp = self.dirs.temp_path();
+        let write = || {
+            fs::write(&temp, b"")?;
+            fs::remove_file(&temp)
+        };
+        write().map_err(Error::at("cannot write below", self.layout.root()))
+    }
+}

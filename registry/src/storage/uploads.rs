@@ -1,0 +1,620 @@
+//! Upload sessions.
+//!
+//! ```text
+//!            begin                  first bytes                      PUT with the digest
+//!  (nothing) ─────> in memory ─────────────────────> directory ──┬──────────────────────────> blob
+//!                       │   └─ PUT of a small body ──────────────┼──────────────────────────> blob
+//!                       └─ too many in memory, or shutdown ──────┤
+//!                                                                └─ DELETE, wrong digest ───> (nothing)
+//! ```
+//!
+//! A session that has no bytes yet lives in memory: most are pushed to in one request, and making and removing their
+//! directories would cost more than the blob. From the first byte on everything is on disk, so that whoever serves the
+//! directory next, CNCF distribution included, goes on with it. At most one request works on a session at a time.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use uuid::Uuid;
+
+use super::blobs::found;
+use super::ingest::hash_file;
+use super::sync::Changes;
+use super::{Error, Result, Storage};
+use crate::digest::{Algorithm, Digest, Hasher};
+use crate::names::RepoName;
+
+/// Sessions without bytes that are kept in memory; the oldest of more are put on disk.
+const PENDING_SESSIONS_MAX: usize = 4096;
+/// Names the file of a session that tells under which boot of the machine its states were saved.
+const BOOT_FILE: &str = "boot";
+/// Longest saved state that is read (sha512 takes 204 bytes).
+const STATE_BYTES_MAX: u64 = 512;
+
+/// The sessions this process knows of.
+#[derive(Debug, Default)]
+pub(crate) struct Uploads {
+    busy: Arc<Mutex<HashSet<Uuid>>>,
+    pending: Mutex<Pending>,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    sessions: HashMap<Uuid, Fresh>,
+    /// Oldest first; ids that are no longer pending stay until the next cleaning.
+    order: VecDeque<Uuid>,
+}
+
+#[derive(Clone, Debug)]
+struct Fresh {
+    repo: RepoName,
+    algorithm: Algorithm,
+    started: SystemTime,
+}
+
+/// A session held by one request.
+pub(crate) struct Session {
+    id: Uuid,
+    repo: RepoName,
+    dir: PathBuf,
+    offset: u64,
+    hasher: Hasher,
+    /// When it began, if it is not on disk yet.
+    fresh: Option<SystemTime>,
+    _lease: Lease,
+}
+
+struct Lease {
+    busy: Arc<Mutex<HashSet<Uuid>>>,
+    id: Uuid,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        lock(&self.busy).remove(&self.id);
+    }
+}
+
+impl Session {
+    pub(crate) fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Bytes acknowledged, and hashed.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Whether nothing of it is on disk.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.fresh.is_some()
+    }
+
+    pub(crate) fn data(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+
+    pub(crate) fn hashstates(&self) -> PathBuf {
+        hashstates(&self.dir, self.hasher.algorithm())
+    }
+
+    pub(crate) fn hasher(&self) -> Hasher {
+        self.hasher.clone()
+    }
+
+    /// Chooses the hash of a session that has no bytes yet.
+    pub(crate) fn prefer(&mut self, algorithm: Algorithm) {
+        if self.offset == 0 {
+            self.hasher = Hasher::new(algorithm);
+        }
+    }
+
+    /// Records what one request brought, and puts the state on disk: from here on it survives the process.
+    pub(crate) fn advance(&mut self, hasher: Hasher, offset: u64) -> Result<()> {
+        let dir = hashstates(&self.dir, hasher.algorithm());
+        save_state(&dir, &hasher, offset).map_err(Error::at("cannot save the hash state", &dir))?;
+        (self.hasher, self.offset) = (hasher, offset);
+        Ok(())
+    }
+
+    /// Records what one request brought, for a commit that follows at once.
+    pub(crate) fn set(&mut self, hasher: Hasher, offset: u64) {
+        (self.hasher, self.offset) = (hasher, offset);
+    }
+
+    /// Goes back to `offset` and its hash, after a request whose bytes do not count.
+    pub(crate) fn rewind(&mut self, hasher: Hasher, offset: u64) -> Result<()> {
+        let data = self.data();
+        let cut = || fs::OpenOptions::new().write(true).open(&data)?.set_len(offset);
+        match cut() {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(Error::at("cannot cut the upload back", &data)(error));
+            }
+            _ => {}
+        }
+        self.advance(hasher, offset)
+    }
+}
+
+impl Storage {
+    /// Begins a session. `algorithm` is the hash its bytes will be run through.
+    pub(crate) fn begin_upload(&self, repo: &RepoName, algorithm: Algorithm) -> Result<Uuid> {
+        let id = Uuid::new_v4();
+        let fresh = Fresh { repo: repo.clone(), algorithm, started: SystemTime::now() };
+        let spilled = {
+            let mut pending = lock(&self.uploads.pending);
+            pending.sessions.insert(id, fresh);
+            pending.order.push_back(id);
+            pending.take_surplus(PENDING_SESSIONS_MAX)
+        };
+        self.spill(spilled)?;
+        Ok(id)
+    }
+
+    /// Puts all sessions that live in memory on disk, before the process ends.
+    pub(crate) fn keep_pending_uploads(&self) -> Result<()> {
+        let all = lock(&self.uploads.pending).take_surplus(0);
+        self.spill(all)
+    }
+
+    /// Takes hold of a session; `None` if the repository has none of this id.
+    pub(crate) fn open_upload(&self, repo: &RepoName, id: Uuid) -> Result<Option<Session>, UploadError> {
+        if !lock(&self.uploads.busy).insert(id) {
+            return Err(UploadError::Busy);
+        }
+        let lease = Lease { busy: Arc::clone(&self.uploads.busy), id };
+        let dir = self.layout.upload(repo, id);
+        let fresh = lock(&self.uploads.pending).sessions.get(&id).cloned();
+        if let Some(fresh) = fresh {
+            let session = Session {
+                id,
+                repo: repo.clone(),
+                dir,
+                offset: 0,
+                hasher: Hasher::new(fresh.algorithm),
+                fresh: Some(fresh.started),
+                _lease: lease,
+            };
+            return Ok((fresh.repo == *repo).then_some(session));
+        }
+        if !dir.is_dir() {
+            return Ok(None);
+        }
+        let (hasher, offset) =
+            resume(&dir, self.boot.as_deref()).map_err(Error::at("cannot resume the upload", &dir))?;
+        let repo = repo.clone();
+        Ok(Some(Session { id, repo, dir, offset, hasher, fresh: None, _lease: lease }))
+    }
+
+    /// Tells how many bytes of a session are acknowledged, also while a request works on it.
+    pub(crate) fn upload_offset(&self, repo: &RepoName, id: Uuid) -> Result<Option<u64>> {
+        if let Some(fresh) = lock(&self.uploads.pending).sessions.get(&id) {
+            return Ok((fresh.repo == *repo).then_some(0));
+        }
+        let dir = self.layout.upload(repo, id);
+        if !dir.is_dir() {
+            return Ok(None);
+        }
+        let offset = resume_offset(&dir).map_err(Error::at("cannot read the upload", &dir))?;
+        Ok(Some(offset))
+    }
+
+    /// Tells whether a session lives in memory, so that opening it does not wait for the disk.
+    pub(crate) fn is_fresh_upload(&self, id: Uuid) -> bool {
+        lock(&self.uploads.pending).sessions.contains_key(&id)
+    }
+
+    /// Makes the directory of a session that has none.
+    pub(crate) fn settle_upload(&self, session: &mut Session) -> Result<()> {
+        if let Some(started) = session.fresh {
+            self.make_session_dir(&session.dir, session.hasher.algorithm(), started)?;
+            session.fresh = None;
+            lock(&self.uploads.pending).sessions.remove(&session.id);
+        }
+        Ok(())
+    }
+
+    /// Ends a session and throws its bytes away.
+    pub(crate) fn cancel_upload(&self, session: Session) -> Result<()> {
+        lock(&self.uploads.pending).sessions.remove(&session.id);
+        remove_session_dir(&session.dir).map_err(Error::at("cannot remove the upload", &session.dir))
+    }
+
+    /// Turns a session into a blob of its repository; durable when it returns.
+    ///
+    /// The session ends, also with a wrong digest. Blocks: syncs, and reads everything once more if `expected` is of
+    /// another algorithm than the session's.
+    pub(crate) fn commit_upload(&self, session: Session, expected: &Digest) -> Result<(), UploadError> {
+        if session.is_fresh() {
+            return self.commit_small(session, &[], expected);
+        }
+        let data = session.data();
+        let fail = |what| Error::at(what, &data);
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&data)
+            .map_err(fail("cannot open the upload"))?;
+        // Cuts off what a killed request left behind the acknowledged bytes.
+        file.set_len(session.offset).map_err(fail("cannot cut the upload"))?;
+        let actual = match session.hasher.algorithm() == expected.algorithm() {
+            true => session.hasher.clone().finish(),
+            false => hash_file(&data, expected.algorithm(), session.offset)
+                .map_err(fail("cannot re-read the upload"))?
+                .finish(),
+        };
+        if actual != *expected {
+            self.cancel_upload(session)?;
+            return Err(UploadError::Digest { actual });
+        }
+        file.sync_all().map_err(fail("cannot sync the upload"))?;
+        let link = self.link_temp(expected)?;
+        let mut changes = self.dirs.changes();
+        let blob = self.layout.blob(expected);
+        changes.rename(&data, &blob).map_err(Error::at("cannot place the blob", &blob))?;
+        self.place_link(&mut changes, link, &self.layout.layer_link(&session.repo, expected))?;
+        changes.sync().map_err(Error::at("cannot sync directories of", &blob))?;
+        if let Err(error) = remove_session_dir(&session.dir) {
+            // The blob is safe; an empty session merely stays behind.
+            tracing::warn!(%error, path = %session.dir.display(), "finished upload not removed");
+        }
+        Ok(())
+    }
+
+    /// Turns a session that has no bytes on disk, and a body held in memory, into a blob.
+    pub(crate) fn commit_small(
+        &self,
+        session: Session,
+        body: &[u8],
+        expected: &Digest,
+    ) -> Result<(), UploadError> {
+        lock(&self.uploads.pending).sessions.remove(&session.id);
+        self.store_blob(&session.repo, body, expected)
+    }
+
+    /// Stores a small blob in a repository; durable when it returns.
+    pub(crate) fn store_blob(
+        &self,
+        repo: &RepoName,
+        body: &[u8],
+        expected: &Digest,
+    ) -> Result<(), UploadError> {
+        let actual = Digest::of(expected.algorithm(), body);
+        if actual != *expected {
+            return Err(UploadError::Digest { actual });
+        }
+        let blob = self.layout.blob(expected);
+        let temp = self.dirs.write_temp(body).map_err(Error::at("cannot write the blob", &blob))?;
+        let link = self.link_temp(expected)?;
+        let mut changes = self.dirs.changes();
+        changes.place(temp, &blob).map_err(Error::at("cannot place the blob", &blob))?;
+        self.place_link(&mut changes, link, &self.layout.layer_link(repo, expected))?;
+        changes.sync().map_err(Error::at("cannot sync directories of", &blob))?;
+        Ok(())
+    }
+
+    pub(super) fn link_temp(&self, digest: &Digest) -> Result<super::sync::Temp> {
+        self.dirs
+            .write_temp(digest.as_str().as_bytes())
+            .map_err(Error::at("cannot write a link in", &self.layout.tmp()))
+    }
+
+    pub(super) fn place_link(
+        &self,
+        changes: &mut Changes<'_>,
+        link: super::sync::Temp,
+        to: &Path,
+    ) -> Result<()> {
+        changes.place(link, to).map_err(Error::at("cannot place the link", to))
+    }
+
+    fn spill(&self, sessions: Vec<(Uuid, Fresh)>) -> Result<()> {
+        for (id, fresh) in sessions {
+            let dir = self.layout.upload(&fresh.repo, id);
+            self.make_session_dir(&dir, fresh.algorithm, fresh.started)?;
+        }
+        Ok(())
+    }
+
+    fn make_session_dir(&self, dir: &Path, algorithm: Algorithm, started: SystemTime) -> Result<()> {
+        let make = || {
+            let states = hashstates(dir, algorithm);
+            self.dirs.make(&states)?;
+            fs::write(dir.join("startedat"), rfc3339(started))?;
+            if let Some(boot) = &self.boot {
+                fs::write(dir.join(BOOT_FILE), boot.as_ref())?;
+            }
+            save_state(&states, &Hasher::new(algorithm), 0)
+        };
+        make().map_err(Error::at("cannot begin the upload", dir))
+    }
+}
+
+/// What can go wrong with a session besides the storage.
+#[derive(Debug)]
+pub(crate) enum UploadError {
+    /// Another request works on the session.
+    Busy,
+    /// The content has another digest than was said.
+    Digest {
+        actual: Digest,
+    },
+    Storage(Error),
+}
+
+impl From<Error> for UploadError {
+    fn from(error: Error) -> Self {
+        Self::Storage(error)
+    }
+}
+
+impl Pending {
+    /// Takes out the oldest sessions beyond `keep`.
+    fn take_surplus(&mut self, keep: usize) -> Vec<(Uuid, Fresh)> {
+        let mut surplus = Vec::new();
+        while self.sessions.len() > keep {
+            let Some(id) = self.order.pop_front() else { break };
+            surplus.extend(self.sessions.remove_entry(&id));
+        }
+        if self.order.len() > 2 * PENDING_SESSIONS_MAX {
+            self.order.retain(|id| self.sessions.contains_key(id));
+        }
+        surplus
+    }
+}
+
+/// Writes a state under the name distribution uses, and removes those that were there before.
+pub(crate) fn save_state(hashstates: &Path, hasher: &Hasher, offset: u64) -> io::Result<()> {
+    let name = offset.to_string();
+    fs::write(hashstates.join(&name), hasher.save())?;
+    for entry in fs::read_dir(hashstates)? {
+        let entry = entry?;
+        if entry.file_name() != name.as_str() {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+struct SavedState {
+    algorithm: Algorithm,
+    offset: u64,
+    path: PathBuf,
+}
+
+/// Lists the saved states, those furthest on first.
+fn states_of(dir: &Path) -> io::Result<Vec<SavedState>> {
+    let mut states = Vec::new();
+    for algorithm in Algorithm::ALL {
+        let entries = match fs::read_dir(hashstates(dir, algorithm)) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for entry in entries {
+            let entry = entry?;
+            if let Some(offset) = entry.file_name().to_str().and_then(|name| name.parse().ok()) {
+                states.push(SavedState { algorithm, offset, path: entry.path() });
+            }
+        }
+    }
+    states.sort_by_key(|state| std::cmp::Reverse(state.offset));
+    Ok(states)
+}
+
+/// Finds the furthest state that the data on disk reaches.
+///
+/// Writing is in order and a state is saved after its data was written, so all bytes before it are there as long as the
+/// machine kept running: acknowledged chunks survive the process, but are synced at commit only. After the machine went
+/// down the states are not believed, and the data is hashed again. So is data without states, which a registry that
+/// saves none wrote.
+fn resume(dir: &Path, boot: Option<&str>) -> io::Result<(Hasher, u64)> {
+    let (offset, state) = furthest(dir)?;
+    let marker = dir.join(BOOT_FILE);
+    let believed = match (boot, found(fs::read_to_string(&marker))?) {
+        (Some(now), Some(then)) => now == then,
+        // Distribution leaves no marker, and syncs every chunk.
+        _ => true,
+    };
+    if let Some((_, hasher)) = state.as_ref().filter(|_| believed) {
+        return Ok((hasher.clone(), offset));
+    }
+    let algorithm = state.as_ref().map_or(Algorithm::Sha256, |(algorithm, _)| *algorithm);
+    let hasher = match offset {
+        0 => Hasher::new(algorithm),
+        _ => hash_file(&dir.join("data"), algorithm, offset)?,
+    };
+    let states = hashstates(dir, algorithm);
+    fs::create_dir_all(&states)?;
+    save_state(&states, &hasher, offset)?;
+    if let (Some(boot), false) = (boot, believed) {
+        fs::write(&marker, boot)?;
+    }
+    Ok((hasher, offset))
+}
+
+/// Tells from where [`resume`] will go on, without hashing.
+fn resume_offset(dir: &Path) -> io::Result<u64> {
+    Ok(furthest(dir)?.0)
+}
+
+/// The offset to go on from, and the state saved there.
+type Furthest = (u64, Option<(Algorithm, Hasher)>);
+
+fn furthest(dir: &Path) -> io::Result<Furthest> {
+    let length = found(fs::metadata(dir.join("data")))?.map_or(0, |metadata| metadata.len());
+    let states = states_of(dir)?;
+    for state in states.iter().filter(|state| state.offset <= length) {
+        // A running request may just be replacing the state by a later one.
+        let Some(saved) = found(read_bounded(&state.path))? else { continue };
+        if let Some((hasher, hashed)) = Hasher::restore(state.algorithm, &saved)
+            && hashed == state.offset
+        {
+            return Ok((hashed, Some((state.algorithm, hasher))));
+        }
+    }
+    Ok((if states.is_empty() { length } else { 0 }, None))
+}
+
+fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    fs::File::open(path)?.take(STATE_BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn hashstates(dir: &Path, algorithm: Algorithm) -> PathBuf {
+    dir.join("hashstates").join(algorithm.name())
+}
+
+fn remove_session_dir(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes a time as `2006-01-02T15:04:05Z`, as distribution does in `startedat`.
+fn rfc3339(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
+    // Days to a civil date, counted in years that begin in March, so that the leap day comes last.
+    let shifted = days + 719_468;
+    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn storage() -> (tempfile::TempDir, Storage) {
+        let root = tempfile::tempdir().unwrap();
+        let storage = Storage::open(root.path()).unwrap();
+        (root, storage)
+    }
+
+    fn repo() -> RepoName {
+        RepoName::parse("a/b").unwrap()
+    }
+
+    /// Leaves a session as a killed process would: data, and a state behind it.
+    fn left_behind(storage: &Storage, data: &[u8], state_at: usize) -> Uuid {
+        let id = storage.begin_upload(&repo(), Algorithm::Sha256).unwrap();
+        let mut session = storage.open_upload(&repo(), id).unwrap().unwrap();
+        storage.settle_upload(&mut session).unwrap();
+        fs::write(session.data(), data).unwrap();
+        let mut hasher = session.hasher();
+        hasher.update(&data[..state_at]);
+        session.advance(hasher, state_at as u64).unwrap();
+        id
+    }
+
+    #[test]
+    fn a_session_goes_on_from_the_last_state_and_the_surplus_is_cut() {
+        let (_root, storage) = storage();
+        let id = left_behind(&storage, b"acknowledged and not", 12);
+        assert_eq!(storage.upload_offset(&repo(), id).unwrap(), Some(12));
+        let session = storage.open_upload(&repo(), id).unwrap().unwrap();
+        let digest = Digest::of(Algorithm::Sha256, b"acknowledged");
+        storage.commit_upload(session, &digest).unwrap();
+        assert_eq!(fs::read(storage.layout.blob(&digest)).unwrap(), b"acknowledged");
+        assert!(!storage.layout.upload(&repo(), id).exists());
+    }
+
+    #[test]
+    fn a_state_ahead_of_the_data_or_torn_is_passed_over() {
+        let (_root, storage) = storage();
+        let id = left_behind(&storage, b"0123456789", 4);
+        let states = storage.layout.upload(&repo(), id).join("hashstates/sha256");
+        fs::write(states.join("9000"), Hasher::new(Algorithm::Sha256).save()).unwrap();
+        fs::write(states.join("8"), b"").unwrap();
+        fs::write(states.join("7"), Hasher::new(Algorithm::Sha256).save()).unwrap();
+        assert_eq!(storage.upload_offset(&repo(), id).unwrap(), Some(4));
+    }
+
+    #[test]
+    fn data_without_any_state_is_hashed_again() {
+        let (_root, storage) = storage();
+        let id = left_behind(&storage, b"0123456789", 4);
+        fs::remove_dir_all(storage.layout.upload(&repo(), id).join("hashstates")).unwrap();
+        let session = storage.open_upload(&repo(), id).unwrap().unwrap();
+        assert_eq!(session.offset(), 10);
+        assert_eq!(session.hasher().finish(), Digest::of(Algorithm::Sha256, b"0123456789"));
+    }
+
+    #[test]
+    fn states_from_before_a_reboot_are_not_believed() {
+        let (root, storage) = storage();
+        let id = left_behind(&storage, b"0123456789", 8);
+        let dir = storage.layout.upload(&repo(), id);
+        drop(storage);
+        // The power went, and with it a page that was acknowledged but not synced.
+        fs::write(dir.join("data"), b"01\0\0\0\0\0\089").unwrap();
+        fs::write(dir.join(BOOT_FILE), "an earlier boot").unwrap();
+        let storage = Storage::open(root.path()).unwrap();
+        let session = storage.open_upload(&repo(), id).unwrap().unwrap();
+        assert_eq!(session.hasher().finish(), Digest::of(Algorithm::Sha256, b"01\0\0\0\0\0\0"));
+        let digest = Digest::of(Algorithm::Sha256, b"01234567");
+        assert!(matches!(storage.commit_upload(session, &digest), Err(UploadError::Digest { .. })));
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn a_session_is_held_once_and_belongs_to_its_repository() {
+        let (_root, storage) = storage();
+        let id = storage.begin_upload(&repo(), Algorithm::Sha256).unwrap();
+        let held = storage.open_upload(&repo(), id).unwrap().unwrap();
+        assert!(matches!(storage.open_upload(&repo(), id), Err(UploadError::Busy)));
+        drop(held);
+        let other = RepoName::parse("other").unwrap();
+        assert!(storage.open_upload(&other, id).unwrap().is_none());
+        assert!(storage.open_upload(&repo(), id).unwrap().is_some());
+    }
+
+    #[test]
+    fn sessions_without_bytes_are_bounded_in_memory_and_outlive_an_orderly_end() {
+        let (root, storage) = storage();
+        let first = storage.begin_upload(&repo(), Algorithm::Sha512).unwrap();
+        for _ in 0..PENDING_SESSIONS_MAX {
+            storage.begin_upload(&repo(), Algorithm::Sha256).unwrap();
+        }
+        assert_eq!(lock(&storage.uploads.pending).sessions.len(), PENDING_SESSIONS_MAX);
+        assert!(storage.layout.upload(&repo(), first).is_dir());
+        storage.keep_pending_uploads().unwrap();
+        drop(storage);
+        let storage = Storage::open(root.path()).unwrap();
+        let session = storage.open_upload(&repo(), first).unwrap().unwrap();
+        assert_eq!(session.hasher().algorithm(), Algorithm::Sha512);
+    }
+
+    #[test]
+    fn times_are_written_as_distribution_does() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_700_000_000, "2023-11-14T22:13:20Z"),
+            (4_107_542_399, "2100-02-28T23:59:59Z"),
+        ] {
+            assert_eq!(rfc3339(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
+}
