@@ -272,7 +272,7 @@ fn flavours() -> &'static [Vec<u8>] {
             "cluster_size=512",
             "cluster_size=512,compat=0.10",
             "cluster_size=16384,extended_l2=on",
-            "cluster_size=2097152,compression_type=zstd",
+            "cluster_size=262144,compression_type=zstd",
         ]
         .iter()
         .map(|options| {
