@@ -170,8 +170,8 @@ impl Hasher {
     /// Saves the state in Go's format (see the module).
     pub(crate) fn save(&self) -> Vec<u8> {
         match self {
-            Self::Sha256(hash) => Shape::SHA256.to_go(&hash.serialize()),
-            Self::Sha512(hash) => Shape::SHA512.to_go(&hash.serialize()),
+            Self::Sha256(hash) => Shape::SHA256.write_go(&hash.serialize()),
+            Self::Sha512(hash) => Shape::SHA512.write_go(&hash.serialize()),
         }
     }
 
@@ -179,12 +179,12 @@ impl Hasher {
     pub(crate) fn restore(algorithm: Algorithm, saved: &[u8]) -> Option<(Self, u64)> {
         match algorithm {
             Algorithm::Sha256 => {
-                let (raw, hashed) = Shape::SHA256.from_go(saved)?;
+                let (raw, hashed) = Shape::SHA256.read_go(saved)?;
                 let raw = SerializedState::<Sha256>::try_from(raw.as_slice()).ok()?;
                 Some((Self::Sha256(Sha256::deserialize(&raw).ok()?), hashed))
             }
             Algorithm::Sha512 => {
-                let (raw, hashed) = Shape::SHA512.from_go(saved)?;
+                let (raw, hashed) = Shape::SHA512.read_go(saved)?;
                 let raw = SerializedState::<Sha512>::try_from(raw.as_slice()).ok()?;
                 Some((Self::Sha512(Sha512::deserialize(&raw).ok()?), hashed))
             }
@@ -204,7 +204,7 @@ impl Shape {
     const SHA256: Self = Self { magic: b"sha\x03", word: 4, block: 64 };
     const SHA512: Self = Self { magic: b"sha\x07", word: 8, block: 128 };
 
-    fn to_go(&self, raw: &[u8]) -> Vec<u8> {
+    fn write_go(&self, raw: &[u8]) -> Vec<u8> {
         let (words, rest) = raw.split_at(8 * self.word);
         let (blocks, rest) = rest.split_at(2 * self.word);
         let waiting = usize::from(rest[0]);
@@ -220,7 +220,7 @@ impl Shape {
         saved
     }
 
-    fn from_go(&self, saved: &[u8]) -> Option<(Vec<u8>, u64)> {
+    fn read_go(&self, saved: &[u8]) -> Option<(Vec<u8>, u64)> {
         let rest = saved.strip_prefix(self.magic)?;
         let (words, rest) = rest.split_at_checked(8 * self.word)?;
         let (block, hashed) = rest.split_at_checked(self.block)?;

@@ -59,7 +59,10 @@ impl Code {
 
 /// An answer other than what was asked for.
 #[derive(Debug)]
-pub(crate) struct ApiError {
+pub(crate) struct ApiError(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     status: StatusCode,
     code: Code,
     message: String,
@@ -69,7 +72,8 @@ pub(crate) struct ApiError {
 
 impl ApiError {
     pub(crate) fn new(status: StatusCode, code: Code, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), detail: Value::Null, headers: HeaderMap::new() }
+        let (message, detail, headers) = (message.into(), Value::Null, HeaderMap::new());
+        Self(Box::new(Inner { status, code, message, detail, headers }))
     }
 
     pub(crate) fn bad_request(code: Code, message: impl Into<String>) -> Self {
@@ -87,12 +91,12 @@ impl ApiError {
     }
 
     pub(crate) fn detail(mut self, detail: Value) -> Self {
-        self.detail = detail;
+        self.0.detail = detail;
         self
     }
 
     pub(crate) fn with(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.headers.insert(name, value);
+        self.0.headers.insert(name, value);
         self
     }
 
@@ -108,8 +112,8 @@ impl From<storage::Error> for ApiError {
         let full = error.is_full();
         let mut answer = Self::internal(&error);
         if full {
-            answer.status = StatusCode::INSUFFICIENT_STORAGE;
-            answer.message = "the registry's disk is full".to_owned();
+            answer.0.status = StatusCode::INSUFFICIENT_STORAGE;
+            answer.0.message = "the registry's disk is full".to_owned();
         }
         answer
     }
@@ -132,15 +136,16 @@ impl From<ReferenceError> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut error = json!({"code": self.code.name(), "message": self.message});
-        if !self.detail.is_null() {
-            error["detail"] = self.detail;
+        let Inner { status, code, message, detail, headers } = *self.0;
+        let mut error = json!({"code": code.name(), "message": message});
+        if !detail.is_null() {
+            error["detail"] = detail;
         }
         let body = json!({"errors": [error]}).to_string();
         let length = body.len();
         let mut response = Response::new(Body::from(body));
-        *response.status_mut() = self.status;
-        *response.headers_mut() = self.headers;
+        *response.status_mut() = status;
+        *response.headers_mut() = headers;
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         response.headers_mut().insert(CONTENT_LENGTH, length.into());
         response
