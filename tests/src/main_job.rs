@@ -72,7 +72,7 @@ pub fn main_job(keep_pristine: bool) -> Result<Done> {
         run(cmd("cp", ["--sparse=always"]).arg(&disk).arg(pristine))?;
     }
 
-    let accelerator = steps.run("KVM probe", || Ok(Accelerator::choose()))?;
+    let accelerator = steps.run("KVM probe", || Ok(Accelerator::choose(&disk, "raw")))?;
     let console = steps.run(&format!("boot to the login prompt ({accelerator:?})"), || {
         qemu::boot(&disk, "raw", accelerator, PROMPT)
     })?;
