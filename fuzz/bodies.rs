@@ -56,11 +56,8 @@ pub fn probe(bytes: &[u8]) {
 
 /// Peels the wrappers off the input and reads what is inside.
 pub fn wrapper(bytes: &[u8]) {
-    let limits = Limits {
-        decoded_bytes_max: 4 << 20,
-        decoder_memory_bytes_max: 8 << 20,
-        ..Limits::default()
-    };
+    let limits =
+        Limits { decoded_bytes_max: 4 << 20, decoder_memory_bytes_max: 8 << 20, ..Limits::default() };
     let Ok(unwrapped) = wrapper::unwrap(Box::new(bytes), &limits) else { return };
     let mut inner = unwrapped.reader.take(2 * limits.decoded_bytes_max);
     let mut out = Vec::new();
