@@ -23,8 +23,8 @@ const CACHE_BYTES_MAX: usize = 6 << 20;
 const CACHE_ENTRY_BYTES: usize = 512;
 /// Larger manifests are not kept.
 const CACHED_MANIFEST_BYTES_MAX: usize = 256 << 10;
-/// How deep repositories may lie in directories: a name has at most 255 bytes, so at most 128 components.
-const REPO_DEPTH_MAX: usize = 128;
+/// The directories that make a directory a repository; one with upload sessions alone is none yet.
+const REPO_DIRS: [&str; 2] = ["_layers", "_manifests"];
 
 /// A manifest as it was pushed.
 #[derive(Clone, Debug)]
@@ -158,14 +158,14 @@ impl Storage {
     /// Lists up to `limit` tags behind `after`; `None` if there is no such repository.
     pub(crate) fn tags(&self, repo: &RepoName, after: Option<&str>, limit: usize) -> Result<Option<Page>> {
         let Some(names) = self.tag_names(repo)? else {
-            return Ok(self.layout.repo(repo).is_dir().then(|| Page { names: Vec::new(), more: false }));
+            return Ok(self.is_repo(repo).then(|| Page { names: Vec::new(), more: false }));
         };
         let mut page = Page { names: Vec::new(), more: false };
         let behind = names.into_iter().filter(|name| after.is_none_or(|after| name.as_str() > after));
         for name in behind {
             // A tag that a killed process was about to make or delete names nothing.
             let named = match Tag::parse(&name) {
-                Some(tag) => self.layout.tag_current_link(repo, &tag).is_file(),
+                Some(tag) => self.names_manifest(repo, &tag)?,
                 None => false,
             };
             if named && page.names.len() == limit {
@@ -183,7 +183,7 @@ impl Storage {
     pub(crate) fn repositories(&self, after: Option<&str>, limit: usize) -> Result<Page> {
         let base = self.layout.repositories();
         let mut smallest = Smallest { limit, names: BinaryHeap::new(), more: false };
-        walk(&base, "", 0, &mut |name| {
+        walk(&base, "", &mut |name| {
             if after.is_none_or(|after| name > after) {
                 smallest.add(name);
             }
@@ -213,6 +213,19 @@ impl Storage {
         let metadata = found(fs::metadata(&link)).map_err(Error::at("cannot look at", &link))?;
         // A link is written whole or not at all, so its content need not be read.
         Ok(metadata.is_some_and(|metadata| metadata.len() > 0))
+    }
+
+    fn names_manifest(&self, repo: &RepoName, tag: &Tag) -> Result<bool> {
+        match read_link(&self.layout.tag_current_link(repo, tag))? {
+            Some(digest) => self.has_revision(repo, &digest),
+            None => Ok(false),
+        }
+    }
+
+    /// Whether there is a repository of this name, and not merely one below it.
+    fn is_repo(&self, repo: &RepoName) -> bool {
+        let dir = self.layout.repo(repo);
+        REPO_DIRS.iter().any(|name| dir.join(name).is_dir())
     }
 
     fn has_content(&self, digest: &Digest) -> Result<bool> {
@@ -325,19 +338,22 @@ impl Smallest {
     }
 }
 
-/// Calls `visit` with every repository below `dir`.
-fn walk(dir: &Path, prefix: &str, depth: usize, visit: &mut impl FnMut(&str)) -> io::Result<()> {
+/// Calls `visit` with every repository below `dir`. Names are bounded in length, and so is the depth.
+fn walk(dir: &Path, prefix: &str, visit: &mut impl FnMut(&str)) -> io::Result<()> {
     let Some(entries) = found(fs::read_dir(dir))? else { return Ok(()) };
     let mut is_repo = false;
     for entry in entries {
         let entry = entry?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
-        if name.starts_with('_') {
-            is_repo |= matches!(name, "_layers" | "_manifests");
-        } else if depth < REPO_DEPTH_MAX && entry.file_type()?.is_dir() {
-            let name = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}/{name}") };
-            walk(&entry.path(), &name, depth + 1, visit)?;
+        if !entry.file_type()?.is_dir() {
+            continue;
+        }
+        is_repo |= REPO_DIRS.contains(&name);
+        let name = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}/{name}") };
+        // What is no name of ours, the layout's own directories included, leads to no repository.
+        if RepoName::parse(&name).is_some() {
+            walk(&entry.path(), &name, visit)?;
         }
     }
     if is_repo && !prefix.is_empty() {
@@ -396,8 +412,11 @@ mod tests {
         fs::create_dir_all(storage.layout.tags(&repo).join("half/current")).unwrap();
         assert!(storage.tags(&repo, None, 10).unwrap().unwrap().names.is_empty());
         let digest = Digest::of(Algorithm::Sha256, b"m");
-        storage.put_tag(&repo, &Tag::parse("half").unwrap(), &digest).unwrap();
-        storage.put_tag(&repo, &Tag::parse("new").unwrap(), &digest).unwrap();
+        for tag in ["half", "new"] {
+            let manifest =
+                Manifest { digest: digest.clone(), bytes: Bytes::from_static(b"m"), media_type: "x".into() };
+            storage.put_manifest(&repo, manifest, Tag::parse(tag).as_ref(), None).unwrap();
+        }
         assert_eq!(storage.tags(&repo, None, 10).unwrap().unwrap().names, ["half", "new"]);
         assert_eq!(fs::read_dir(storage.layout.tmp()).unwrap().count(), 0);
     }
