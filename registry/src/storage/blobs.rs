@@ -75,12 +75,14 @@ impl Storage {
 /// Reads a link; one that holds no digest counts as absent.
 pub(super) fn read_link(path: &Path) -> Result<Option<Digest>> {
     let read = || {
-        let mut text = String::new();
-        File::open(path)?.take(LINK_BYTES_MAX).read_to_string(&mut text)?;
-        Ok(text)
+        let mut text = Vec::new();
+        match File::open(path)?.take(LINK_BYTES_MAX).read_to_end(&mut text) {
+            Err(error) if error.kind() != ErrorKind::IsADirectory => Err(error),
+            _ => Ok(text),
+        }
     };
     let Some(text) = found(read()).map_err(Error::at("cannot read", path))? else { return Ok(None) };
-    match text.trim_end().parse() {
+    match String::from_utf8_lossy(&text).trim_end().parse() {
         Ok(digest) => Ok(Some(digest)),
         Err(error) => {
             tracing::warn!(path = %path.display(), %error, "a link holds no digest and is passed over");
