@@ -7,7 +7,8 @@ use axum::body::Body;
 use axum::response::Response;
 use futures_util::stream;
 use http::header::{
-    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, RANGE,
+    ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, IF_RANGE,
+    RANGE,
 };
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -38,7 +39,11 @@ pub(super) fn get(app: &Arc<App>, repo: &RepoName, digest: &Digest, parts: &Part
         describe(response.headers_mut(), digest);
         return Ok(response);
     }
-    let (status, first, end) = match select(header_str(parts, RANGE), blob.length) {
+    // A client that continues another version's download gets all of this one (RFC 9110, 13.1.5). Our entity tags are
+    // strong and we give no dates, so nothing but the same tag is the same version.
+    let same = header_str(parts, IF_RANGE).is_none_or(|tag| tag.trim() == format!("\"{digest}\""));
+    let range = header_str(parts, RANGE).filter(|_| same);
+    let (status, first, end) = match select(range, blob.length) {
         Selected::Whole => (StatusCode::OK, 0, blob.length),
         Selected::Part(first, end) => (StatusCode::PARTIAL_CONTENT, first, end),
         Selected::Nothing => {
