@@ -89,7 +89,11 @@ pub(super) async fn patch(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts,
     let session = open(&app, &repo, id).await?;
     let incoming = match Incoming::check(&parts, body, &repo, &session) {
         Ok(incoming) => incoming,
-        Err((error, body)) => return refuse(error, &parts, body).await,
+        Err((error, body)) => {
+            // The next request need not wait until this one's body is drained.
+            drop(session);
+            return refuse(error, &parts, body).await;
+        }
     };
     detached(async move {
         let session = receive(&app, session, incoming, Ending::Acknowledged).await?;
@@ -113,7 +117,10 @@ pub(super) async fn put(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, b
     let session = open(&app, &repo, id).await?;
     match Incoming::check(&parts, body, &repo, &session) {
         Ok(incoming) => detached(complete(app, repo, session, incoming, digest)).await,
-        Err((error, body)) => refuse(error, &parts, body).await,
+        Err((error, body)) => {
+            drop(session);
+            refuse(error, &parts, body).await
+        }
     }
 }
 
