@@ -8,12 +8,21 @@ use tracing_subscriber::EnvFilter;
 /// How to log.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    // Global arguments share their ids with every command, so these begin with `log_`.
     /// What to log: a level (error, warn, info, debug, trace) or per module, as in `info,dvcr_registry=debug`
-    #[arg(long = "log", env = "DVCR_LOG", default_value = "info", value_name = "FILTER", global = true)]
+    #[arg(
+        id = "log_filter",
+        long = "log",
+        env = "DVCR_LOG",
+        default_value = "info",
+        value_name = "FILTER",
+        global = true
+    )]
     filter: String,
 
     /// One line of text, or one JSON object, per event
     #[arg(
+        id = "log_format",
         long = "log-format",
         env = "DVCR_LOG_FORMAT",
         default_value = "text",

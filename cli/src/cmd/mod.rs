@@ -46,6 +46,18 @@ mod tests {
 
     use super::*;
 
+    /// A global argument and a command's own that share an id would be taken for each other.
+    #[test]
+    fn no_command_reuses_the_id_of_a_global_argument() {
+        let root = Cli::command();
+        for sub in root.get_subcommands() {
+            for arg in sub.get_arguments() {
+                let taken = root.get_arguments().any(|global| global.get_id() == arg.get_id());
+                assert!(!taken, "{} {}", sub.get_name(), arg.get_id());
+            }
+        }
+    }
+
     /// The help people see is kept in `snapshots/`; `INSTA_UPDATE=always cargo test -p dvcr` renews it.
     #[test]
     fn help_texts_are_the_snapshots() {

@@ -24,8 +24,7 @@ pub struct Args {
     #[arg(long, value_parser = size::parse)]
     size: Option<u64>,
     /// Format to write.
-    // Its own id: the global --log-format has `format`.
-    #[arg(id = "target_format", long = "format", value_name = "FORMAT", value_enum, default_value_t = Format::Raw)]
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
     format: Format,
     /// Accept any certificate, and plain HTTP. Loopback hosts need no permission for that.
     #[arg(long)]
