@@ -11,6 +11,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::{Error, Registry, Result};
@@ -40,6 +41,7 @@ pub async fn serve(
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(RECEIVE_BYTES_MAX);
     let graceful = GracefulShutdown::new();
     let connections = Arc::new(Semaphore::new(registry.connections_max));
+    let mut tasks = JoinSet::new();
     let mut shutdown = pin!(shutdown);
     loop {
         let (stream, permit) = tokio::select! {
@@ -50,7 +52,9 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         let service = TowerToHyperService::new(router.clone());
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
-        tokio::spawn(async move {
+        // Forgets those that have ended.
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection ended early");
             }
@@ -59,8 +63,10 @@ pub async fn serve(
     }
     drop(listener);
     if timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
-        tracing::warn!(seconds = DRAIN_TIMEOUT.as_secs(), "requests still ran at the end and were cut");
+        tracing::warn!(seconds = DRAIN_TIMEOUT.as_secs(), "requests still run at the end and are cut");
     }
+    // A body breaks off with its connection, and the upload it was for puts away what has come.
+    tasks.shutdown().await;
     registry.finish(KEEP_TIMEOUT).await
 }
 
