@@ -104,8 +104,7 @@ impl Registry {
             );
         }
         let storage = Arc::clone(&self.app.storage);
-        let kept = tokio::task::spawn_blocking(move || storage.keep_pending_uploads()).await;
-        kept.map_err(|error| Error::Finish { source: Box::new(error) })?
-            .map_err(|error| Error::Finish { source: Box::new(error) })
+        let kept = tokio::task::spawn_blocking(move || storage.keep_pending_uploads());
+        kept.await.map_err(|error| Error::Finish { source: Box::new(error) })
     }
 }

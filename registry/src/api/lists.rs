@@ -7,7 +7,7 @@ use http::HeaderValue;
 use http::header::{CONTENT_TYPE, HeaderName, LINK};
 use http::request::Parts;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::error::{ApiError, Code};
 use super::route::param;
@@ -15,10 +15,14 @@ use super::{Answer, App, blocking, header, json};
 use crate::digest::Digest;
 use crate::model;
 use crate::names::RepoName;
+use crate::storage::Storage;
 use crate::storage::manifests::Page;
 
 /// Repositories in one answer, when no number or a greater one is asked for.
 const CATALOG_NAMES_MAX: usize = 1000;
+
+/// Descriptors in one list of referrers, bytes; what is left for the rest of a 4 MiB manifest is ample.
+const REFERRERS_BYTES_MAX: usize = (4 << 20) - 1024;
 
 const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied");
 
@@ -47,20 +51,56 @@ pub(super) async fn catalog(app: Arc<App>, parts: &Parts) -> Answer {
 
 pub(super) async fn referrers(app: Arc<App>, repo: RepoName, subject: Digest, parts: &Parts) -> Answer {
     let wanted = param(parts.uri.query(), "artifactType");
+    let after = param(parts.uri.query(), "last").and_then(|last| last.parse::<Digest>().ok());
+    let filtered = wanted.is_some();
+    let path = format!("/v2/{repo}/referrers/{subject}");
     let storage = Arc::clone(&app.storage);
-    let manifests = blocking(move || storage.referrers(&repo, &subject)).await?;
-    let listed: Vec<_> = manifests
-        .iter()
-        .filter_map(|manifest| model::referrer(&manifest.digest, &manifest.bytes))
-        .filter(|referrer| wanted.is_none() || referrer.artifact_type == wanted)
-        .collect();
+    let (listed, next) =
+        blocking(move || page_of_referrers(&storage, &repo, &subject, wanted, after)).await?;
     let body = json!({"schemaVersion": 2, "mediaType": model::OCI_INDEX, "manifests": listed}).to_string();
     let mut response = json(body);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(model::OCI_INDEX));
-    if wanted.is_some() {
+    if let Some(query) = next {
+        response.headers_mut().insert(LINK, header(format!("<{path}?{query}>; rel=\"next\"")));
+    }
+    if filtered {
         response.headers_mut().insert(FILTERS_APPLIED, HeaderValue::from_static("artifactType"));
     }
     Ok(response)
+}
+
+/// Describes the referrers behind `after`, as many as one answer takes, and makes the query of the next page.
+fn page_of_referrers(
+    storage: &Storage,
+    repo: &RepoName,
+    subject: &Digest,
+    wanted: Option<String>,
+    after: Option<Digest>,
+) -> Result<(Vec<Value>, Option<String>), crate::storage::Error> {
+    let (mut listed, mut bytes) = (Vec::new(), 0);
+    let mut last: Option<Digest> = None;
+    for digest in storage.referrers(repo, subject)? {
+        if after.as_ref().is_some_and(|after| digest <= *after) {
+            continue;
+        }
+        let Some(manifest) = storage.sound_manifest(repo, &digest) else { continue };
+        let Some(referrer) = model::referrer(&digest, &manifest.bytes) else { continue };
+        if wanted.is_some() && referrer.artifact_type != wanted {
+            continue;
+        }
+        let described = json!(referrer);
+        bytes += described.to_string().len() + 1;
+        if let Some(last) = last.filter(|_| bytes > REFERRERS_BYTES_MAX) {
+            let wanted = wanted.map(|wanted| format!("artifactType={}&", encoded(&wanted)));
+            return Ok((
+                listed,
+                Some(format!("{}last={}", wanted.unwrap_or_default(), encoded(last.as_str()))),
+            ));
+        }
+        listed.push(described);
+        last = Some(digest);
+    }
+    Ok((listed, None))
 }
 
 /// Reads `n` and `last`.
@@ -78,8 +118,12 @@ fn paging(parts: &Parts) -> Result<(Option<usize>, Option<String>), ApiError> {
 /// Adds the link to the next page, if there is one.
 fn linked(mut response: Response, path: &str, page: &Page, limit: Option<usize>) -> Response {
     if let (true, Some(limit), Some(last)) = (page.more, limit, page.names.last()) {
-        let last = utf8_percent_encode(last, NON_ALPHANUMERIC);
+        let last = encoded(last);
         response.headers_mut().insert(LINK, header(format!("<{path}?n={limit}&last={last}>; rel=\"next\"")));
     }
     response
+}
+
+fn encoded(text: &str) -> percent_encoding::PercentEncode<'_> {
+    utf8_percent_encode(text, NON_ALPHANUMERIC)
 }

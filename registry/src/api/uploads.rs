@@ -236,6 +236,7 @@ async fn receive(
     let mut ingest =
         Ingest::start(pool, &session.data(), session.hashstates(), began_at, session.hasher(), length);
     let came = pour(app, incoming.body, &mut ingest).await;
+    // A disk that took no more is told here.
     let (hasher, offset) = ingest.finish().await?;
     let expected = incoming.expected.unwrap_or(offset - began_at);
     match came {
@@ -252,25 +253,23 @@ async fn receive(
             blocking(move || session.rewind(began_with, began_at)).await?;
             Err(ApiError::bad_request(Code::SizeInvalid, message))
         }
-        Err(Interrupted::Body(reason)) => {
+        Err(reason) => {
             // Good to the last byte: the client asks by GET and goes on from there.
             blocking(move || session.advance(hasher, offset)).await?;
             let message = format!("the body broke off after {} bytes: {reason}", offset - began_at);
             Err(ApiError::bad_request(Code::BlobUploadInvalid, message))
         }
-        Err(Interrupted::Storage(error)) => Err(error.into()),
     }
 }
 
-enum Interrupted {
-    Body(String),
-    Storage(crate::storage::Error),
-}
-
-async fn pour(app: &App, mut body: Body, ingest: &mut Ingest) -> Result<(), Interrupted> {
-    while let Some(data) = next(&mut body).await.map_err(Interrupted::Body)? {
+/// Moves a body into a session until either ends; an error says why the body broke off.
+async fn pour(app: &App, mut body: Body, ingest: &mut Ingest) -> Result<(), String> {
+    while let Some(data) = next(&mut body).await? {
         app.metrics.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-        ingest.push(&data).await.map_err(Interrupted::Storage)?;
+        if ingest.push(&data).await.is_err() {
+            drain(body, false, DRAIN_BYTES_MAX).await;
+            break;
+        }
     }
     Ok(())
 }

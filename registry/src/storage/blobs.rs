@@ -52,9 +52,11 @@ impl Storage {
         if !self.layout.blob(&target).is_file() {
             return Ok(false);
         }
+        self.settled();
         let link = self.link_temp(&target)?;
         let mut changes = self.dirs.changes();
         let path = self.layout.layer_link(to, digest);
+        let _placing = self.placing();
         self.place_link(&mut changes, link, &path)?;
         changes.sync().map_err(Error::at("cannot sync directories of", &path))?;
         Ok(true)

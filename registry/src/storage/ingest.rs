@@ -12,6 +12,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, OFlags};
 use tokio::sync::mpsc;
@@ -47,6 +48,10 @@ pub(crate) struct Ingest {
     writing: JoinHandle<Result<()>>,
 }
 
+/// A thread of an upload ended early; [`Ingest::finish`] tells why.
+#[derive(Debug)]
+pub(crate) struct Stopped;
+
 /// A filled buffer and its place in the file.
 struct Piece {
     buffer: Buffer,
@@ -76,6 +81,8 @@ impl Ingest {
         let (to_write, write_queue) = mpsc::channel(QUEUE_BUFFERS_MAX);
         let data = data.to_owned();
         let start = usize::try_from(offset % ALIGN_BYTES as u64).unwrap_or(0);
+        let written = Arc::new(AtomicU64::new(offset));
+        let reached = Arc::clone(&written);
         Self {
             pool: Arc::clone(pool),
             buffer: None,
@@ -84,8 +91,10 @@ impl Ingest {
             offset,
             to_hash,
             to_write,
-            hashing: tokio::task::spawn_blocking(move || hash(hasher, offset, &hashstates, hash_queue)),
-            writing: tokio::task::spawn_blocking(move || write(&data, offset, length, write_queue)),
+            hashing: tokio::task::spawn_blocking(move || {
+                hash(hasher, offset, &hashstates, hash_queue, &written)
+            }),
+            writing: tokio::task::spawn_blocking(move || write(&data, offset, length, write_queue, &reached)),
         }
     }
 
@@ -93,7 +102,7 @@ impl Ingest {
     ///
     /// # Errors
     /// When writing failed; the session then goes on from its last saved state.
-    pub(crate) async fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
+    pub(crate) async fn push(&mut self, mut bytes: &[u8]) -> Result<(), Stopped> {
         while !bytes.is_empty() {
             let mut buffer = match self.buffer.take() {
                 Some(buffer) => buffer,
@@ -117,33 +126,24 @@ impl Ingest {
     ///
     /// Returns the hasher and the length of the content so far.
     pub(crate) async fn finish(mut self) -> Result<(Hasher, u64)> {
-        if let Some(buffer) = self.buffer.take() {
-            self.hand_over(buffer).await?;
-        }
+        let handed_over = match self.buffer.take() {
+            Some(buffer) => self.hand_over(buffer).await,
+            None => Ok(()),
+        };
         drop((self.to_hash, self.to_write));
         self.writing.await.map_err(join_error)??;
         let hasher = self.hashing.await.map_err(join_error)?;
+        handed_over.map_err(|Stopped| Error::other("an upload's thread ended early"))?;
         Ok((hasher, self.offset))
     }
 
-    async fn hand_over(&mut self, mut buffer: Buffer) -> Result<()> {
+    async fn hand_over(&mut self, mut buffer: Buffer) -> Result<(), Stopped> {
         buffer.truncate(self.end);
         let piece = Arc::new(Piece { buffer, start: self.start, offset: self.offset });
-        self.offset = self
-            .offset
-            .checked_add((self.end - self.start) as u64)
-            .ok_or_else(|| Error::other("the upload is longer than a file can be"))?;
+        self.offset = self.offset.checked_add((self.end - self.start) as u64).ok_or(Stopped)?;
         (self.start, self.end) = (0, 0);
-        let hashing = self.to_hash.send(Arc::clone(&piece)).await;
-        if hashing.is_err() || self.to_write.send(piece).await.is_err() {
-            // A thread ends early only when writing failed: its result tells why.
-            return match (&mut self.writing).await {
-                Ok(Err(error)) => Err(error),
-                Ok(Ok(())) => Err(Error::other("an upload's writer ended early")),
-                Err(error) => Err(join_error(error)),
-            };
-        }
-        Ok(())
+        self.to_hash.send(Arc::clone(&piece)).await.map_err(|_| Stopped)?;
+        self.to_write.send(piece).await.map_err(|_| Stopped)
     }
 }
 
@@ -156,28 +156,41 @@ fn hash(
     mut offset: u64,
     hashstates: &Path,
     mut queue: mpsc::Receiver<Arc<Piece>>,
+    written: &AtomicU64,
 ) -> Hasher {
     let mut next_checkpoint = offset.saturating_add(CHECKPOINT_BYTES);
+    let mut checkpoint: Option<(Hasher, u64)> = None;
     while let Some(piece) = queue.blocking_recv() {
         hasher.update(piece.bytes());
         offset += piece.bytes().len() as u64;
         drop(piece);
         if offset >= next_checkpoint {
             next_checkpoint = offset.saturating_add(CHECKPOINT_BYTES);
-            // A state ahead of the file is ignored by whoever resumes; one that cannot be saved is not missed now.
-            if let Err(error) = save_state(hashstates, &hasher, offset) {
-                tracing::warn!(%error, path = %hashstates.display(), "hash state not saved");
-            }
+            checkpoint = Some((hasher.clone(), offset));
+        }
+        // A state ahead of the file would be of no use, and it takes the place of the one before.
+        if let Some((state, at)) = checkpoint.take_if(|(_, at)| written.load(Ordering::Acquire) >= *at)
+            && let Err(error) = save_state(hashstates, &state, at)
+        {
+            // One that cannot be saved is not missed now.
+            tracing::warn!(%error, path = %hashstates.display(), "hash state not saved");
         }
     }
     hasher
 }
 
-fn write(data: &Path, offset: u64, length: u64, mut queue: mpsc::Receiver<Arc<Piece>>) -> Result<()> {
+fn write(
+    data: &Path,
+    offset: u64,
+    length: u64,
+    mut queue: mpsc::Receiver<Arc<Piece>>,
+    written: &AtomicU64,
+) -> Result<()> {
     let mut target =
         Target::open(data, offset, length).map_err(Error::at("cannot open upload data", data))?;
     while let Some(piece) = queue.blocking_recv() {
         target.write(piece.bytes(), piece.offset).map_err(Error::at("cannot write upload data", data))?;
+        written.store(piece.offset + piece.bytes().len() as u64, Ordering::Release);
     }
     Ok(())
 }
@@ -254,4 +267,47 @@ pub(crate) fn hash_file(path: &Path, algorithm: Algorithm, length: u64) -> io::R
         offset += want as u64;
     }
     Ok(hasher)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_that_takes_no_bytes_is_told_at_the_end_and_nothing_panics() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = Pool::new(INGEST_BUFFER_BYTES, 8, 1);
+        let absent = dir.path().join("absent/data");
+        let hasher = Hasher::new(Algorithm::Sha256);
+        let mut ingest = Ingest::start(&pool, &absent, dir.path().to_owned(), 0, hasher, 0);
+        let block = vec![1; INGEST_BUFFER_BYTES];
+        while ingest.push(&block).await.is_ok() {}
+        ingest.push(&block).await.unwrap_err();
+        ingest.push(b"a rest").await.ok();
+        let Err(error) = ingest.finish().await else { panic!("it went well") };
+        assert!(error.to_string().contains("absent/data"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_state_is_saved_only_when_the_file_has_its_bytes() {
+        let pool = Pool::new(INGEST_BUFFER_BYTES, 2, 1);
+        for (written, saved) in [(0, false), (CHECKPOINT_BYTES, true)] {
+            let dir = tempfile::tempdir().unwrap();
+            let states = dir.path().join("sha256");
+            std::fs::create_dir(&states).unwrap();
+            let (sender, queue) = mpsc::channel(1);
+            let (to, reached) = (states.clone(), AtomicU64::new(written));
+            let hashing = tokio::task::spawn_blocking(move || {
+                hash(Hasher::new(Algorithm::Sha256), 0, &to, queue, &reached)
+            });
+            for n in 0..CHECKPOINT_BYTES / INGEST_BUFFER_BYTES as u64 {
+                let offset = n * INGEST_BUFFER_BYTES as u64;
+                let piece = Piece { buffer: pool.get().await, start: 0, offset };
+                sender.send(Arc::new(piece)).await.ok();
+            }
+            drop(sender);
+            hashing.await.unwrap();
+            assert_eq!(states.join(CHECKPOINT_BYTES.to_string()).exists(), saved);
+        }
+    }
 }

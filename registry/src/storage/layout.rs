@@ -8,7 +8,8 @@
 //!     _manifests/revisions/<alg>/<hex>/link    the repository has the manifest
 //!     _manifests/tags/<tag>/current/link       what the tag names
 //!     _manifests/tags/<tag>/index/<alg>/<hex>/link  what it named before
-//!     _uploads/<uuid>/                         an upload session: data, startedat, hashstates/<alg>/<offset>
+//!     _uploads/<uuid>/                         an upload session: data, startedat, hashstates/<alg>/<offset>,
+//!                                              and ours alone: boot
 //! dvcr/                                        ours alone; all but `lock` can be rebuilt or thrown away
 //!   lock                                       held by the process that serves the directory
 //!   tmp/                                       files on their way to their place; emptied at start

@@ -99,7 +99,7 @@ impl Storage {
         Ok(Some(manifest))
     }
 
-    /// Stores a manifest, and lets a tag name it; durable when it returns.
+    /// Stores a manifest, and lets a tag name it; durable when it returns, with all that the caller saw it refer to.
     ///
     /// A tag is placed only when all it depends on is durable: no crash leaves one that names nothing.
     pub(crate) fn put_manifest(
@@ -114,6 +114,9 @@ impl Storage {
         let mut changes = self.dirs.changes();
         let temp = self.dirs.write_temp(&manifest.bytes).map_err(Error::at("cannot write", &blob))?;
         let link = self.link_temp(&digest)?;
+        self.settled();
+        let _not_deleting = self.deleting.read().unwrap_or_else(PoisonError::into_inner);
+        let _placing = self.placing();
         changes.place(temp, &blob).map_err(Error::at("cannot place", &blob))?;
         if let Some(subject) = subject {
             self.place_referrer(&mut changes, repo, subject, &digest)?;
@@ -130,6 +133,8 @@ impl Storage {
 
     /// Deletes a manifest and the tags that name it; returns whether it was there.
     pub(crate) fn delete_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+        // A tag that is put meanwhile would name what is gone.
+        let _deleting = self.deleting.write().unwrap_or_else(PoisonError::into_inner);
         if !self.has_revision(repo, digest)? {
             return Ok(false);
         }

@@ -21,7 +21,7 @@ pub(crate) mod uploads;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::FlockOperation;
 
@@ -80,6 +80,10 @@ pub(crate) struct Storage {
     referrers: referrers::Checked,
     ingest_pool: Arc<Pool>,
     read_pool: Arc<Pool>,
+    /// Held for reading while what is placed, and so can be seen, is not yet durable.
+    placing: RwLock<()>,
+    /// Held for writing while a manifest is deleted with its tags, for reading while one is put with its tag.
+    deleting: RwLock<()>,
     /// Which boot of the machine this is, where the system tells.
     boot: Option<Box<str>>,
     _lock: File,
@@ -91,6 +95,7 @@ impl Storage {
     /// # Errors
     /// When another process of ours serves the directory, or it cannot be written.
     pub(crate) fn open(root: &Path) -> io::Result<Self> {
+        let missing = root.ancestors().take_while(|dir| !dir.exists()).count();
         fs::create_dir_all(root)?;
         let root = root.canonicalize()?;
         let layout = Layout::new(&root);
@@ -113,7 +118,8 @@ impl Storage {
         changes.touch(&layout.blobs());
         changes.touch(&layout.repositories());
         changes.sync()?;
-        if let Some(parent) = root.parent() {
+        // The root is an entry in its parent, and so on up to the directory that was there before.
+        for parent in root.ancestors().skip(1).take(missing.max(1)) {
             sync::sync_dir(parent)?;
         }
         Ok(Self {
@@ -124,9 +130,21 @@ impl Storage {
             referrers: referrers::Checked::default(),
             ingest_pool: Pool::new(INGEST_BUFFER_BYTES, INGEST_BUFFERS_MAX, INGEST_BUFFERS_IDLE_MAX),
             read_pool: Pool::new(blobs::READ_BUFFER_BYTES, READ_BUFFERS_MAX, READ_BUFFERS_IDLE_MAX),
+            placing: RwLock::default(),
+            deleting: RwLock::default(),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(Into::into),
             _lock: lock,
         })
+    }
+
+    /// Marks that something is placed that is durable only when the guard is gone.
+    fn placing(&self) -> RwLockReadGuard<'_, ()> {
+        self.placing.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until all that can be seen now is durable, so that what is built on it does not outlive it.
+    fn settled(&self) {
+        drop(self.placing.write().unwrap_or_else(PoisonError::into_inner));
     }
 
     pub(crate) fn ingest_pool(&self) -> &Arc<Pool> {

@@ -24,8 +24,8 @@ const CHECKED_REPOS_MAX: usize = 4096;
 pub(crate) struct Checked(Mutex<HashSet<RepoName>>);
 
 impl Storage {
-    /// Reads the manifests whose subject is `subject`, in the order of their digests.
-    pub(crate) fn referrers(&self, repo: &RepoName, subject: &Digest) -> Result<Vec<Manifest>> {
+    /// Lists the manifests whose subject is `subject`, in order; some may be gone when they are read.
+    pub(crate) fn referrers(&self, repo: &RepoName, subject: &Digest) -> Result<Vec<Digest>> {
         self.complete_index(repo)?;
         let dir = self.layout.referrers(repo, subject);
         let mut digests = Vec::new();
@@ -35,11 +35,15 @@ impl Storage {
             digests.extend(entry.file_name().to_string_lossy().replacen('-', ":", 1).parse::<Digest>());
         }
         digests.sort();
-        let mut manifests = Vec::new();
-        for digest in digests {
-            manifests.extend(self.manifest(repo, &digest)?);
-        }
-        Ok(manifests)
+        Ok(digests)
+    }
+
+    /// Reads a manifest for a list: one that is damaged must not hide the others.
+    pub(crate) fn sound_manifest(&self, repo: &RepoName, digest: &Digest) -> Option<Manifest> {
+        self.manifest(repo, digest).unwrap_or_else(|error| {
+            tracing::warn!(%repo, %digest, %error, "manifest left out of the referrers");
+            None
+        })
     }
 
     pub(super) fn place_referrer(
@@ -69,15 +73,7 @@ impl Storage {
         }
         let mut changes = self.dirs.changes();
         for digest in self.revisions(repo)? {
-            let manifest = match self.manifest(repo, &digest) {
-                Ok(Some(manifest)) => manifest,
-                Ok(None) => continue,
-                Err(error) => {
-                    // One damaged manifest must not hide the others.
-                    tracing::warn!(%repo, %digest, %error, "manifest left out of the referrers");
-                    continue;
-                }
-            };
+            let Some(manifest) = self.sound_manifest(repo, &digest) else { continue };
             let Some(subject) = model::subject_of(&manifest.bytes) else { continue };
             if !self.layout.referrer(repo, &subject, &digest).exists() {
                 self.place_referrer(&mut changes, repo, &subject, &digest)?;

@@ -145,20 +145,33 @@ impl Storage {
     pub(crate) fn begin_upload(&self, repo: &RepoName, algorithm: Algorithm) -> Result<Uuid> {
         let id = Uuid::new_v4();
         let fresh = Fresh { repo: repo.clone(), algorithm, started: SystemTime::now() };
-        let spilled = {
+        // One more in memory than allowed, while the oldest is put on disk.
+        let surplus = {
             let mut pending = lock(&self.uploads.pending);
-            pending.sessions.insert(id, fresh);
-            pending.order.push_back(id);
+            pending.put(id, fresh);
             pending.take_surplus(PENDING_SESSIONS_MAX)
         };
-        self.spill(spilled)?;
+        for (old, fresh) in surplus {
+            if let Err(error) = self.spill(old, &fresh) {
+                let mut pending = lock(&self.uploads.pending);
+                pending.sessions.remove(&id);
+                pending.put(old, fresh);
+                return Err(error);
+            }
+        }
         Ok(id)
     }
 
     /// Puts all sessions that live in memory on disk, before the process ends.
-    pub(crate) fn keep_pending_uploads(&self) -> Result<()> {
+    ///
+    /// They have no bytes, so one that cannot be put there costs its client a new beginning and nothing else.
+    pub(crate) fn keep_pending_uploads(&self) {
         let all = lock(&self.uploads.pending).take_surplus(0);
-        self.spill(all)
+        for (id, fresh) in all {
+            if let Err(error) = self.spill(id, &fresh) {
+                tracing::warn!(%error, "an upload that had just begun is forgotten");
+            }
+        }
     }
 
     /// Takes hold of a session; `None` if the repository has none of this id.
@@ -252,13 +265,19 @@ impl Storage {
             self.cancel_upload(session)?;
             return Err(UploadError::Digest { actual });
         }
-        file.sync_all().map_err(fail("cannot sync the upload"))?;
+        if let Err(error) = file.sync_all() {
+            // The next sync may succeed though the pages are lost, so no bytes of this session can be trusted again.
+            self.cancel_upload(session)?;
+            return Err(fail("cannot sync the upload")(error).into());
+        }
         let link = self.link_temp(expected)?;
         let mut changes = self.dirs.changes();
         let blob = self.layout.blob(expected);
+        let placing = self.placing();
         changes.rename(&data, &blob).map_err(Error::at("cannot place the blob", &blob))?;
         self.place_link(&mut changes, link, &self.layout.layer_link(&session.repo, expected))?;
         changes.sync().map_err(Error::at("cannot sync directories of", &blob))?;
+        drop(placing);
         if let Err(error) = remove_session_dir(&session.dir) {
             // The blob is safe; an empty session merely stays behind.
             tracing::warn!(%error, path = %session.dir.display(), "finished upload not removed");
@@ -292,6 +311,7 @@ impl Storage {
         let temp = self.dirs.write_temp(body).map_err(Error::at("cannot write the blob", &blob))?;
         let link = self.link_temp(expected)?;
         let mut changes = self.dirs.changes();
+        let _placing = self.placing();
         changes.place(temp, &blob).map_err(Error::at("cannot place the blob", &blob))?;
         self.place_link(&mut changes, link, &self.layout.layer_link(repo, expected))?;
         changes.sync().map_err(Error::at("cannot sync directories of", &blob))?;
@@ -313,12 +333,9 @@ impl Storage {
         changes.place(link, to).map_err(Error::at("cannot place the link", to))
     }
 
-    fn spill(&self, sessions: Vec<(Uuid, Fresh)>) -> Result<()> {
-        for (id, fresh) in sessions {
-            let dir = self.layout.upload(&fresh.repo, id);
-            self.make_session_dir(&dir, fresh.algorithm, fresh.started)?;
-        }
-        Ok(())
+    fn spill(&self, id: Uuid, fresh: &Fresh) -> Result<()> {
+        let dir = self.layout.upload(&fresh.repo, id);
+        self.make_session_dir(&dir, fresh.algorithm, fresh.started)
     }
 
     fn make_session_dir(&self, dir: &Path, algorithm: Algorithm, started: SystemTime) -> Result<()> {
@@ -354,6 +371,11 @@ impl From<Error> for UploadError {
 }
 
 impl Pending {
+    fn put(&mut self, id: Uuid, fresh: Fresh) {
+        self.sessions.insert(id, fresh);
+        self.order.push_back(id);
+    }
+
     /// Takes out the oldest sessions beyond `keep`.
     fn take_surplus(&mut self, keep: usize) -> Vec<(Uuid, Fresh)> {
         let mut surplus = Vec::new();
@@ -371,7 +393,10 @@ impl Pending {
 /// Writes a state under the name distribution uses, and removes those that were there before.
 pub(crate) fn save_state(hashstates: &Path, hasher: &Hasher, offset: u64) -> io::Result<()> {
     let name = offset.to_string();
-    fs::write(hashstates.join(&name), hasher.save())?;
+    // Beside the states' directory, where every file counts as a state, and moved in as a whole.
+    let aside = hashstates.with_extension("new");
+    fs::write(&aside, hasher.save())?;
+    fs::rename(&aside, hashstates.join(&name))?;
     for entry in fs::read_dir(hashstates)? {
         let entry = entry?;
         if entry.file_name() != name.as_str() {
@@ -416,12 +441,18 @@ fn states_of(dir: &Path) -> io::Result<Vec<SavedState>> {
 fn resume(dir: &Path, boot: Option<&str>) -> io::Result<(Hasher, u64)> {
     let (offset, state) = furthest(dir)?;
     let marker = dir.join(BOOT_FILE);
-    let believed = match (boot, found(fs::read_to_string(&marker))?) {
-        (Some(now), Some(then)) => now == then,
-        // Distribution leaves no marker, and syncs every chunk.
-        _ => true,
-    };
-    if let Some((_, hasher)) = state.as_ref().filter(|_| believed) {
+    let marked = found(fs::read_to_string(&marker))?;
+    // Distribution leaves no marker, and syncs every chunk.
+    let believed = boot.is_none_or(|now| marked.as_deref().is_none_or(|then| then == now));
+    // What comes from here on is not synced.
+    if let Some(boot) = boot.filter(|now| believed && marked.as_deref() != Some(*now)) {
+        fs::write(&marker, boot)?;
+    }
+    if let Some((algorithm, hasher)) = state.as_ref().filter(|_| believed) {
+        if states_of(dir)?.len() > 1 {
+            // Removes those ahead of the data, which other data could reach.
+            save_state(&hashstates(dir, *algorithm), hasher, offset)?;
+        }
         return Ok((hasher.clone(), offset));
     }
     let algorithm = state.as_ref().map_or(Algorithm::Sha256, |(algorithm, _)| *algorithm);
@@ -552,6 +583,44 @@ mod tests {
     }
 
     #[test]
+    fn a_state_ahead_of_the_data_is_gone_before_other_data_reaches_it() {
+        let (_root, storage) = storage();
+        let id = left_behind(&storage, b"0123456789", 4);
+        let states = storage.layout.upload(&repo(), id).join("hashstates/sha256");
+        let mut other = Hasher::new(Algorithm::Sha256);
+        other.update(b"other bytes, 19 all");
+        fs::write(states.join("19"), other.save()).unwrap();
+        drop(storage.open_upload(&repo(), id).unwrap().unwrap());
+        assert!(states.join("4").exists() && !states.join("19").exists());
+    }
+
+    #[test]
+    fn going_on_with_a_session_of_another_registry_marks_it_as_unsynced() {
+        let (_root, storage) = storage();
+        let id = left_behind(&storage, b"0123456789", 10);
+        let marker = storage.layout.upload(&repo(), id).join(BOOT_FILE);
+        let marked = fs::read_to_string(&marker).unwrap();
+        fs::remove_file(&marker).unwrap();
+        let session = storage.open_upload(&repo(), id).unwrap().unwrap();
+        assert_eq!(session.offset(), 10);
+        assert_eq!(fs::read_to_string(&marker).unwrap(), marked);
+    }
+
+    #[test]
+    fn a_session_that_cannot_be_put_on_disk_is_not_forgotten_for_a_new_one() {
+        let (_root, storage) = storage();
+        let ids: Vec<Uuid> = (0..PENDING_SESSIONS_MAX)
+            .map(|_| storage.begin_upload(&repo(), Algorithm::Sha256).unwrap())
+            .collect();
+        let uploads = storage.layout.upload(&repo(), ids[0]).parent().unwrap().to_owned();
+        fs::create_dir_all(uploads.parent().unwrap()).unwrap();
+        fs::write(&uploads, b"in the way").unwrap();
+        storage.begin_upload(&repo(), Algorithm::Sha256).unwrap_err();
+        assert_eq!(lock(&storage.uploads.pending).sessions.len(), PENDING_SESSIONS_MAX);
+        assert!(ids.iter().all(|id| storage.is_fresh_upload(*id)));
+    }
+
+    #[test]
     fn data_without_any_state_is_hashed_again() {
         let (_root, storage) = storage();
         let id = left_behind(&storage, b"0123456789", 4);
@@ -599,7 +668,7 @@ mod tests {
         }
         assert_eq!(lock(&storage.uploads.pending).sessions.len(), PENDING_SESSIONS_MAX);
         assert!(storage.layout.upload(&repo(), first).is_dir());
-        storage.keep_pending_uploads().unwrap();
+        storage.keep_pending_uploads();
         drop(storage);
         let storage = Storage::open(root.path()).unwrap();
         let session = storage.open_upload(&repo(), first).unwrap().unwrap();

@@ -169,6 +169,35 @@ async fn referrers_are_listed_and_filtered_by_artifact_type() {
 }
 
 #[tokio::test]
+async fn long_lists_of_referrers_come_in_pages_no_larger_than_a_manifest() {
+    let served = Served::new().await;
+    served.push_blob("a", b"{}").await;
+    let subject = image(OCI_MANIFEST, b"{}", &[]);
+    let mut pushed = Vec::new();
+    for n in 0..6 {
+        let note = n.to_string() + &"x".repeat(1 << 20);
+        let manifest = referrer(&subject, Some(if n == 0 { "a/b" } else { "c+d" }), &note);
+        pushed.push(served.push_manifest("a", &format!("t{n}"), &manifest).await);
+    }
+    let path = format!("/v2/a/referrers/{}", sha256(subject.to_string().as_bytes()));
+    for (query, mut wanted) in [("", pushed.clone()), ("?artifactType=c%2Bd", pushed[1..].to_vec())] {
+        let (mut seen, mut pages) = (Vec::new(), 0);
+        let mut page = Some(format!("{path}{query}"));
+        while let Some(now) = page {
+            let reply = served.get(&now).await.expect(200);
+            assert!(reply.body.len() <= 4 << 20);
+            for manifest in reply.json()["manifests"].as_array().unwrap() {
+                seen.push(manifest["digest"].as_str().unwrap().to_owned());
+            }
+            pages += 1;
+            page = next(&reply);
+        }
+        wanted.sort_unstable();
+        assert_eq!((seen, pages), (wanted, 2), "{query}");
+    }
+}
+
+#[tokio::test]
 async fn the_index_of_referrers_is_rebuilt_when_it_is_lost() {
     let served = Served::new().await;
     served.push_blob("a", b"{}").await;
