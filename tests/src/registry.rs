@@ -106,6 +106,9 @@ pub struct PeerRegistry {
 }
 
 impl PeerRegistry {
+    /// What the peers sign their upload tokens with.
+    pub const SECRET: &str = "tests";
+
     /// Starts Debian's docker-registry (distribution 2.8), which `make tools` unpacks.
     pub fn debian(root: &Path) -> Result<Self> {
         Self::start(&tool("docker-registry")?, root)
@@ -136,7 +139,8 @@ impl PeerRegistry {
         // No health checks and no redirects: what is compared is storage and HTTP alone.
         let text = format!(
             "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  delete:\n    enabled: true\n  \
-             filesystem:\n    rootdirectory: {root}\nhttp:\n  addr: {address}\n  secret: tests\n",
+             filesystem:\n    rootdirectory: {root}\nhttp:\n  addr: {address}\n  secret: {secret}\n",
+            secret = Self::SECRET,
             root = serde_json::to_string(root)?,
         );
         std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
