@@ -1,13 +1,18 @@
 //! The engine: workers take ranges of a disk, decode or encode them, and hand them to the target.
 //!
 //! ```text
-//!                 ┌─ worker: read, decode ─ write at its offset (raw)      ┐
-//!  feed (ranges) ─┼─ worker: read, encode ─ wait for its turn, append (qcow2) ├─> target
-//!                 └─ ...                                                   ┘
+//!                 ┌─ worker: read, decode ─┐           ┌─ writer: write at its offset ─┐
+//!  feed (ranges) ─┼─ worker: read, decode ─┼─ buffers ─┼─ writer: write at its offset ─┼─> raw target
+//!                 └─ ...                  ─┘           └───────────────────────────────┘
+//!                 ┌─ worker: read, encode, wait for its turn, append ─┐
+//!  feed (ranges) ─┼─ worker: read, encode, wait for its turn, append ─┼─> qcow2 target
+//!                 └─ ...                                             ─┘
 //! ```
 //!
-//! The feed passes over holes and zeros, so that they cost nothing; a stream is read by whichever worker holds it.
+//! The feed passes over holes and zeros, so that they cost nothing; a stream is read by whichever worker holds it. Writers
+//! wait for the device, so that workers need not: with direct writes a core that waits is a core lost.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::sync::{Condvar, Mutex, MutexGuard};
 
@@ -21,6 +26,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// Most workers; more than that only add buffers.
 const WORKERS_MAX: usize = 16;
+
+/// Writes in flight to a raw target; more of them gain nothing on the devices measured.
+const WRITERS: usize = 3;
 
 /// Bounds of the unit of work, bytes.
 const UNIT_BYTES_MIN: usize = 64 << 10;
@@ -38,10 +46,11 @@ pub struct Options {
     pub unit_bytes: usize,
 }
 
+// 2 MiB: the larger a direct write, the fewer small rests the block layer cuts off.
 impl Default for Options {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
-        Self { workers: cores.clamp(2, 8), unit_bytes: 1 << 20 }
+        Self { workers: cores.clamp(2, 8), unit_bytes: 2 << 20 }
     }
 }
 
@@ -254,7 +263,21 @@ impl Stream<'_> {
     }
 }
 
-/// Runs workers that write what `feed` hands out, in any order. `fill` reads a range that `feed` has not read.
+/// Buffers on their way from the workers to the writers and back; their number bounds what is in flight.
+struct Buffers {
+    free: Vec<AlignedBuf>,
+    filled: VecDeque<Filled>,
+    /// Workers that may still fill one.
+    workers: usize,
+}
+
+struct Filled {
+    buf: AlignedBuf,
+    start: u64,
+    len: usize,
+}
+
+/// Runs workers and writers that write what `feed` hands out, in any order. `fill` reads a range that `feed` has not read.
 fn write_raw(
     feed: impl FnMut(&mut [u8]) -> Result<Option<Range>> + Send,
     fill: impl Fn(&mut [u8], u64) -> Result<()> + Sync,
@@ -265,33 +288,48 @@ fn write_raw(
 ) -> Result<Written> {
     let feed = Mutex::new(feed);
     let written = Mutex::new(Written::default());
-    run_workers(workers, |team| {
-        let mut buf = AlignedBuf::new(unit);
-        let mut mine = Written::default();
-        while !team.stopped() {
+    let count = |data: u64, len: u64| {
+        let mut written = lock(&written);
+        written.data_bytes += data;
+        written.zero_bytes += len - data;
+        progress.advance(len);
+    };
+    let work = |team: &Team<Buffers>| {
+        while let Some(mut buf) = team.wait(|buffers| buffers.free.pop()) {
             progress.check()?;
             let range = lock(&feed)(buf.first_mut(unit))?;
-            let (data, len) = match range {
+            match range {
                 None => break,
                 Some(Range::Zero { start, len }) => {
                     target.write_zeros(start, len)?;
-                    (0, len)
+                    count(0, len);
+                    team.update(|buffers| buffers.free.push(buf));
                 }
                 Some(Range::Data { start, len }) => {
-                    let bytes = buf.first_mut(len);
-                    fill(bytes, start)?;
-                    (target.write_sparse(bytes, start)?, len as u64)
+                    fill(buf.first_mut(len), start)?;
+                    team.update(|buffers| buffers.filled.push_back(Filled { buf, start, len }));
                 }
-            };
-            mine.data_bytes += data;
-            mine.zero_bytes += len - data;
-            progress.advance(len);
+            }
         }
-        let mut all = lock(&written);
-        all.data_bytes += mine.data_bytes;
-        all.zero_bytes += mine.zero_bytes;
+        team.update(|buffers| buffers.workers -= 1);
         Ok(())
-    })?;
+    };
+    let write = |team: &Team<Buffers>| {
+        let next = |buffers: &mut Buffers| match buffers.filled.pop_front() {
+            None if buffers.workers > 0 => None,
+            filled => Some(filled),
+        };
+        while let Some(Filled { buf, start, len }) = team.wait(next).flatten() {
+            progress.check()?;
+            count(target.write_sparse(buf.first(len), start)?, len as u64);
+            team.update(|buffers| buffers.free.push(buf));
+        }
+        Ok(())
+    };
+    // One buffer in the hands of each thread, and one waiting for each writer.
+    let free = (0..workers + 2 * WRITERS).map(|_| AlignedBuf::new(unit)).collect();
+    let team = Team::new(Buffers { free, filled: VecDeque::new(), workers });
+    run_team(&team, workers + WRITERS, |n| if n < workers { work(&team) } else { write(&team) })?;
     Ok(written.into_inner().unwrap_or_else(|e| e.into_inner()))
 }
 
@@ -309,7 +347,8 @@ fn encode<W: Write + Send>(
     // The feed numbers its ranges; the writer takes them in that order.
     let feed = Mutex::new((0u64, feed));
     let writer = Mutex::new(writer);
-    run_workers(workers, |team| {
+    let team = Team::new(0u64);
+    run_team(&team, workers, |_| {
         let mut encoder = qcow2::Encoder::new(options.compression)?;
         // One cluster of slack: the last one of a disk is filled up with zeros.
         let mut buf = vec![0; unit + cluster_size];
@@ -344,7 +383,7 @@ fn encode<W: Write + Send>(
                 }
             }
 
-            if !team.wait_turn(turn) {
+            if team.wait(|now| (*now == turn).then_some(())).is_none() {
                 break;
             }
             let mut writer = lock(&writer);
@@ -357,7 +396,7 @@ fn encode<W: Write + Send>(
                 }
             }
             drop(writer);
-            team.end_turn();
+            team.update(|now| *now += 1);
             progress.advance(len as u64);
         }
         Ok(())
@@ -365,40 +404,46 @@ fn encode<W: Write + Send>(
     Ok(writer.into_inner().unwrap_or_else(|e| e.into_inner()))
 }
 
-/// What the workers of one piece of work share: whose turn it is, and whether to stop.
-#[derive(Default)]
-struct Team {
-    state: Mutex<TeamState>,
+/// What the threads of one piece of work share, and whether they are to stop.
+struct Team<T> {
+    state: Mutex<TeamState<T>>,
     changed: Condvar,
 }
 
-#[derive(Default)]
-struct TeamState {
-    turn: u64,
+struct TeamState<T> {
+    shared: T,
     stopped: bool,
     failure: Option<Error>,
 }
 
-impl Team {
+impl<T> Team<T> {
+    fn new(shared: T) -> Self {
+        let state = TeamState { shared, stopped: false, failure: None };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
     fn stopped(&self) -> bool {
         lock(&self.state).stopped
     }
 
-    /// Waits until everything before `turn` is appended; false when the work has stopped.
-    fn wait_turn(&self, turn: u64) -> bool {
+    /// Waits until `take` finds what it looks for; `None` when the work has stopped.
+    fn wait<R>(&self, take: impl Fn(&mut T) -> Option<R>) -> Option<R> {
         let mut state = lock(&self.state);
-        while state.turn != turn && !state.stopped {
+        while !state.stopped {
+            if let Some(taken) = take(&mut state.shared) {
+                return Some(taken);
+            }
             state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
-        !state.stopped
+        None
     }
 
-    fn end_turn(&self) {
-        lock(&self.state).turn += 1;
+    fn update(&self, change: impl FnOnce(&mut T)) {
+        change(&mut lock(&self.state).shared);
         self.changed.notify_all();
     }
 
-    /// Stops every worker; the first failure is the one that is told.
+    /// Stops everybody; the first failure is the one that is told.
     fn stop(&self, failure: Option<Error>) {
         let mut state = lock(&self.state);
         state.stopped = true;
@@ -410,10 +455,10 @@ impl Team {
     }
 }
 
-/// Stops the team when a worker leaves by a panic, so that the others do not wait for its turn for ever.
-struct StopOnUnwind<'a>(&'a Team);
+/// Stops the team when one of it leaves by a panic, so that the others do not wait for ever.
+struct StopOnUnwind<'a, T>(&'a Team<T>);
 
-impl Drop for StopOnUnwind<'_> {
+impl<T> Drop for StopOnUnwind<'_, T> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.stop(None);
@@ -421,20 +466,23 @@ impl Drop for StopOnUnwind<'_> {
     }
 }
 
-/// Runs `work` on `workers` threads, the caller's among them, and returns the first failure.
-fn run_workers(workers: usize, work: impl Fn(&Team) -> Result<()> + Sync) -> Result<()> {
-    let team = Team::default();
-    let run = || {
-        let _guard = StopOnUnwind(&team);
-        if let Err(failure) = work(&team) {
+/// Runs `work` on so many threads, the caller's among them, each with its number; returns the first failure.
+fn run_team<T: Send>(
+    team: &Team<T>,
+    threads: usize,
+    work: impl Fn(usize) -> Result<()> + Sync,
+) -> Result<()> {
+    let run = |n| {
+        let _guard = StopOnUnwind(team);
+        if let Err(failure) = work(n) {
             team.stop(Some(failure));
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..workers {
-            scope.spawn(run);
+        for n in 1..threads {
+            scope.spawn(move || run(n));
         }
-        run();
+        run(0);
     });
     let failure = lock(&team.state).failure.take();
     failure.map_or(Ok(()), Err)

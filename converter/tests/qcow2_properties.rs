@@ -4,6 +4,7 @@
 mod common;
 
 use std::path::Path;
+use std::process::Command;
 
 use common::{assert_same_bytes, assert_sound_and_equal, noise, path, prose, qemu_img, qemu_io, temp_dir};
 use dvcr_converter::convert::Options;
@@ -78,7 +79,8 @@ fn recipes() -> impl Strategy<Value = Recipe> {
 }
 
 impl Recipe {
-    fn make(&self, dir: &Path) -> std::path::PathBuf {
+    /// Makes the image; `None` if qemu damaged it, as 7.2 does in some compressed writes over other clusters.
+    fn make(&self, dir: &Path) -> Option<std::path::PathBuf> {
         let image = dir.join("image.qcow2");
         let mut options = format!("cluster_size={},compat={}", 1u32 << self.cluster_bits, self.compat);
         if self.extended_l2 {
@@ -100,7 +102,7 @@ impl Recipe {
         if !commands.is_empty() {
             qemu_io(&image, &commands);
         }
-        image
+        is_undamaged(&image).then_some(image)
     }
 
     fn command(&self, operation: &Operation, noise: &str, prose: &str) -> String {
@@ -127,6 +129,12 @@ impl Recipe {
             Kind::CompressedNoise => format!("write -q -c -s {noise} {start} {len}"),
         }
     }
+}
+
+/// Whether `qemu-img check` finds nothing worse than leaked clusters, its exit code 3.
+fn is_undamaged(image: &Path) -> bool {
+    let check = Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(image).output().unwrap();
+    matches!(check.status.code(), Some(0 | 3))
 }
 
 fn config(cases: u32) -> ProptestConfig {
@@ -163,6 +171,8 @@ proptest! {
     ) {
         let dir = temp_dir();
         let image = recipe.make(dir.path());
+        prop_assume!(image.is_some());
+        let image = image.unwrap();
         let (ours, theirs) = (dir.path().join("ours.raw"), dir.path().join("theirs.raw"));
         qemu_img(&["convert", "-f", "qcow2", "-O", "raw", path(&image), path(&theirs)]);
         common::to_raw(&image, &ours, &Options { workers, unit_bytes: 1 << unit_bits }).unwrap();
@@ -189,6 +199,8 @@ proptest! {
     ) {
         let dir = temp_dir();
         let image = recipe.make(dir.path());
+        prop_assume!(image.is_some());
+        let image = image.unwrap();
         let ours = dir.path().join("ours.qcow2");
         let size = recipe.sectors * 512 + more_sectors * 512;
         let write = WriteOptions { cluster_size: 1 << cluster_bits, compression, virtual_size_min: size };

@@ -16,7 +16,7 @@ use crate::digest::Digest;
 use crate::names::RepoName;
 
 /// Bytes per buffer of the read pool.
-pub(crate) const READ_BUFFER_BYTES: usize = 256 << 10;
+pub(crate) const READ_BUFFER_BYTES: usize = 512 << 10;
 /// Longest link that is read; a sha512 digest takes 135 bytes.
 const LINK_BYTES_MAX: u64 = 256;
 
@@ -102,7 +102,8 @@ pub(super) fn found<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// Reads a part of a blob in order: what the page cache has at once, the rest one buffer ahead on another thread.
+/// Reads a part of a blob in order: the beginning at once if the page cache has it, the rest one buffer ahead on another
+/// thread, so that sending and reading overlap, and a small blob needs no thread.
 pub(crate) struct Reader {
     file: Arc<File>,
     pool: Arc<Pool>,
@@ -128,10 +129,7 @@ impl Reader {
                 buffer.truncate(self.left());
                 match read_cached(&self.file, &mut buffer, self.offset) {
                     true => buffer,
-                    false => {
-                        let cold = self.read_cold(buffer, self.offset);
-                        cold.await.map_err(io::Error::other)??
-                    }
+                    false => self.read(buffer, self.offset).await.map_err(io::Error::other)??,
                 }
             }
         };
@@ -140,10 +138,7 @@ impl Reader {
             && let Some(mut ahead) = self.pool.try_get()
         {
             ahead.truncate(self.left());
-            // Cached bytes cost less to read when they are wanted than a hop to another thread now.
-            if !probably_cached(&self.file, self.offset) {
-                self.ahead = Some(self.read_cold(ahead, self.offset));
-            }
+            self.ahead = Some(self.read(ahead, self.offset));
         }
         Ok(Some(Bytes::from_owner(buffer)))
     }
@@ -152,7 +147,7 @@ impl Reader {
         usize::try_from(self.end - self.offset).unwrap_or(usize::MAX)
     }
 
-    fn read_cold(&self, mut buffer: Buffer, offset: u64) -> JoinHandle<io::Result<Buffer>> {
+    fn read(&self, mut buffer: Buffer, offset: u64) -> JoinHandle<io::Result<Buffer>> {
         let file = Arc::clone(&self.file);
         tokio::task::spawn_blocking(move || {
             file.read_exact_at(buffer.as_mut(), offset)?;
@@ -166,10 +161,4 @@ fn read_cached(file: &File, buffer: &mut Buffer, offset: u64) -> bool {
     let wanted = buffer.len();
     let slices = &mut [IoSliceMut::new(buffer.as_mut())];
     rustix::io::preadv2(file, slices, offset, ReadWriteFlags::NOWAIT) == Ok(wanted)
-}
-
-fn probably_cached(file: &File, offset: u64) -> bool {
-    let mut byte = [0];
-    let slices = &mut [IoSliceMut::new(&mut byte)];
-    rustix::io::preadv2(file, slices, offset, ReadWriteFlags::NOWAIT) == Ok(1)
 }

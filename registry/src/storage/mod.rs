@@ -35,9 +35,9 @@ const INGEST_BUFFERS_MAX: usize = 48;
 /// Upload buffers kept for the next upload: 4 MiB.
 const INGEST_BUFFERS_IDLE_MAX: usize = 4;
 /// Reading ahead of all downloads together: 32 MiB.
-const READ_BUFFERS_MAX: usize = 128;
+const READ_BUFFERS_MAX: usize = 64;
 /// Read buffers kept for the next download: 4 MiB.
-const READ_BUFFERS_IDLE_MAX: usize = 16;
+const READ_BUFFERS_IDLE_MAX: usize = 8;
 
 /// Result of the storage.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
