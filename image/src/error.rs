@@ -20,6 +20,8 @@ pub enum ErrorKind {
     Denied,
     /// The registry cannot be reached or answers that it cannot serve now; trying later may help.
     Unavailable,
+    /// The registry's TLS certificate is not accepted.
+    Untrusted,
     /// The registry answered something that the distribution specification does not allow.
     Protocol,
     /// Content does not have the digest or the length it was announced with.

@@ -27,6 +27,7 @@ use request::{Body, Outgoing, Transport};
 pub use blob::BlobStream;
 pub use manifest::Manifest;
 pub use ranged::{RangedBlob, Window};
+pub use request::is_certificate_refused;
 pub use upload::{BlobWriter, CHUNK_BYTES, Upload};
 
 /// Longest wait for what a dropped upload or staged blob leaves to clean up, milliseconds.

@@ -313,6 +313,13 @@ impl Transport {
         let origin = request.url.origin().ascii_serialization();
         match tokio::time::timeout(request.timeout, builder.send()).await {
             Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) if is_certificate_refused(&error) => {
+                let context = format!(
+                    "{}: the certificate of {origin} is not accepted; --insecure accepts any",
+                    request.what
+                );
+                Err(Error::with(ErrorKind::Untrusted, context, error.without_url()))
+            }
             Ok(Err(error)) => {
                 let context = format!("{}: no answer from {origin}", request.what);
                 Err(Error::with(ErrorKind::Unavailable, context, error.without_url()))
@@ -416,6 +423,13 @@ impl Transport {
 /// Whether trying the same later may help.
 pub(super) fn is_transient(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 425 | 429 | 500 | 502 | 503 | 504)
+}
+
+/// Whether a request failed because of the server's TLS certificate, which trying again does not change.
+pub fn is_certificate_refused(error: &(dyn std::error::Error + 'static)) -> bool {
+    // By rustls's words: its error types reach us only behind those of the HTTP client.
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.into_iter().any(|cause| cause.to_string().starts_with("invalid peer certificate"))
 }
 
 /// Waits before attempt `attempt + 1`.

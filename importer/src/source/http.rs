@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use dvcr_image::client::is_certificate_refused;
 use percent_encoding::percent_decode_str;
 use reqwest::header::{
     ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, IF_RANGE, LAST_MODIFIED,
@@ -154,10 +155,15 @@ impl HttpSource {
             }
         }
         let response = request.send().await.map_err(|error| {
-            let passing = !(error.is_redirect() || error.is_builder());
-            let context = match error.is_redirect() {
-                true => format!("{} redirects more than {REDIRECTS_MAX} times", self.display_url()),
-                false => format!("cannot reach {}", self.display_url()),
+            let untrusted = is_certificate_refused(&error);
+            let passing = !(error.is_redirect() || error.is_builder() || untrusted);
+            let url = self.display_url();
+            let context = match (error.is_redirect(), untrusted) {
+                (true, _) => format!("{url} redirects more than {REDIRECTS_MAX} times"),
+                (_, true) => {
+                    format!("the certificate of {url} is not accepted; --insecure-source accepts any")
+                }
+                _ => format!("cannot reach {url}"),
             };
             let error = Error::with(ErrorKind::Source, context, error.without_url());
             if passing { Failure::Passing(error, None) } else { Failure::Final(error) }
