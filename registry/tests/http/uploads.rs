@@ -272,7 +272,7 @@ async fn a_refused_chunk_that_dawdles_holds_nobody_up() {
         (reply.status == 202).then_some(())
     })
     .await;
-    assert!(started.elapsed().as_secs() < 5, "{:?}", started.elapsed());
+    assert!(started.elapsed().as_secs() < 9, "{:?}", started.elapsed());
 }
 
 #[tokio::test]
