@@ -144,6 +144,8 @@ pub(crate) fn check(bytes: &[u8], content_type: Option<&str>) -> Result<Checked,
         digests.sort();
         digests.dedup();
     }
+    // As it will be read back: only the text is stored.
+    let media_type = wire.media_type().to_owned();
     let subject = wire.subject.map(|subject| subject.digest.parse()).transpose()?;
     Ok(Checked { media_type, blobs, manifests, subject })
 }

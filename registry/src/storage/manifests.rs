@@ -116,7 +116,7 @@ impl Storage {
         let link = self.link_temp(&digest)?;
         self.settled();
         let _not_deleting = self.deleting.read().unwrap_or_else(PoisonError::into_inner);
-        let _placing = self.placing();
+        let placing = self.placing();
         changes.place(temp, &blob).map_err(Error::at("cannot place", &blob))?;
         if let Some(subject) = subject {
             self.place_referrer(&mut changes, repo, subject, &digest)?;
@@ -124,6 +124,7 @@ impl Storage {
         let revision = self.layout.revision_link(repo, &digest);
         self.place_link(&mut changes, link, &revision)?;
         changes.sync().map_err(Error::at("cannot sync directories of", &revision))?;
+        drop(placing);
         self.manifests.put(manifest);
         match tag {
             Some(tag) => self.put_tag(repo, tag, &digest),
