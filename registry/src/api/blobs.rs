@@ -54,7 +54,7 @@ pub(super) fn get(app: &Arc<App>, repo: &RepoName, digest: &Digest, parts: &Part
         }
     };
     let length = blob.length;
-    let reader = Reader::new(blob.file, app.storage.read_pool(), first, end);
+    let reader = Reader::new(blob.file, &app.storage, first, end);
     let mut response = Response::new(body(Arc::clone(app), reader));
     *response.status_mut() = status;
     let headers = response.headers_mut();

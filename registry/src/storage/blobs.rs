@@ -5,6 +5,7 @@ use std::io::{self, ErrorKind, IoSliceMut, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use rustix::io::ReadWriteFlags;
@@ -103,10 +104,12 @@ pub(super) fn found<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 /// Reads a part of a blob in order: the beginning at once if the page cache has it, the rest one buffer ahead on another
-/// thread, so that sending and reading overlap, and a small blob needs no thread.
+/// thread. So reading and sending overlap, and a small blob needs no thread. When there are more downloads than half the
+/// cores, what is cached is read when it is wanted: a hop to another thread then costs more than it brings.
 pub(crate) struct Reader {
     file: Arc<File>,
     pool: Arc<Pool>,
+    download: Download,
     offset: u64,
     end: u64,
     ahead: Option<JoinHandle<io::Result<Buffer>>>,
@@ -114,9 +117,10 @@ pub(crate) struct Reader {
 
 impl Reader {
     /// Reads from `offset` up to `end`, which must lie inside the file.
-    pub(crate) fn new(file: File, pool: &Arc<Pool>, offset: u64, end: u64) -> Self {
+    pub(crate) fn new(file: File, storage: &Storage, offset: u64, end: u64) -> Self {
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Sequential);
-        Self { file: Arc::new(file), pool: Arc::clone(pool), offset, end, ahead: None }
+        let (pool, download) = (Arc::clone(&storage.read_pool), storage.downloads.begin());
+        Self { file: Arc::new(file), pool, download, offset, end, ahead: None }
     }
 
     /// Returns the next bytes, `None` at the end.
@@ -138,7 +142,9 @@ impl Reader {
             && let Some(mut ahead) = self.pool.try_get()
         {
             ahead.truncate(self.left());
-            self.ahead = Some(self.read(ahead, self.offset));
+            if self.download.is_one_of_few() || !probably_cached(&self.file, self.offset) {
+                self.ahead = Some(self.read(ahead, self.offset));
+            }
         }
         Ok(Some(Bytes::from_owner(buffer)))
     }
@@ -156,9 +162,53 @@ impl Reader {
     }
 }
 
+/// Counts the downloads that go on.
+#[derive(Debug)]
+pub(super) struct Downloads {
+    active: Arc<AtomicUsize>,
+    /// Up to so many have a second core each.
+    few_max: usize,
+}
+
+impl Downloads {
+    pub(super) fn new() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { active: Arc::default(), few_max: cores / 2 }
+    }
+
+    fn begin(&self) -> Download {
+        self.active.fetch_add(1, Ordering::Relaxed);
+        Download { active: Arc::clone(&self.active), few_max: self.few_max }
+    }
+}
+
+/// One download, counted as long as it lives.
+struct Download {
+    active: Arc<AtomicUsize>,
+    few_max: usize,
+}
+
+impl Download {
+    fn is_one_of_few(&self) -> bool {
+        self.active.load(Ordering::Relaxed) <= self.few_max
+    }
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        self.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Fills the buffer if that needs no waiting for the device.
 fn read_cached(file: &File, buffer: &mut Buffer, offset: u64) -> bool {
     let wanted = buffer.len();
     let slices = &mut [IoSliceMut::new(buffer.as_mut())];
     rustix::io::preadv2(file, slices, offset, ReadWriteFlags::NOWAIT) == Ok(wanted)
+}
+
+fn probably_cached(file: &File, offset: u64) -> bool {
+    let mut byte = [0];
+    let slices = &mut [IoSliceMut::new(&mut byte)];
+    rustix::io::preadv2(file, slices, offset, ReadWriteFlags::NOWAIT) == Ok(1)
 }

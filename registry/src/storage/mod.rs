@@ -80,6 +80,7 @@ pub(crate) struct Storage {
     referrers: referrers::Checked,
     ingest_pool: Arc<Pool>,
     read_pool: Arc<Pool>,
+    downloads: blobs::Downloads,
     /// Held for reading while what is placed, and so can be seen, is not yet durable.
     placing: RwLock<()>,
     /// Held for writing while a manifest is deleted with its tags, for reading while one is put with its tag.
@@ -130,6 +131,7 @@ impl Storage {
             referrers: referrers::Checked::default(),
             ingest_pool: Pool::new(INGEST_BUFFER_BYTES, INGEST_BUFFERS_MAX, INGEST_BUFFERS_IDLE_MAX),
             read_pool: Pool::new(blobs::READ_BUFFER_BYTES, READ_BUFFERS_MAX, READ_BUFFERS_IDLE_MAX),
+            downloads: blobs::Downloads::new(),
             placing: RwLock::default(),
             deleting: RwLock::default(),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(Into::into),
@@ -149,10 +151,6 @@ impl Storage {
 
     pub(crate) fn ingest_pool(&self) -> &Arc<Pool> {
         &self.ingest_pool
-    }
-
-    pub(crate) fn read_pool(&self) -> &Arc<Pool> {
-        &self.read_pool
     }
 
     /// Tells whether the root can still be written: the readiness probe.
