@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::convert::{self, Options};
 use crate::format::{self, Format, Info, SECTOR_BYTES};
 use crate::limits::Limits;
-use crate::local::{FileSource, Qcow2Target, RawTarget};
+use crate::local::{self, FileSource, Qcow2Target, RawTarget};
 use crate::progress::Progress;
 use crate::qcow2::WriteOptions;
 use crate::wrapper::{self, Unwrapped, Wrapper};
@@ -85,6 +86,10 @@ pub fn convert(
     progress: &Progress,
 ) -> Result<Converted> {
     progress.set_phase("convert");
+    // A file is replaced by a new one, a device is overwritten while the source is read.
+    if output.metadata().is_ok_and(|target| target.file_type().is_block_device()) {
+        local::refuse_same_storage(input, output)?;
+    }
     let Unwrapped { wrappers, head, reader } = unwrap(input, limits)?;
     if wrappers.is_empty() {
         drop(reader);

@@ -95,6 +95,26 @@ impl ReadAt for FileSource {
     }
 }
 
+/// Refuses to write over the storage that is read: the same block device under any name, or the same file.
+///
+/// Fails with [`ErrorKind::Target`]. Only a target that is overwritten in place needs this; a new file does not.
+pub fn refuse_same_storage(source: &Path, target: &Path) -> Result<()> {
+    let (Ok(from), Ok(to)) = (source.metadata(), target.metadata()) else { return Ok(()) };
+    // Two nodes of one device have different inodes.
+    let same_device = from.file_type().is_block_device() && to.file_type().is_block_device();
+    if (same_device && from.rdev() == to.rdev()) || (from.dev(), from.ino()) == (to.dev(), to.ino()) {
+        return Err(Error::new(
+            ErrorKind::Target,
+            format!(
+                "{} and {} are the same storage, and writing would destroy what is read; name another target",
+                source.display(),
+                target.display()
+            ),
+        ));
+    }
+    Ok(())
+}
+
 /// A raw disk under construction: a sparse file or a block device, written by any number of threads.
 #[derive(Debug)]
 pub struct RawTarget {

@@ -9,8 +9,10 @@ use std::path::Path;
 use common::{assert_same_bytes, noise, path, prose, qemu_img, temp_dir};
 use dvcr_converter::convert::{self, Options};
 use dvcr_converter::error::ErrorKind;
+use dvcr_converter::file::{self, Output};
 use dvcr_converter::io::{Disk, Extent, ExtentKind};
-use dvcr_converter::local::RawTarget;
+use dvcr_converter::limits::Limits;
+use dvcr_converter::local::{self, RawTarget};
 use dvcr_converter::progress::Progress;
 use dvcr_converter::qcow2::WriteOptions;
 use dvcr_converter::{Error, Result};
@@ -101,7 +103,7 @@ fn a_failed_conversion_leaves_nothing_behind() {
         drop(target);
 
         let write = WriteOptions::default();
-        let mut target = dvcr_converter::local::Qcow2Target::create(&qcow2, write.cluster_size).unwrap();
+        let mut target = local::Qcow2Target::create(&qcow2, write.cluster_size).unwrap();
         let result =
             convert::to_qcow2(&Failing(32 << 20), &mut target, &write, &options, &Progress::default());
         assert_eq!(result.unwrap_err().to_string(), "the test disk ends here");
@@ -222,6 +224,49 @@ fn a_block_device_holds_the_disk() {
     common::to_raw(&image, Path::new(&device.0), &Options::default()).unwrap();
     drop(device);
     assert!(std::fs::read(&backing).unwrap() == disk);
+}
+
+#[test]
+fn storage_is_not_written_over_while_it_is_read() {
+    let dir = temp_dir();
+    let (image, link, other) = (dir.path().join("image"), dir.path().join("link"), dir.path().join("other"));
+    std::fs::write(&image, noise(1 << 20, 1)).unwrap();
+    std::fs::write(&other, noise(1 << 20, 2)).unwrap();
+    std::fs::hard_link(&image, &link).unwrap();
+    for same in [&image, &link] {
+        let error = local::refuse_same_storage(&image, same).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Target, "{error}");
+    }
+    local::refuse_same_storage(&image, &other).unwrap();
+    local::refuse_same_storage(&image, &dir.path().join("new")).unwrap();
+
+    let Some(device) = LoopDevice::attach(&image) else {
+        eprintln!("no loop devices here: the check on files stands for this one");
+        return;
+    };
+    // Another node of the same device.
+    let node = dir.path().join("node");
+    let rdev = std::fs::metadata(&device.0).unwrap().rdev();
+    let (major, minor) = (rustix::fs::major(rdev).to_string(), rustix::fs::minor(rdev).to_string());
+    common::run("mknod", &[path(&node), "b", &major, &minor]);
+    let convert = |to: &Path| {
+        let (limits, progress) = (Limits::default(), Progress::default());
+        file::convert(Path::new(&device.0), to, Output::Raw, &Options::default(), &limits, &progress)
+    };
+    for to in [Path::new(&device.0), &node] {
+        assert_eq!(convert(to).unwrap_err().kind(), ErrorKind::Target);
+    }
+    drop(device);
+    assert!(std::fs::read(&image).unwrap() == noise(1 << 20, 1));
+}
+
+#[test]
+fn a_file_can_be_converted_onto_itself() {
+    let dir = temp_dir();
+    let (image, disk) = sample(dir.path());
+    let (limits, progress) = (Limits::default(), Progress::default());
+    file::convert(&image, &image, Output::Raw, &Options::default(), &limits, &progress).unwrap();
+    assert!(std::fs::read(&image).unwrap() == disk);
 }
 
 #[test]
