@@ -1,7 +1,7 @@
 //! Local files and block devices: the only module that touches them.
 //!
 //! A target is recognisably incomplete until it is finished: a file has another name, a block device begins with
-//! zeros (its real first bytes come last, after everything else is on stable storage).
+//! zeros (its real first MiB comes last, after everything else is on stable storage, and of that its first page).
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -21,6 +21,10 @@ use crate::{Error, ErrorKind, Result};
 
 /// First bytes of a block device, written last.
 const DEVICE_HEAD_BYTES: u64 = 1 << 20;
+
+/// The very last bytes written to a block device: few enough to be one page, and enough for every magic number that
+/// marks the start of a disk.
+const DEVICE_FIRST_BYTES: usize = 4096;
 
 /// Zeros written at a time where the device cannot be told to zero a range.
 const ZERO_BYTES: usize = 1 << 20;
@@ -285,8 +289,13 @@ impl RawTarget {
             Kind::InPlace { head, .. } => {
                 let head = lock(head);
                 let head = &head[..head.len().min(self.size() as usize)];
-                self.buffered.write_all_at(head, 0).map_err(|e| self.write_error(0, e))?;
-                self.sync()
+                let (first, rest) = head.split_at(head.len().min(DEVICE_FIRST_BYTES));
+                // Two steps: a crash inside one long write could leave the first bytes without the others.
+                for (bytes, offset) in [(rest, first.len() as u64), (first, 0)] {
+                    self.buffered.write_all_at(bytes, offset).map_err(|e| self.write_error(offset, e))?;
+                    self.sync()?;
+                }
+                Ok(())
             }
             Kind::Fresh(_) => {
                 let Kind::Fresh(partial) = self.kind else { return Ok(()) };
