@@ -480,7 +480,11 @@ fn run_team<T: Send>(
     };
     std::thread::scope(|scope| {
         for n in 1..threads {
-            scope.spawn(move || run(n));
+            if let Err(e) = std::thread::Builder::new().spawn_scoped(scope, move || run(n)) {
+                // Fewer would wait for each other: a team needs its writers.
+                team.stop(Some(Error::io(format!("starting thread {n} of {threads}"), e)));
+                break;
+            }
         }
         run(0);
     });

@@ -5,6 +5,7 @@ mod common;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use common::{assert_same_bytes, noise, path, prose, qemu_img, temp_dir};
 use dvcr_converter::convert::{self, Options};
@@ -110,6 +111,45 @@ fn a_failed_conversion_leaves_nothing_behind() {
         drop(target);
         assert!(names(dir.path()).is_empty());
     }
+}
+
+/// Says to the test below that it runs in a process that cannot make threads.
+const WITHOUT_THREADS: &str = "DVCR_TEST_WITHOUT_THREADS";
+
+#[test]
+fn a_thread_that_cannot_be_started_ends_the_conversion() {
+    if std::env::var_os(WITHOUT_THREADS).is_some() {
+        let dir = temp_dir();
+        let target = RawTarget::create(&dir.path().join("raw"), 64 << 20).unwrap();
+        let options = Options { workers: 4, ..Options::default() };
+        let disk = Failing(u64::MAX);
+        let error = convert::to_raw(&disk, &target, &options, &Progress::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+        let write = WriteOptions::default();
+        let error = convert::to_qcow2(&disk, std::io::sink(), &write, &options, &Progress::default());
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::Io);
+        return;
+    }
+    // No address space holds a stack of this size, so that every thread fails to start.
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_thread_that_cannot_be_started_ends_the_conversion", "--test-threads=1"])
+        .env(WITHOUT_THREADS, "1")
+        .env("RUST_MIN_STACK", (1u64 << 56).to_string())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("the conversion waits for a thread that is not there");
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(status.success(), "{status}");
 }
 
 #[test]
