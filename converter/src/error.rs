@@ -38,6 +38,11 @@ impl Error {
         Self { kind, context: context.into(), source: None }
     }
 
+    /// Makes an error of `kind` with its cause; `context` does not repeat the cause.
+    pub fn with(kind: ErrorKind, context: impl Into<String>, source: std::io::Error) -> Self {
+        Self { kind, context: context.into(), source: Some(source) }
+    }
+
     /// Wraps an I/O error; `context` says what was being done, and where.
     ///
     /// An error of this crate that travelled through [`std::io::Read`] keeps its kind.

@@ -6,8 +6,8 @@
 
 use std::fmt;
 use std::io::{BufRead, BufReader, Cursor, Read};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::format::PROBE_BYTES;
 use crate::limits::Limits;
@@ -67,14 +67,15 @@ pub fn detect(head: &[u8]) -> Option<Wrapper> {
 /// Decodes `source`, every member or stream of it, inside `limits`.
 ///
 /// A reader's error carries an [`Error`] of kind [`ErrorKind::Limit`] when a bound was crossed, and of kind
-/// [`ErrorKind::Corrupt`] when the stream is damaged or cut short; [`Error::io`] keeps that kind.
+/// [`ErrorKind::Corrupt`] when the stream is damaged or cut short; [`Error::io`] keeps that kind. An error of
+/// `source` itself comes through as it is.
 pub fn decoder<'a>(
     wrapper: Wrapper,
     source: Box<dyn Read + Send + 'a>,
     limits: &Limits,
 ) -> Result<Box<dyn Read + Send + 'a>> {
-    let bytes_in = Arc::new(AtomicU64::new(0));
-    let counted = Counted { inner: source, bytes: bytes_in.clone() };
+    let taken = Arc::new(Taken::default());
+    let counted = Counted { inner: source, taken: taken.clone() };
     let input = BufReader::with_capacity(INPUT_BYTES, counted);
     let memory = limits.decoder_memory_bytes_max;
     let setup = |e: std::io::Error| Error::io(format!("setting up the {wrapper} decoder"), e);
@@ -95,7 +96,7 @@ pub fn decoder<'a>(
     Ok(Box::new(Bounded {
         inner,
         wrapper,
-        bytes_in,
+        taken,
         bytes_out: 0,
         bytes_out_max: limits.decoded_bytes_max,
         ratio_max: limits.expansion_ratio_max,
@@ -146,17 +147,40 @@ pub fn unwrap<'a>(source: Box<dyn Read + Send + 'a>, limits: &Limits) -> Result<
     }
 }
 
-/// Counts what a decoder takes from its source.
+/// What a decoder took from its source.
+#[derive(Default)]
+struct Taken {
+    bytes: AtomicU64,
+    /// The source's own error, on its way past the decoder, which might wrap it or take it for damage.
+    failure: Mutex<Option<std::io::Error>>,
+}
+
+impl Taken {
+    fn failure(&self) -> MutexGuard<'_, Option<std::io::Error>> {
+        self.failure.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// Notes what a decoder takes from its source.
 struct Counted<R> {
     inner: R,
-    bytes: Arc<AtomicU64>,
+    taken: Arc<Taken>,
 }
 
 impl<R: Read> Read for Counted<R> {
     fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
-        let n = self.inner.read(buf)?;
-        self.bytes.fetch_add(n as u64, Ordering::Relaxed);
-        Ok(n)
+        match self.inner.read(buf) {
+            Ok(n) => {
+                self.taken.bytes.fetch_add(n as u64, Ordering::Relaxed);
+                Ok(n)
+            }
+            // No failure: whoever sees it reads again.
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => Err(e),
+            Err(e) => {
+                *self.taken.failure() = Some(e);
+                Err(std::io::Error::other("the source of the compressed stream failed"))
+            }
+        }
     }
 }
 
@@ -164,7 +188,7 @@ impl<R: Read> Read for Counted<R> {
 struct Bounded<'a> {
     inner: Box<dyn Read + Send + 'a>,
     wrapper: Wrapper,
-    bytes_in: Arc<AtomicU64>,
+    taken: Arc<Taken>,
     bytes_out: u64,
     bytes_out_max: u64,
     ratio_max: u64,
@@ -179,7 +203,7 @@ impl Read for Bounded<'_> {
             let message = format!("the {} stream holds more than {} bytes", self.wrapper, self.bytes_out_max);
             return Err(Error::new(ErrorKind::Limit, message).into());
         }
-        let bytes_in = self.bytes_in.load(Ordering::Relaxed);
+        let bytes_in = self.taken.bytes.load(Ordering::Relaxed);
         if self.bytes_out > RATIO_GRACE_BYTES && self.bytes_out > bytes_in.saturating_mul(self.ratio_max) {
             let message = format!(
                 "the {} stream expands more than {} times ({bytes_in} bytes became {}): it looks like a \
@@ -196,8 +220,8 @@ impl Bounded<'_> {
     fn explain(&self, error: std::io::Error) -> std::io::Error {
         use std::io::ErrorKind as Io;
         // The source's own failures, among them those of an outer wrapper, pass unchanged.
-        if error.get_ref().is_some_and(|e| e.is::<Error>()) {
-            return error;
+        if let Some(failure) = self.taken.failure().take() {
+            return failure;
         }
         let wrapper = self.wrapper;
         let text = error.to_string();
@@ -218,9 +242,8 @@ impl Bounded<'_> {
         if !corrupt {
             return error;
         }
-        let message =
-            format!("the {wrapper} stream is damaged or cut short after {} bytes: {text}", self.bytes_out);
-        Error::new(ErrorKind::Corrupt, message).into()
+        let message = format!("the {wrapper} stream is damaged or cut short after {} bytes", self.bytes_out);
+        Error::with(ErrorKind::Corrupt, message, error).into()
     }
 }
 

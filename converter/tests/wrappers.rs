@@ -99,6 +99,61 @@ fn a_stream_that_is_cut_short_or_damaged_is_corrupt() {
     }
 }
 
+/// An error of a network or a file: not one of ours.
+#[derive(Debug)]
+struct Lost;
+
+impl std::fmt::Display for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the digest is another one")
+    }
+}
+
+impl std::error::Error for Lost {}
+
+/// Gives some bytes, then an error of the kind that decoders use for damage.
+struct Failing<'a>(&'a [u8]);
+
+impl Read for Failing<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        match self.0.read(buf)? {
+            0 => Err(std::io::Error::new(std::io::ErrorKind::InvalidData, Lost)),
+            n => Ok(n),
+        }
+    }
+}
+
+#[test]
+fn an_error_of_the_source_is_not_taken_for_damage() {
+    let inner = noise(400_000, 4);
+    for outer in ALL {
+        for second in ALL {
+            let whole = compress(outer, &compress(second, &inner));
+            for bytes in [&whole[..whole.len() / 2], &whole[..11]] {
+                let read = wrapper::unwrap(Box::new(Failing(bytes)), &Limits::default()).and_then(
+                    |mut unwrapped| {
+                        let read = std::io::copy(&mut unwrapped.reader, &mut std::io::sink());
+                        read.map_err(|e| Error::io("decoding", e))
+                    },
+                );
+                let error = read.unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Io, "{outer} {second}: {error}");
+                let source = std::error::Error::source(&error).unwrap();
+                let source = source.downcast_ref::<std::io::Error>().unwrap();
+                assert_eq!(source.kind(), std::io::ErrorKind::InvalidData);
+                assert!(source.get_ref().unwrap().is::<Lost>(), "{source:?}");
+            }
+        }
+    }
+    // Damage tells what the decoder said.
+    let whole = compress(Wrapper::Xz, &inner);
+    let error = decode(&whole[..whole.len() / 2], &Limits::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    let carried = std::error::Error::source(&error).unwrap();
+    let carried = carried.downcast_ref::<std::io::Error>().unwrap().get_ref().unwrap();
+    assert!(std::error::Error::source(carried).is_some(), "{carried:?}");
+}
+
 #[test]
 fn garbage_after_the_last_member_is_an_error_and_zeros_are_padding() {
     for wrapper in [Wrapper::Gzip, Wrapper::Bzip2] {
