@@ -246,6 +246,8 @@ impl Stream<'_> {
                 Ok(n) => len += n,
                 Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(e) => {
+                    // What comes after a failure is nobody's disk.
+                    self.ended = true;
                     return Err(Error::io(format!("reading the disk at offset {}", start + len as u64), e));
                 }
             }

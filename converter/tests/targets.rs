@@ -5,6 +5,7 @@ mod common;
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{assert_same_bytes, noise, path, prose, qemu_img, temp_dir};
@@ -110,6 +111,47 @@ fn a_failed_conversion_leaves_nothing_behind() {
         assert_eq!(result.unwrap_err().to_string(), "the test disk ends here");
         drop(target);
         assert!(names(dir.path()).is_empty());
+    }
+}
+
+/// A stream that fails once and goes on as if nothing had happened.
+struct FailingOnce<'a> {
+    read: u64,
+    after_failure: &'a AtomicU64,
+}
+
+impl std::io::Read for FailingOnce<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        match self.read {
+            0..4_000_000 => {}
+            4_000_000..5_000_000 => {
+                self.read = 5_000_000;
+                return Err(std::io::Error::other("the stream broke"));
+            }
+            _ => _ = self.after_failure.fetch_add(1, Ordering::Relaxed),
+        }
+        let n = buf.len().min(100_000);
+        buf[..n].fill(1);
+        self.read += n as u64;
+        Ok(n)
+    }
+}
+
+#[test]
+fn a_broken_stream_is_not_read_again() {
+    let dir = temp_dir();
+    let options = Options { workers: 8, unit_bytes: 64 << 10 };
+    for _ in 0..20 {
+        let after_failure = AtomicU64::new(0);
+        let stream = || Box::new(FailingOnce { read: 0, after_failure: &after_failure });
+        let target = RawTarget::create(&dir.path().join("raw"), 0).unwrap();
+        let error = convert::stream_to_raw(stream(), &target, &options, &Progress::default()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+        let write = WriteOptions::default();
+        let sink = std::io::sink();
+        let error = convert::stream_to_qcow2(stream(), sink, &write, &options, &Progress::default());
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::Io);
+        assert_eq!(after_failure.into_inner(), 0);
     }
 }
 
