@@ -7,8 +7,10 @@ pub struct Limits {
     pub virtual_size_max: u64,
     /// Most bytes of metadata tables held in memory at once for one open image.
     pub table_bytes_max: u64,
-    /// Most bytes a wrapper (gz, xz, zst, bz2) may decode to, per byte read, once 64 MiB were decoded.
+    /// Most bytes a wrapper (gz, xz, zst) may decode to, per byte read, once 64 MiB were decoded.
     pub expansion_ratio_max: u64,
+    /// The same for bz2, which packs zeros about 1.3 million to one: a blank disk is no bomb.
+    pub bzip2_expansion_ratio_max: u64,
     /// Most bytes a wrapper may decode to in all.
     pub decoded_bytes_max: u64,
     /// Most memory a decoder may ask for (xz dictionary, zstd window), bytes.
@@ -21,6 +23,7 @@ impl Default for Limits {
             virtual_size_max: 64 << 40,
             table_bytes_max: 48 << 20,
             expansion_ratio_max: 100_000,
+            bzip2_expansion_ratio_max: 2_000_000,
             decoded_bytes_max: 64 << 40,
             decoder_memory_bytes_max: 80 << 20,
         }

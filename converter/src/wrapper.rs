@@ -99,7 +99,10 @@ pub fn decoder<'a>(
         taken,
         bytes_out: 0,
         bytes_out_max: limits.decoded_bytes_max,
-        ratio_max: limits.expansion_ratio_max,
+        ratio_max: match wrapper {
+            Wrapper::Bzip2 => limits.bzip2_expansion_ratio_max,
+            Wrapper::Gzip | Wrapper::Xz | Wrapper::Zstd => limits.expansion_ratio_max,
+        },
         memory_bytes_max: memory,
     }))
 }
