@@ -14,6 +14,7 @@ use dvcr_image::layout::DiskLabels;
 use dvcr_image::{ClientOptions, Reference, Repository, tar};
 use serde::Serialize;
 use tokio::sync::oneshot;
+use uuid::Uuid;
 
 use crate::checksum::{Checksum, Checksums};
 use crate::chunks::{self, ChunkWriter};
@@ -23,6 +24,8 @@ use crate::{Error, ErrorKind, Result};
 
 /// How often a running import looks whether it was cancelled, milliseconds.
 const CANCEL_POLL_MS: u64 = 50;
+/// Length of the random bytes that a staged blob begins with.
+const STAGED_SALT_BYTES: usize = 32;
 
 /// What to import, and where to.
 #[derive(Clone, Debug)]
@@ -192,13 +195,13 @@ impl Transfer<'_> {
         })
     }
 
-    /// Reads the staged blob back into a layer.
+    /// Reads the staged blob back into a layer, without its salt.
     async fn assemble(&self, staged: &Staged, produced: &Produced) -> Result<(Digest, u64)> {
         let size = produced.labels.size;
         let mut begin = tar::prefix(&produced.file_name, size).map_err(|e| self.registry(e))?;
         begin.extend(&produced.header);
         let end = tar::suffix(size);
-        let whole = (begin.len() + end.len()) as u64 + staged.size;
+        let whole = (begin.len() + end.len()) as u64 + staged.size.saturating_sub(STAGED_SALT_BYTES as u64);
         let mut share = Share::new(self.progress, produced.source_size, whole);
 
         let (mut writer, mut chunks) = chunks::channel();
@@ -208,8 +211,11 @@ impl Transfer<'_> {
         let runtime = tokio::runtime::Handle::current();
         let thread = tokio::task::spawn_blocking(move || -> io::Result<()> {
             writer.write_all(&begin)?;
-            while let Some(bytes) = runtime.block_on(stream.next())? {
+            let mut salt_left = STAGED_SALT_BYTES;
+            while let Some(mut bytes) = runtime.block_on(stream.next())? {
                 hasher.update(&bytes);
+                let salt = bytes.split_to(salt_left.min(bytes.len()));
+                salt_left -= salt.len();
                 writer.write_all(&bytes)?;
             }
             digest::same(&hasher.finish()?, &expected, "what was staged in the registry")?;
@@ -235,6 +241,9 @@ impl Transfer<'_> {
 }
 
 /// A blob that only lives until its layer is made; deleted in the background when dropped.
+///
+/// Its random beginning makes it nobody else's: a blob of the bare bytes may be a layer in use, or what another
+/// import of the same source has staged.
 struct Staged {
     repository: Repository,
     digest: Digest,
@@ -325,6 +334,9 @@ impl Producer {
         }
         let mut reader = unwrapped.reader;
         let pushing = |e| Error::with(ErrorKind::Registry, "handing bytes to the upload", e);
+        if route == Route::Staged {
+            self.writer.write_all(&staged_salt()).map_err(pushing)?;
+        }
         let reading = |e: io::Error| image(dvcr_converter::Error::io("reading the image", e));
 
         let (size, virtual_size, header) = if re_encoded {
@@ -356,6 +368,15 @@ impl Producer {
         let labels = DiskLabels { size, virtual_size, format: stored_format };
         Ok(Produced { labels, file_name, source_size, header })
     }
+}
+
+/// 244 random bits, as two version 4 UUIDs have them.
+fn staged_salt() -> [u8; STAGED_SALT_BYTES] {
+    let mut salt = [0; STAGED_SALT_BYTES];
+    for half in salt.chunks_exact_mut(STAGED_SALT_BYTES / 2) {
+        half.copy_from_slice(Uuid::new_v4().as_bytes());
+    }
+    salt
 }
 
 fn empty(shown: &str) -> Error {
