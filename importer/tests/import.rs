@@ -158,6 +158,12 @@ async fn what_goes_wrong_at_the_source_publishes_nothing_and_says_why() {
             ErrorKind::Source,
             "broke off",
         ),
+        (
+            "changed-between-ranges",
+            Serving { cut_after: Some(MIB), etag_of_ranges: Some("\"v2\""), ..plain.clone() },
+            ErrorKind::Source,
+            "changed",
+        ),
         ("not-found", Serving { status: Some("404 Not Found"), ..plain.clone() }, ErrorKind::Source, "404"),
         ("empty", Serving::new(Vec::new()), ErrorKind::Source, "empty"),
         ("empty-chunked", Serving { chunked: true, ..Serving::new(Vec::new()) }, ErrorKind::Source, "empty"),
@@ -178,8 +184,10 @@ async fn what_goes_wrong_at_the_source_publishes_nothing_and_says_why() {
         assert_nothing_left(&registry, name).await;
     }
     let web = Web::serve(plain).await;
-    let error = import_one(&web.url("loop"), &registry.reference("loop")).await.unwrap_err();
+    let error = import_one(&web.url("loop?token=t0ken"), &registry.reference("loop")).await.unwrap_err();
     assert!(error.to_string().contains("redirects more than 10 times"), "{}", chain(&error));
+    let requests = web.requests.lock().unwrap().clone();
+    assert!(requests.iter().all(|request| !request.to_ascii_lowercase().contains("referer")), "{requests:?}");
 }
 
 async fn assert_nothing_left(registry: &Registry, name: &str) {
@@ -283,4 +291,34 @@ async fn an_image_is_imported_out_of_another_registry() {
     let second = import_one(&source, &ours.reference("b")).await.unwrap();
     assert_eq!((second.digest, second.file_name), (first.digest, first.file_name));
     assert_holds(&ours, "b", &files.raw).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn staging_never_deletes_a_blob_of_somebody_else() {
+    let (registry, files) = (Registry::ours().await, Files::new());
+    let qcow2 = files.qcow2(&[]);
+    let wrapped = files.wrap(&qcow2, "gz");
+    // The stored file without anything around it, as tools for artifacts push it.
+    let live = std::fs::read(&qcow2).unwrap();
+    let size = live.len() as u64;
+    let repository = registry.repository("a");
+    let digest = repository.push_blob(live.into()).await.unwrap();
+    import_one(path(&wrapped), &registry.reference("a")).await.unwrap();
+    assert_eq!(repository.blob_size(&digest).await.unwrap(), Some(size));
+    assert_eq!(registry.layers("a"), 3, "the live blob, a configuration and a layer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn concurrent_imports_of_one_source_do_not_disturb_each_other() {
+    let (registry, files) = (Registry::ours().await, Files::new());
+    let wrapped = files.wrap(&files.path("disk.raw"), "gz");
+    let (one, other) = (registry.reference("a:one"), registry.reference("a:other"));
+    let (one, other) = tokio::join!(import_one(path(&wrapped), &one), import_one(path(&wrapped), &other));
+    let (one, other) =
+        (one.unwrap_or_else(|e| panic!("{}", chain(&e))), other.unwrap_or_else(|e| panic!("{}", chain(&e))));
+    assert_eq!(one.digest, other.digest);
+    let target = files.path("out.raw");
+    populate_one(&registry.reference("a:one"), &target).await.unwrap();
+    assert!(std::fs::read(&target).unwrap() == files.raw);
+    assert_eq!(registry.layers("a"), 2, "what was staged is gone");
 }

@@ -1,5 +1,6 @@
 //! An image published over HTTP: read once from front to back, and continued where a connection broke.
 
+use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -48,7 +49,7 @@ pub struct HttpSource {
 impl HttpSource {
     /// Requests `url` (http or https; `user:password@` becomes Basic authentication towards that host alone).
     ///
-    /// `insecure` accepts any TLS certificate. Fails with [`ErrorKind::Source`] when the server cannot be reached,
+    /// `insecure` accepts any TLS certificate, and redirects from https to http. Fails with [`ErrorKind::Source`] when the server cannot be reached,
     /// redirects without end, or answers anything but 200.
     pub async fn open(url: &str, insecure: bool) -> Result<Self> {
         let mut url = Url::parse(url)
@@ -59,7 +60,14 @@ impl HttpSource {
         }
         let credentials = take_credentials(&mut url);
         let client = Client::builder()
-            .redirect(Policy::limited(REDIRECTS_MAX))
+            .redirect(Policy::custom(move |attempt| {
+                match refusal(attempt.previous(), attempt.url(), insecure) {
+                    Some(refusal) => attempt.error(refusal),
+                    None => attempt.follow(),
+                }
+            }))
+            // The query, a token perhaps, is not the next server's to know.
+            .referer(false)
             .connect_timeout(Duration::from_millis(CONNECT_TIMEOUT_MS))
             .read_timeout(Duration::from_millis(READ_IDLE_TIMEOUT_MS))
             .danger_accept_invalid_certs(insecure)
@@ -159,7 +167,10 @@ impl HttpSource {
             let passing = !(error.is_redirect() || error.is_builder() || untrusted);
             let url = self.display_url();
             let context = match (error.is_redirect(), untrusted) {
-                (true, _) => format!("{url} redirects more than {REDIRECTS_MAX} times"),
+                (true, _) => match refusal_of(&error) {
+                    Some(refusal) => format!("{url} {refusal}"),
+                    None => format!("{url} redirects to what is no address"),
+                },
                 (_, true) => {
                     format!("the certificate of {url} is not accepted; --insecure-source accepts any")
                 }
@@ -179,21 +190,20 @@ impl HttpSource {
         };
         match status {
             StatusCode::OK if self.position == 0 => Ok(response),
-            StatusCode::PARTIAL_CONTENT if self.position > 0 => match self.continues(response.headers()) {
-                true => Ok(response),
-                false => Err(Failure::Final(Error::new(
-                    ErrorKind::Source,
-                    format!("{} answers another range than was asked for", self.display_url()),
-                ))),
-            },
-            StatusCode::OK => Err(Failure::Final(Error::new(
-                ErrorKind::Source,
-                format!(
-                    "{} changed, or lost its ranges, after {} bytes were read; start again",
-                    self.display_url(),
-                    self.position
-                ),
-            ))),
+            StatusCode::PARTIAL_CONTENT if self.position > 0 => {
+                // Not every server minds If-Range: what goes on must be what was begun.
+                if validator(response.headers()) != self.validator {
+                    return Err(self.changed());
+                }
+                match self.continues(response.headers()) {
+                    true => Ok(response),
+                    false => Err(Failure::Final(Error::new(
+                        ErrorKind::Source,
+                        format!("{} answers another range than was asked for", self.display_url()),
+                    ))),
+                }
+            }
+            StatusCode::OK => Err(self.changed()),
             StatusCode::TOO_MANY_REQUESTS
             | StatusCode::BAD_GATEWAY
             | StatusCode::SERVICE_UNAVAILABLE
@@ -214,6 +224,17 @@ impl HttpSource {
         };
         let first = bounds.split_once('-').and_then(|(first, _)| first.parse().ok());
         first == Some(self.position) && (total == "*" || total.parse().ok() == self.len)
+    }
+
+    fn changed(&self) -> Failure {
+        Failure::Final(Error::new(
+            ErrorKind::Source,
+            format!(
+                "{} changed, or lost its ranges, after {} bytes were read; start again",
+                self.display_url(),
+                self.position
+            ),
+        ))
     }
 
     /// Waits before the next attempt, or gives up with `error`.
@@ -247,6 +268,42 @@ enum Failure {
     Passing(Error, Option<Duration>),
 }
 
+/// Why a redirect is not followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    TooMany,
+    Downgrade,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooMany => write!(f, "redirects more than {REDIRECTS_MAX} times"),
+            Self::Downgrade => f.write_str("redirects from https to http; --insecure-source allows that"),
+        }
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// Judges a redirect; `previous` begins with the address that was asked for.
+fn refusal(previous: &[Url], next: &Url, insecure: bool) -> Option<Refusal> {
+    let was_secure = previous.last().is_some_and(|url| url.scheme() == "https");
+    if previous.len() > REDIRECTS_MAX {
+        Some(Refusal::TooMany)
+    } else if was_secure && next.scheme() != "https" && !insecure {
+        Some(Refusal::Downgrade)
+    } else {
+        None
+    }
+}
+
+/// The refusal behind an error of the HTTP client.
+fn refusal_of(error: &(dyn std::error::Error + 'static)) -> Option<Refusal> {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.find_map(|cause| cause.downcast_ref().copied())
+}
+
 fn take_credentials(url: &mut Url) -> Option<(String, Option<String>)> {
     if url.username().is_empty() && url.password().is_none() {
         return None;
@@ -278,4 +335,31 @@ fn shown(url: &Url) -> String {
     url.set_query(None);
     url.set_fragment(None);
     url.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn url(text: &str) -> Url {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_redirect_from_https_to_http_needs_a_permission() {
+        let (plain, secure) = (url("http://h/a"), url("https://h/a"));
+        let from = |from: &Url, to: &Url, insecure| refusal(std::slice::from_ref(from), to, insecure);
+        assert_eq!(from(&secure, &plain, false), Some(Refusal::Downgrade));
+        assert_eq!(from(&secure, &plain, true), None);
+        for (one, other) in [(&plain, &secure), (&plain, &plain), (&secure, &secure)] {
+            assert_eq!(from(one, other, false), None);
+        }
+    }
+
+    #[test]
+    fn ten_redirects_are_followed_and_no_more() {
+        let plain = url("http://h/a");
+        assert_eq!(refusal(&vec![plain.clone(); REDIRECTS_MAX], &plain, false), None);
+        assert_eq!(refusal(&vec![plain.clone(); REDIRECTS_MAX + 1], &plain, true), Some(Refusal::TooMany));
+    }
 }

@@ -242,6 +242,8 @@ pub struct Serving {
     /// Say that ranges are served, and serve them.
     pub ranges: bool,
     pub etag: &'static str,
+    /// Another version is served to whoever asks for a range, whatever its If-Range says.
+    pub etag_of_ranges: Option<&'static str>,
     /// Added to the true length.
     pub length_error: i64,
     /// A status line in place of the file, such as `404 Not Found`.
@@ -259,6 +261,7 @@ impl Serving {
             cut_after: None,
             ranges: true,
             etag: "\"v1\"",
+            etag_of_ranges: None,
             length_error: 0,
             status: None,
             content_type: "application/octet-stream",
@@ -333,7 +336,9 @@ async fn answer(
     let wanted =
         request.split_once("range: bytes=").map(|(_, rest)| rest.split('-').next().unwrap().to_owned());
     // If-Range with another version than this one asks for the whole.
-    let same = !request.contains("if-range:") || request.contains(&format!("if-range: {}", serving.etag));
+    let same = serving.etag_of_ranges.is_some()
+        || !request.contains("if-range:")
+        || request.contains(&format!("if-range: {}", serving.etag));
     let start = wanted.filter(|_| serving.ranges && same).map(|start| start.parse::<usize>().unwrap());
     let all = serving.body.len();
     let rest = &serving.body[start.unwrap_or(0)..];
@@ -344,7 +349,8 @@ async fn answer(
         }
     };
     if serving.ranges {
-        head += &format!("accept-ranges: bytes\r\netag: {}\r\n", serving.etag);
+        let etag = serving.etag_of_ranges.filter(|_| start.is_some()).unwrap_or(serving.etag);
+        head += &format!("accept-ranges: bytes\r\netag: {etag}\r\n");
     }
     head += &format!("content-type: {}\r\nconnection: close\r\n", serving.content_type);
     head += &match serving.chunked {
