@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use crate::{Error, ErrorKind, Result};
@@ -25,11 +26,35 @@ impl FileSource {
             let context = format!("{} is a folder; name the image file in it", path.display());
             return Err(Error::new(ErrorKind::Source, context));
         }
+        // Opening a pipe would wait for somebody to write to it.
+        if !kind.is_file() && !kind.is_block_device() {
+            let context = format!(
+                "{} is neither a regular file nor a block device; store the image in a file, and import that",
+                path.display()
+            );
+            return Err(Error::new(ErrorKind::Source, context));
+        }
         let mut file = File::open(path).map_err(failed)?;
-        // A pipe or a character device cannot seek, and fails here.
         let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
         file.rewind().map_err(failed)?;
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
         Ok(Self { file, len, name })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_file_and_no_block_device_is_refused_without_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        for path in [pipe.as_path(), Path::new("/dev/zero"), dir.path()] {
+            let error = FileSource::open(path).err().unwrap();
+            assert_eq!(error.kind(), ErrorKind::Source);
+            assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+        }
     }
 }

@@ -45,7 +45,7 @@ impl FromStr for Source {
                 let bad = |e| Error::with(ErrorKind::Invalid, "the source is no image in a registry", e);
                 rest.parse().map(Self::Image).map_err(bad)
             }
-            Some((scheme, _)) if scheme.bytes().all(|b| b.is_ascii_alphanumeric()) && !scheme.is_empty() => {
+            Some((scheme, _)) if is_scheme(scheme) => {
                 let text = format!(
                     "sources of scheme {scheme:?} are not read; write http://, https://, docker:// or a path"
                 );
@@ -55,6 +55,11 @@ impl FromStr for Source {
             _ => Ok(Self::File(text.into())),
         }
     }
+}
+
+/// What stands before `://` in a URL (RFC 3986, 3.1).
+fn is_scheme(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"+-.".contains(&b))
 }
 
 impl fmt::Debug for Source {
@@ -259,8 +264,11 @@ mod tests {
             Source::Image("r.example/a".parse().unwrap())
         );
         assert_eq!("a/b.img".parse::<Source>().unwrap(), Source::File("a/b.img".into()));
-        for bad in ["ftp://h/a", "docker://R", ""] {
-            assert_eq!(bad.parse::<Source>().unwrap_err().kind(), ErrorKind::Invalid, "{bad}");
+        for bad in ["ftp://u:secret@h/a", "svn+ssh://u:secret@h/a", "docker://u:secret@h/r", "docker://R", ""]
+        {
+            let error = bad.parse::<Source>().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid, "{bad}");
+            assert!(!format!("{error:?}").contains("secret"), "{error:?}");
         }
         let secret = "https://user:secret@h/a".parse::<Source>().unwrap();
         assert!(!format!("{secret:?}").contains("secret"));
