@@ -324,3 +324,60 @@ async fn a_manifest_that_is_not_what_its_digest_says_is_refused() {
     let error = open(address, "a").manifest(wrong.as_ref()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Mismatch);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_takes_nothing_is_given_up() {
+    let stub = Stub::default();
+    let address = stub
+        .serve(|State(stub): State<Stub>, request: Request| async move {
+            drop(stub.note(&request));
+            match *request.method() {
+                Method::POST => answer(202, &[("location", "/v2/a/blobs/uploads/1".into())], ""),
+                Method::PATCH => answer(202, &[("range", "0-3".into())], ""),
+                _ => answer(204, &[("range", "0-3".into())], ""),
+            }
+        })
+        .await;
+    let mut upload = open(address, "a").start_upload().await.unwrap();
+    let error = upload.append(Bytes::from_static(b"content")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(error.to_string().contains("took nothing"), "{error}");
+    let sent = stub.seen().into_iter().filter(|(method, ..)| method == Method::PATCH).count();
+    assert!((2..=10).contains(&sent), "{sent} chunks were sent");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loopback_registry_cannot_lead_elsewhere_without_tls() {
+    let stub = Stub::default();
+    let address = stub
+        .serve(|State(stub): State<Stub>, request: Request| async move {
+            drop(stub.note(&request));
+            let status = if request.method() == Method::POST { 202 } else { 307 };
+            answer(status, &[("location", "http://registry.invalid/there".into())], "")
+        })
+        .await;
+    let repository = open_as(address, "a", Some(("alice", "s3cret")));
+    let digest = digest::sha256(b"content").unwrap();
+    for error in
+        [read(repository.blob(&digest, 7)).await.unwrap_err(), repository.start_upload().await.unwrap_err()]
+    {
+        assert_eq!(error.kind(), ErrorKind::Protocol);
+        assert!(error.to_string().contains("without TLS"), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_credentials_go_to_a_token_service_elsewhere_without_tls() {
+    let stub = Stub::default();
+    let address = stub
+        .serve(|State(stub): State<Stub>, request: Request| async move {
+            drop(stub.note(&request));
+            let challenge = "Bearer realm=\"http://auth.invalid/token\",service=\"s\"";
+            answer(401, &[("www-authenticate", challenge.into())], "")
+        })
+        .await;
+    let repository = open_as(address, "a", Some(("alice", "s3cret")));
+    let error = repository.manifest("latest").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Protocol);
+    assert!(error.to_string().contains("no credentials are sent there"), "{error}");
+}

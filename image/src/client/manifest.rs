@@ -109,7 +109,7 @@ impl Repository {
             if !media_type::is_index(&manifest.media_type) {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
-                    format!("{target} of {} is {}, not an image", self.name, manifest.media_type),
+                    format!("{target} of {} is {:?}, not an image", self.name, manifest.media_type),
                 ));
             }
             let index: ImageIndex = serde_json::from_slice(&manifest.bytes).map_err(bad)?;

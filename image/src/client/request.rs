@@ -11,7 +11,7 @@ use reqwest::Response;
 use serde::Deserialize;
 use tokio::sync::OnceCell;
 use tokio_util::task::TaskTracker;
-use url::Url;
+use url::{Host, Url};
 
 use super::{Access, ClientOptions};
 use crate::auth::{Challenge, Credentials};
@@ -154,7 +154,8 @@ impl Transport {
         base.join(path).map_err(|e| Error::with(ErrorKind::Invalid, format!("{path:?} makes no URL"), e))
     }
 
-    /// Resolves a `Location`. A registry behind a TLS proxy may call itself http: it is still reached by https.
+    /// Resolves a `Location`. A registry behind a TLS proxy may call itself http: it is still reached by https. Other
+    /// plain HTTP needs `insecure`, unless this machine talks to itself.
     pub(super) fn resolve(&self, from: &Url, location: &str) -> Result<Url> {
         let bad = |why: &str| {
             Error::new(
@@ -173,9 +174,11 @@ impl Transport {
                 if url.port().is_none() {
                     url.set_port(from.port()).map_err(|()| bad("that is no URL"))?;
                 }
-            } else if !self.insecure {
-                return Err(bad("without TLS; allow it with --insecure"));
             }
+        }
+        let stays_here = from.scheme() == "http" && is_loopback(&url);
+        if url.scheme() == "http" && !self.insecure && !stays_here {
+            return Err(bad("without TLS; allow it with --insecure"));
         }
         Ok(url)
     }
@@ -365,7 +368,7 @@ impl Transport {
         let mut url = Url::parse(realm)
             .map_err(|e| Error::with(ErrorKind::Protocol, format!("{what}: token service {realm:?}"), e))?;
         let registry_is_plain = self.base.get().is_some_and(|base| base.scheme() == "http");
-        if url.scheme() != "https" && !registry_is_plain {
+        if url.scheme() != "https" && !(registry_is_plain && (self.insecure || is_loopback(&url))) {
             let text =
                 format!("{what}: token service {realm:?} is without TLS, no credentials are sent there");
             return Err(Error::new(ErrorKind::Protocol, text));
@@ -417,6 +420,16 @@ impl Transport {
 
     fn state(&self) -> std::sync::MutexGuard<'_, AuthState> {
         self.auth.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// Whether the host is this machine.
+fn is_loopback(url: &Url) -> bool {
+    match url.host() {
+        Some(Host::Domain(name)) => name == "localhost",
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        None => false,
     }
 }
 

@@ -98,8 +98,15 @@ impl Upload {
         let end = start + chunk.len() as u64;
         let mut attempt = 1;
         while self.offset < end {
-            let rest = chunk.slice((self.offset - start) as usize..);
-            match self.patch(rest).await {
+            let before = self.offset;
+            let rest = chunk.slice((before - start) as usize..);
+            let mut outcome = self.patch(rest).await;
+            if outcome.is_ok() && self.offset <= before {
+                // Success that moves nothing is tried again like a failure, not for ever.
+                let text = format!("{}: the registry took nothing of a chunk at byte {before}", self.what);
+                outcome = Err(Error::new(ErrorKind::Unavailable, text));
+            }
+            match outcome {
                 Ok(()) => {}
                 Err(error) if error.kind() == ErrorKind::Unavailable && attempt < ATTEMPTS_MAX => {
                     tracing::debug!(offset = self.offset, attempt, %error, "a chunk broke off, going on");
