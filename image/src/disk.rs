@@ -1,7 +1,7 @@
 //! A disk in an image: published by us, found in anyone's.
 //!
 //! ```text
-//!  manifest ──> layers in order ──> plain tar: walk the headers by ranges ──> Window (random access)
+//!  manifest ──> layers, last first ──> plain tar: walk the headers by ranges ──> Window (random access)
 //!                               └─> gz, zst, or no ranges: walk as a stream ──> DiskStream (forward, verified)
 //! ```
 
@@ -18,7 +18,8 @@ use tokio::sync::mpsc;
 use crate::client::{RangedBlob, Repository, Window};
 use crate::digest::{self, Digest, Hasher};
 use crate::layout::{self, DiskLabels};
-use crate::tar::{self, Forward, Found, Source};
+use crate::merge::{self, Found, Hidden, Reach};
+use crate::tar::{self, Forward, Source};
 use crate::{Error, ErrorKind, Result, media_type};
 
 /// Parts of a layer that may wait for their reader.
@@ -61,14 +62,16 @@ struct Layer {
 }
 
 impl DiskImage {
-    /// Finds the first regular file below `disk/` in the image of a tag or digest, layer by layer.
+    /// Finds the first regular file below `disk/` in the last layer that has one, in the image of a tag or digest;
+    /// what the layers after it hide or remove does not count.
     ///
-    /// An image without one is [`ErrorKind::NotFound`]. Costs one ranged read for an image of our own layout;
-    /// compressed layers are decoded up to the file, inside `limits`.
+    /// An image without one is [`ErrorKind::NotFound`]. Costs a ranged read of either end for an image of our own
+    /// layout; compressed layers are decoded up to the file, inside `limits`.
     pub async fn locate(repository: &Repository, target: &str, limits: &Limits) -> Result<Self> {
         let (manifest, image) = repository.image(target).await?;
         let runtime = Handle::current();
-        for descriptor in image.layers() {
+        let mut hidden = Hidden::default();
+        for descriptor in image.layers().iter().rev() {
             if !may_hold_files(descriptor) {
                 continue;
             }
@@ -79,10 +82,14 @@ impl DiskImage {
                 limits: limits.clone(),
                 runtime: runtime.clone(),
             };
-            let outcome = tokio::task::spawn_blocking(move || search.run()).await;
-            let outcome = outcome.map_err(|e| {
+            let searching = tokio::task::spawn_blocking(move || {
+                let outcome = search.run(&mut hidden);
+                (outcome, hidden)
+            });
+            let (outcome, hidden_now) = searching.await.map_err(|e| {
                 Error::with(ErrorKind::Unavailable, "the thread that reads a layer ended early", e)
             })?;
+            hidden = hidden_now;
             if let Some((found, seekable)) = outcome? {
                 return Ok(Self {
                     repository: repository.clone(),
@@ -103,7 +110,7 @@ impl DiskImage {
 
     /// Name of the file, without its directory.
     pub fn file_name(&self) -> &str {
-        &self.found.file_name
+        self.found.file_name()
     }
 
     /// Length of the stored file, bytes.
@@ -129,12 +136,13 @@ impl DiskImage {
     /// Opens the file as a stream. Must not be read on the runtime's own async threads.
     ///
     /// The last read, the one that tells the end, reads the rest of the layer and fails with
-    /// [`ErrorKind::Mismatch`] if the layer does not have its digest.
+    /// [`ErrorKind::Mismatch`] if the layer does not have its digest, with [`ErrorKind::Unsupported`] if a later
+    /// entry of a compressed layer replaces the file.
     pub fn stream(&self) -> Result<DiskStream> {
         let raw = Raw::open(&self.repository, &self.layer, &self.runtime)?;
         let mut tar = Forward(decoded(&raw, &self.limits)?);
         tar.skip(self.found.offset)?;
-        Ok(DiskStream { raw, tar: tar.0, left: self.found.size })
+        Ok(DiskStream { raw, tar: tar.0, found: self.found.clone(), left: self.found.size, end: End::Ahead })
     }
 }
 
@@ -156,7 +164,7 @@ struct Search {
 
 impl Search {
     /// The disk, and whether it can be read at random.
-    fn run(&self) -> Result<Option<(Found, bool)>> {
+    fn run(&self, hidden: &mut Hidden) -> Result<Option<(Found, bool)>> {
         let blob = blob(&self.repository, &self.layer, &self.runtime);
         let mut head = vec![0; blob.size().min(MAGIC_BYTES as u64) as usize];
         let seekable = match blob.read(&mut head, 0) {
@@ -165,10 +173,11 @@ impl Search {
             Err(error) => return Err(error),
         };
         let found = if seekable {
-            tar::find_disk(&mut Ranged { blob, position: 0 })
+            merge::find_disk(&mut Ranged { blob, position: 0 }, hidden, Reach::Whole)
         } else {
             let raw = Raw::open(&self.repository, &self.layer, &self.runtime)?;
-            tar::find_disk(&mut Forward(decoded(&raw, &self.limits)?))
+            let tar = decoded(&raw, &self.limits)?;
+            merge::find_disk(&mut Forward(tar), hidden, Reach::FirstDisk)
         };
         let place =
             |e: Error| Error::with(e.kind(), format!("looking for a disk in layer {}", self.layer.digest), e);
@@ -202,7 +211,31 @@ impl Source for Ranged {
 pub struct DiskStream {
     raw: SharedRaw,
     tar: Box<dyn Read + Send>,
+    found: Found,
     left: u64,
+    end: End,
+}
+
+/// What is known of the layer behind the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Ahead,
+    /// Reading it failed, or it replaces the file.
+    Refused,
+    /// It leaves the file alone, and the digest is right.
+    Verified,
+}
+
+impl DiskStream {
+    /// Reads what is behind the file.
+    fn verify(&mut self) -> std::io::Result<()> {
+        let padding = tar::padding(self.found.size);
+        std::io::copy(&mut Read::by_ref(&mut self.tar).take(padding), &mut std::io::sink())?;
+        merge::refuse_another(&mut Forward(&mut self.tar), &self.found.path)?;
+        std::io::copy(&mut self.tar, &mut std::io::sink())?;
+        std::io::copy(&mut self.raw, &mut std::io::sink())?;
+        Ok(())
+    }
 }
 
 impl Read for DiskStream {
@@ -212,8 +245,14 @@ impl Read for DiskStream {
         }
         let wanted = buf.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
         if wanted == 0 {
-            std::io::copy(&mut self.tar, &mut std::io::sink())?;
-            std::io::copy(&mut self.raw, &mut std::io::sink())?;
+            if self.end == End::Refused {
+                return Err(Error::new(ErrorKind::Corrupt, "the layer was found to be bad before").into());
+            }
+            if self.end == End::Ahead {
+                self.end = End::Refused;
+                self.verify()?;
+                self.end = End::Verified;
+            }
             return Ok(0);
         }
         let count = self.tar.read(&mut buf[..wanted])?;
@@ -250,6 +289,8 @@ struct Raw {
     expected: Digest,
     /// Gone once the digest was compared.
     hasher: Option<Hasher>,
+    /// Whether a read failed; no later one may look like the end.
+    failed: bool,
 }
 
 impl Raw {
@@ -268,12 +309,22 @@ impl Raw {
                 }
             }
         });
-        let raw = Self { parts, part: Bytes::new(), expected: layer.digest.clone(), hasher };
+        let raw = Self { parts, part: Bytes::new(), expected: layer.digest.clone(), hasher, failed: false };
         Ok(SharedRaw(Arc::new(Mutex::new(raw))))
     }
 
-    /// Makes `part` the next bytes; false at the verified end.
+    /// Makes `part` the next bytes; false at the verified end. Fails for good once it failed.
     fn advance(&mut self) -> Result<bool> {
+        if self.failed {
+            let text = format!("layer {} could not be read and verified before", self.expected);
+            return Err(Error::new(ErrorKind::Mismatch, text));
+        }
+        let outcome = self.receive();
+        self.failed = outcome.is_err();
+        outcome
+    }
+
+    fn receive(&mut self) -> Result<bool> {
         while self.part.is_empty() {
             match self.parts.blocking_recv() {
                 Some(part) => {

@@ -16,6 +16,7 @@ mod disk;
 mod error;
 pub mod layout;
 pub mod media_type;
+mod merge;
 mod reference;
 pub mod tar;
 

@@ -1,4 +1,4 @@
-//! The tar format, as far as a disk's layer needs it: writing our own layout, and finding the disk in anyone's.
+//! The tar format, as far as a disk's layer needs it: writing our own layout, and walking the entries of anyone's.
 //!
 //! Written is POSIX pax, read is ustar, pax and the GNU long-name records (`docs/formats/disk-image.md`).
 
@@ -112,71 +112,107 @@ pub(crate) fn unwrap_io(context: &str, error: std::io::Error) -> Error {
     }
 }
 
-/// A disk file found in a tar; the source stands at its first byte.
+/// One file, directory or other thing in a tar.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Found {
-    /// The last component of its path.
-    pub(crate) file_name: String,
-    /// Bytes.
+pub(crate) struct Entry {
+    /// Without `.` and empty components; the root is the empty path.
+    pub(crate) path: String,
+    pub(crate) kind: Kind,
+    /// Bytes of its data.
     pub(crate) size: u64,
-    /// Where its first byte is in the tar.
+    /// Whether the data is a map and parts of the file.
+    pub(crate) sparse: bool,
+    /// Where its data begins, bytes from where the walk began.
     pub(crate) offset: u64,
 }
 
-/// Walks the entries to the first regular, non-empty file below `disk/`, or to the end.
-pub(crate) fn find_disk(source: &mut impl Source) -> Result<Option<Found>> {
-    let mut position = 0u64;
-    let mut next = Extensions::default();
-    for _ in 0..ENTRIES_MAX {
-        let mut record = [0; RECORD_BYTES];
-        if !source.read(&mut record)? || record.iter().all(|b| *b == 0) {
-            return Ok(None);
-        }
-        let header = Header::parse(&record, position)?;
-        position = advance(position, RECORD_BYTES as u64)?;
-        let size = if is_extension(header.kind) { header.size } else { next.size.unwrap_or(header.size) };
-        if is_extension(header.kind) {
-            if size > EXTENSION_BYTES_MAX {
-                return Err(corrupt(position, &format!("an extended header of {size} bytes")));
-            }
-            let mut data = vec![0; size as usize];
-            if size > 0 && !source.read(&mut data)? {
-                return Err(cut_short());
-            }
-            source.skip(padding(size))?;
-            position = advance(position, size + padding(size))?;
-            next.take_in(header.kind, &data, position)?;
-            continue;
-        }
-        let this = std::mem::take(&mut next);
-        let path = this.path.unwrap_or(header.path);
-        if let Some(file_name) = disk_file_name(&path)
-            && matches!(header.kind, b'0' | 0 | b'7' | b'S')
-            && size > 0
-        {
-            if this.sparse || header.kind == b'S' {
-                let text = format!("{path:?} is stored as a sparse tar entry, which is not read");
-                return Err(Error::new(ErrorKind::Unsupported, text));
-            }
-            return Ok(Some(Found { file_name, size, offset: position }));
-        }
-        // Links and directories have no data whatever their size field says.
-        let data = if matches!(header.kind, b'1'..=b'6') { 0 } else { size };
-        let whole = data.checked_add(padding(data)).ok_or_else(|| corrupt(position, "an absurd size"))?;
-        source.skip(whole)?;
-        position = advance(position, whole)?;
-    }
-    Err(Error::new(ErrorKind::Corrupt, format!("a layer has more than {ENTRIES_MAX} entries")))
+/// What an [`Entry`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    File,
+    Directory,
+    /// A link or a device.
+    Other,
 }
 
-/// The file's name if `path` is a file below `disk/` that is no white-out.
-fn disk_file_name(path: &str) -> Option<String> {
-    let mut parts = path.split('/').filter(|part| !part.is_empty() && *part != ".");
-    if parts.next() != Some(DISK_DIRECTORY) || path.ends_with('/') {
-        return None;
+/// A walk over the entries of a tar.
+pub(crate) struct Entries<'a, S> {
+    source: &'a mut S,
+    position: u64,
+    /// What is left of the last entry, bytes.
+    rest: u64,
+    walked: u32,
+}
+
+impl<'a, S: Source> Entries<'a, S> {
+    /// Begins at an entry's header.
+    pub(crate) fn new(source: &'a mut S) -> Self {
+        Self { source, position: 0, rest: 0, walked: 0 }
     }
-    let name = parts.next_back()?;
-    (!name.starts_with(".wh.") && name != "..").then(|| name.to_owned())
+
+    /// The next entry, with the source at its data; `None` at the end.
+    pub(crate) fn next(&mut self) -> Result<Option<Entry>> {
+        let mut extensions = Extensions::default();
+        loop {
+            self.pass()?;
+            let mut record = [0; RECORD_BYTES];
+            if !self.source.read(&mut record)? || record.iter().all(|b| *b == 0) {
+                return Ok(None);
+            }
+            if self.walked == ENTRIES_MAX {
+                let text = format!("a layer has more than {ENTRIES_MAX} entries");
+                return Err(Error::new(ErrorKind::Corrupt, text));
+            }
+            self.walked += 1;
+            let header = Header::parse(&record, self.position)?;
+            self.position = advance(self.position, RECORD_BYTES as u64)?;
+            if !is_extension(header.kind) {
+                return self.entry(header, extensions).map(Some);
+            }
+            if header.size > EXTENSION_BYTES_MAX {
+                let text = format!("an extended header of {} bytes", header.size);
+                return Err(corrupt(self.position, &text));
+            }
+            let mut data = vec![0; header.size as usize];
+            if header.size > 0 && !self.source.read(&mut data)? {
+                return Err(cut_short());
+            }
+            self.position = advance(self.position, header.size)?;
+            self.rest = padding(header.size);
+            extensions.take_in(header.kind, &data, self.position)?;
+        }
+    }
+
+    fn entry(&mut self, header: Header, extensions: Extensions) -> Result<Entry> {
+        let size = extensions.size.unwrap_or(header.size);
+        let path = extensions.path.unwrap_or(header.path);
+        let kind = match header.kind {
+            b'5' => Kind::Directory,
+            // Older than the type of directories.
+            _ if path.ends_with('/') => Kind::Directory,
+            b'0' | 0 | b'7' | b'S' => Kind::File,
+            _ => Kind::Other,
+        };
+        // Links and directories have no data whatever their size field says.
+        let data = if matches!(header.kind, b'1'..=b'6') { 0 } else { size };
+        let absurd = || corrupt(self.position, "an absurd size");
+        self.rest = data.checked_add(padding(data)).ok_or_else(absurd)?;
+        let sparse = extensions.sparse || header.kind == b'S';
+        Ok(Entry { path: normal(&path), kind, size: data, sparse, offset: self.position })
+    }
+
+    /// Leaves the last entry behind.
+    fn pass(&mut self) -> Result<()> {
+        let rest = std::mem::take(&mut self.rest);
+        self.source.skip(rest)?;
+        self.position = advance(self.position, rest)?;
+        Ok(())
+    }
+}
+
+fn normal(path: &str) -> String {
+    let parts: Vec<_> = path.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
+    parts.join("/")
 }
 
 struct Header {
@@ -277,7 +313,8 @@ fn text(field: &[u8]) -> String {
     String::from_utf8_lossy(&field[..end]).into_owned()
 }
 
-fn padding(size: u64) -> u64 {
+/// Zeros after the data of an entry of `size` bytes.
+pub(crate) fn padding(size: u64) -> u64 {
     (RECORD_BYTES as u64 - size % RECORD_BYTES as u64) % RECORD_BYTES as u64
 }
 
@@ -347,10 +384,11 @@ fn pax_padding(records: &mut Vec<u8>, bytes: usize) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::merge::{Found, Hidden, Reach, find_disk};
 
     fn layer(name: &str, content: &[u8]) -> Vec<u8> {
         let size = content.len() as u64;
@@ -361,10 +399,10 @@ mod tests {
     }
 
     fn find(bytes: &[u8]) -> Result<Option<Found>> {
-        find_disk(&mut Forward(bytes))
+        find_disk(&mut Forward(bytes), &mut Hidden::default(), Reach::FirstDisk)
     }
 
-    fn entry(path: &str, content: &[u8], kind: u8) -> Vec<u8> {
+    pub(crate) fn entry(path: &str, content: &[u8], kind: u8) -> Vec<u8> {
         let mut bytes = header(path, 0o644, content.len() as u64, kind).to_vec();
         bytes.extend(content);
         bytes.resize(bytes.len() + padding(content.len() as u64) as usize, 0);
@@ -399,7 +437,7 @@ mod tests {
             let bytes = prefix(&name, size).unwrap();
             assert_eq!(bytes.len() as u64, DATA_OFFSET);
             let found = find(&bytes).unwrap().unwrap();
-            assert_eq!(found, Found { file_name: name, size, offset: DATA_OFFSET });
+            assert_eq!(found, Found { path: format!("disk/{name}"), size, offset: DATA_OFFSET });
         }
     }
 
@@ -420,7 +458,9 @@ mod tests {
         bytes.extend(entry("disk/link", b"", b'2'));
         bytes.extend(entry("./disk/deep/vm.img", b"content", b'0'));
         let offset = bytes.len() as u64 - 512;
-        assert_eq!(find(&bytes).unwrap().unwrap(), Found { file_name: "vm.img".into(), size: 7, offset });
+        let found = Found { path: "disk/deep/vm.img".into(), size: 7, offset };
+        assert_eq!(find(&bytes).unwrap().unwrap(), found);
+        assert_eq!(found.file_name(), "vm.img");
         assert_eq!(find(&entry("disk", b"file, no directory", b'0')).unwrap(), None);
         assert_eq!(find(&[]).unwrap(), None);
         assert_eq!(find(&[0; 1024]).unwrap(), None);
@@ -437,7 +477,7 @@ mod tests {
         octal(&mut big[148..155], sum);
         bytes.extend(big);
         let found = find(&bytes).unwrap().unwrap();
-        assert_eq!((found.file_name.len(), found.size), (154, 20 << 30));
+        assert_eq!((found.file_name().len(), found.size), (154, 20 << 30));
     }
 
     #[test]
@@ -462,7 +502,7 @@ mod tests {
             let bytes = layer(&name, &content);
             prop_assert_eq!(Some(bytes.len() as u64), layer_bytes(content.len() as u64));
             let found = find(&bytes).unwrap().unwrap();
-            prop_assert_eq!(&found.file_name, &name);
+            prop_assert_eq!(found.file_name(), &name);
             let at = found.offset as usize;
             prop_assert_eq!(&bytes[at..at + content.len()], &content[..]);
         }

@@ -246,6 +246,69 @@ async fn without_ranges_a_plain_layer_is_read_as_a_verified_stream() {
     let disk = locate(&open(without_ranges(wrong, blob.clone()).await, "a")).await.unwrap();
     let error = read_stream(&disk).await.unwrap_err().downcast::<dvcr_image::Error>().unwrap();
     assert_eq!(error.kind(), ErrorKind::Mismatch);
+    let insisting = tokio::task::spawn_blocking(move || {
+        let mut stream = disk.stream().unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap_err();
+        stream.read(&mut [0])
+    });
+    assert!(insisting.await.unwrap().is_err(), "a second read is no clean end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_disk_is_the_one_that_the_merged_layers_show() {
+    const OCI_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
+    let dir = tempfile::tempdir().unwrap();
+    let address = our_registry(dir.path()).await;
+    let base = gnu_layer(&[("disk/base.img", b"base"), ("disk/old.img", b"old")]);
+    let white_out = gnu_layer(&[("disk/.wh.base.img", b"")]);
+    let all_out = gnu_layer(&[("disk/.wh..wh..opq", b"")]);
+    let newer = gnu_layer(&[("disk/new.img", b"new")]);
+    type Case<'a> = (&'a str, Vec<&'a Vec<u8>>, Option<&'a str>);
+    let cases: [Case<'_>; 5] = [
+        ("base", vec![&base], Some("base.img")),
+        ("white-out", vec![&base, &white_out], Some("old.img")),
+        ("opaque", vec![&base, &all_out], None),
+        ("newer", vec![&base, &newer], Some("new.img")),
+        ("newer-gone", vec![&newer, &base, &white_out, &white_out], Some("old.img")),
+    ];
+    for (name, layers, expected) in cases {
+        for (kind, compressed) in [(media_type::OCI_LAYER, false), (OCI_GZIP, true)] {
+            let layers: Vec<_> = layers
+                .iter()
+                .map(|layer| (kind, if compressed { gzip(layer) } else { layer.to_vec() }))
+                .collect();
+            let repository = open(address, name);
+            push_image(&repository, media_type::OCI_MANIFEST, &layers).await;
+            match (locate(&repository).await, expected) {
+                (Ok(disk), Some(expected)) => {
+                    assert_eq!(disk.file_name(), expected, "{name}");
+                    assert_eq!(
+                        read_stream(&disk).await.unwrap(),
+                        &expected.as_bytes()[..disk.size() as usize]
+                    );
+                }
+                (Err(error), None) => assert_eq!(error.kind(), ErrorKind::NotFound, "{name}"),
+                (outcome, _) => panic!("{name}: {outcome:?}"),
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_there_twice_is_the_last_one_or_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let repository = open(our_registry(dir.path()).await, "a");
+    let mut twice = layer("vm.img", b"first");
+    twice.truncate(twice.len() - 1024);
+    twice.extend(layer("vm.img", b"last"));
+    push_image(&repository, media_type::OCI_MANIFEST, &[(media_type::OCI_LAYER, twice.clone())]).await;
+    let disk = locate(&repository).await.unwrap();
+    assert_eq!(read_window(&disk, 0, 4).await, b"last");
+    assert_eq!(read_stream(&disk).await.unwrap(), b"last");
+    let gzipped = [("application/vnd.oci.image.layer.v1.tar+gzip", gzip(&twice))];
+    push_image(&repository, media_type::OCI_MANIFEST, &gzipped).await;
+    let error = read_stream(&locate(&repository).await.unwrap()).await.unwrap_err();
+    assert_eq!(error.downcast::<dvcr_image::Error>().unwrap().kind(), ErrorKind::Unsupported);
 }
 
 #[tokio::test(flavor = "multi_thread")]
