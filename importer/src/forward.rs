@@ -6,12 +6,16 @@
 //! ```
 //!
 //! Tools write disk images mostly in order, so that reads go forward or a little back, and the window serves them.
+//!
+//! A stream verifies itself at its end, which one that was left behind never saw: its bytes count only once a later
+//! stream has passed the same place with the same bytes.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::{Mutex, MutexGuard};
 
 use dvcr_converter::io::ReadAt;
+use sha2::{Digest as _, Sha256};
 
 /// Bytes behind the front of the stream that stay readable.
 const WINDOW_BYTES: usize = 24 << 20;
@@ -34,7 +38,19 @@ struct State {
     start: u64,
     end: u64,
     reopened: u32,
+    /// Of the stream's bytes up to `end`.
+    hasher: Sha256,
+    /// Streams that no later one has confirmed yet; at most [`REOPENINGS_MAX`].
+    left: Vec<LeftBehind>,
 }
+
+/// How far a stream was read before another one began, and the hash of what it brought.
+struct LeftBehind {
+    end: u64,
+    hash: Hash,
+}
+
+type Hash = digest::Output<Sha256>;
 
 impl<F> ForwardReader<F>
 where
@@ -42,14 +58,17 @@ where
 {
     /// Opens the stream of `len` bytes for the first time.
     pub fn new(len: u64, open: F) -> io::Result<Self> {
-        let state = State { stream: open()?, window: VecDeque::new(), start: 0, end: 0, reopened: 0 };
-        Ok(Self { len, open, state: Mutex::new(state) })
+        let state = Mutex::new(State::new(open()?, 0, Vec::new()));
+        Ok(Self { len, open, state })
     }
 
-    /// Reads the stream to its end, so that whatever is checked there is checked.
+    /// Reads the stream to its end, so that whatever is checked there is checked, and all that was read before equals it.
     pub fn drain(&self) -> io::Result<()> {
         let mut state = self.lock();
         while state.advance()? {}
+        if !state.left.is_empty() {
+            return Err(changed(state.end));
+        }
         match state.end == self.len {
             true => Ok(()),
             false => Err(io::Error::new(
@@ -81,8 +100,10 @@ where
                      import it into a registry first (dvcr import docker://...), and populate from there"
                 )));
             }
-            let reopened = state.reopened + 1;
-            *state = State { stream: (self.open)()?, window: VecDeque::new(), start: 0, end: 0, reopened };
+            let stream = (self.open)()?;
+            let mut left = std::mem::take(&mut state.left);
+            left.push(LeftBehind { end: state.end, hash: state.hasher.clone().finalize() });
+            *state = State::new(stream, state.reopened + 1, left);
         }
         let (mut buf, mut offset) = (buf, offset);
         while !buf.is_empty() {
@@ -98,6 +119,10 @@ where
 }
 
 impl State {
+    fn new(stream: Box<dyn Read + Send>, reopened: u32, left: Vec<LeftBehind>) -> Self {
+        Self { stream, window: VecDeque::new(), start: 0, end: 0, reopened, hasher: Sha256::new(), left }
+    }
+
     /// Copies what the window has at `offset`, which is not before it.
     fn copy(&self, buf: &mut [u8], offset: u64) -> usize {
         let behind = usize::try_from(offset - self.start).unwrap_or(usize::MAX);
@@ -123,11 +148,37 @@ impl State {
         chunk.clear();
         let read = (&mut self.stream).take(CHUNK_BYTES as u64).read_to_end(&mut chunk)?;
         self.end += read as u64;
+        self.hasher.update(&chunk);
+        self.confirm()?;
         if read > 0 {
             self.window.push_back(chunk);
         }
         Ok(read > 0)
     }
+
+    /// Holds the streams left behind against this one where it has come as far as they did. One that differs stays, so
+    /// that the failure does.
+    fn confirm(&mut self) -> io::Result<()> {
+        if !self.left.iter().any(|left| left.end <= self.end) {
+            return Ok(());
+        }
+        // Streams advance by the same steps, thus pass the very same places.
+        let hash = self.hasher.clone().finalize();
+        self.left.retain(|left| left.end != self.end || left.hash != hash);
+        match self.left.iter().any(|left| left.end <= self.end) {
+            true => Err(changed(self.end)),
+            false => Ok(()),
+        }
+    }
+}
+
+fn changed(end: u64) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!(
+            "the image differs from one reading to the next before byte {end}; its registry is not to be trusted"
+        ),
+    )
 }
 
 #[cfg(test)]
@@ -162,6 +213,31 @@ mod tests {
         reader.drain().unwrap();
         let past = reader.read_exact_at(&mut [0; 11], far as u64).unwrap_err();
         assert_eq!(past.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_stream_that_was_left_behind_is_held_against_the_next() {
+        let all = bytes(WINDOW_BYTES * 2);
+        let forged = |at: usize| {
+            let mut forged = all.clone();
+            forged[at] ^= 1;
+            forged
+        };
+        let far = all.len() as u64 - 1;
+        for at in [0, WINDOW_BYTES, all.len() - 1] {
+            let opened = AtomicU32::new(0);
+            let reader = ForwardReader::new(all.len() as u64, || {
+                let first = opened.fetch_add(1, Ordering::Relaxed) == 0;
+                let bytes = if first { forged(at) } else { all.clone() };
+                Ok(Box::new(io::Cursor::new(bytes)) as Box<dyn Read + Send>)
+            })
+            .unwrap();
+            reader.read_exact_at(&mut [0], far).unwrap();
+            reader.read_exact_at(&mut [0], 0).unwrap();
+            for _ in 0..2 {
+                assert_eq!(reader.drain().unwrap_err().kind(), io::ErrorKind::InvalidData, "{at}");
+            }
+        }
     }
 
     #[test]
