@@ -94,10 +94,7 @@ impl FromStr for Reference {
 
     fn from_str(text: &str) -> Result<Self> {
         let bad = |why: String| {
-            // A password written into a reference must not come back in a message.
-            let shown = text
-                .rsplit_once('@')
-                .map_or(text, |(before, after)| if before.contains('/') { before } else { after });
+            let shown = without_user(text);
             Error::new(
                 ErrorKind::Invalid,
                 format!("{shown:?} is not an image reference ({why}); write host[:port]/repository[:tag]"),
@@ -140,6 +137,16 @@ impl FromStr for Reference {
         }
         Ok(Self { host: host.to_owned(), repository, tag: tag.map(str::to_owned), digest })
     }
+}
+
+/// The part of a malformed reference that may come back in a message: a password may be left of an `@`, unless it is
+/// the one before a digest.
+fn without_user(text: &str) -> &str {
+    let name = match text.rsplit_once('@') {
+        Some((name, digest)) if digest::parse(digest).is_ok() => name,
+        _ => text,
+    };
+    name.rfind('@').map_or(text, |at| &text[at + 1..])
 }
 
 fn is_host(component: &str) -> bool {
@@ -257,8 +264,20 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Reference>().unwrap_err().kind(), ErrorKind::Invalid, "{text:?}");
         }
-        let error = "user:secret@r.example/a".parse::<Reference>().unwrap_err();
-        assert!(!error.to_string().contains("secret"), "{error}");
+        let digest = format!("sha256:{}", "ab".repeat(32));
+        for text in [
+            "user:secret@r.example/a".to_owned(),
+            "docker://user:secret@r.example/a".to_owned(),
+            "user:sec/ret/secret@r.example/a".to_owned(),
+            "user@secret@r.example/a".to_owned(),
+            format!("docker://user:secret@r.example/a@{digest}"),
+        ] {
+            let error = text.parse::<Reference>().unwrap_err();
+            assert!(!error.to_string().contains("secret"), "{error}");
+            assert!(error.to_string().contains("r.example/a"), "{error}");
+        }
+        let error = format!("r.example/A@{digest}").parse::<Reference>().unwrap_err();
+        assert!(error.to_string().contains("r.example/A@sha256:"), "{error}");
     }
 
     proptest! {
