@@ -1,19 +1,20 @@
 //! Work on whole local files: what one is, and another made from it.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use crate::convert::{self, Options};
-use crate::format::{self, Format, Info, SECTOR_BYTES};
+use crate::format::{self, Format, Image, Info};
+use crate::forward::ForwardReader;
 use crate::limits::Limits;
 use crate::local::{self, FileSource, Qcow2Target, RawTarget};
 use crate::progress::Progress;
 use crate::qcow2::WriteOptions;
 use crate::wrapper::{self, Unwrapped, Wrapper};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
 
 /// Decoded bytes asked for at a time when they are only counted.
 const COUNT_BYTES: usize = 256 << 10;
@@ -66,7 +67,12 @@ pub fn inspect(path: &Path, limits: &Limits, progress: &Progress) -> Result<Insp
     };
     let virtual_size = match probe.virtual_size {
         Some(size) => size,
-        None => count(reader, limits, progress)?,
+        None => {
+            let bytes = measure(reader, progress, |n| progress.advance(n))?;
+            // Of the probe only the size is new.
+            let probe = format::probe(&head, Some(bytes), limits)?;
+            probe.virtual_size.unwrap_or(bytes)
+        }
     };
     let info = Info { format: probe.format, virtual_size, file_bytes, qcow2 };
     Ok(Inspection { wrappers, info, allocated_bytes })
@@ -75,8 +81,9 @@ pub fn inspect(path: &Path, limits: &Limits, progress: &Progress) -> Result<Insp
 /// Converts the image file `input` to `output`, which is complete and synced when this returns, and is not there
 /// (a block device: begins with zeros) otherwise.
 ///
-/// A wrapped raw or iso image is converted as it is decoded; a wrapped qcow2 image is [`ErrorKind::Unsupported`],
-/// as its tables have to be read at random.
+/// A wrapped raw or iso image is converted as it is decoded. A wrapped qcow2 image is decoded several times: to
+/// measure it, to read it in order, and again where it goes far back; one whose parts are so scattered that this
+/// never ends is [`ErrorKind::Unsupported`]. An input that is the output device itself is [`ErrorKind::Target`].
 pub fn convert(
     input: &Path,
     output: &Path,
@@ -85,39 +92,29 @@ pub fn convert(
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Converted> {
-    progress.set_phase("convert");
     // A file is replaced by a new one, a device is overwritten while the source is read.
     if output.metadata().is_ok_and(|target| target.file_type().is_block_device()) {
         local::refuse_same_storage(input, output)?;
     }
+    progress.set_phase("convert");
     let Unwrapped { wrappers, head, reader } = unwrap(input, limits)?;
     if wrappers.is_empty() {
         drop(reader);
         let image = format::open(Arc::new(FileSource::open(input)?), limits)?;
-        let (disk, format) = (image.disk.as_ref(), image.info.format);
-        return match kind {
-            Output::Raw => {
-                let target = RawTarget::create(output, disk.virtual_size())?;
-                let written = convert::to_raw(disk, &target, options, progress)?;
-                finish_raw(target, format, written.data_bytes, progress)
-            }
-            Output::Qcow2(write) => {
-                let mut target = Qcow2Target::create(output, write.cluster_size)?;
-                let finished = convert::to_qcow2(disk, &mut target, &write, options, progress)?;
-                finish_qcow2(target, format, &finished, progress)
-            }
-        };
+        return convert_image(&image, output, kind, options, progress);
     }
     let format = format::probe(&head, None, limits)?.format;
     if format == Format::Qcow2 {
-        let wrapper = wrappers.last().map(Wrapper::to_string).unwrap_or_default();
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "{} is a qcow2 image inside {wrapper}: its tables cannot be read out of order; decompress it first",
-                input.display()
-            ),
-        ));
+        // Only decoding it tells the length, and that the wrapper is whole to its end.
+        let file_bytes = measure(reader, progress, |_| ())?;
+        progress.set_phase("convert");
+        let (path, stream_limits) = (input.to_owned(), limits.clone());
+        let open = move || -> io::Result<Box<dyn Read + Send>> { Ok(unwrap(&path, &stream_limits)?.reader) };
+        let source = ForwardReader::new(file_bytes, open)
+            .map_err(|e| Error::io(format!("opening {}", input.display()), e))?;
+        let image = format::open(Arc::new(source), limits)?;
+        // A second worker would pull the stream to and fro.
+        return convert_image(&image, output, kind, &Options { workers: 1, ..*options }, progress);
     }
     match kind {
         Output::Raw => {
@@ -128,6 +125,29 @@ pub fn convert(
         Output::Qcow2(write) => {
             let mut target = Qcow2Target::create(output, write.cluster_size)?;
             let finished = convert::stream_to_qcow2(reader, &mut target, &write, options, progress)?;
+            finish_qcow2(target, format, &finished, progress)
+        }
+    }
+}
+
+/// Converts an image that is read at random.
+fn convert_image(
+    image: &Image,
+    output: &Path,
+    kind: Output,
+    options: &Options,
+    progress: &Progress,
+) -> Result<Converted> {
+    let (disk, format) = (image.disk.as_ref(), image.info.format);
+    match kind {
+        Output::Raw => {
+            let target = RawTarget::create(output, disk.virtual_size())?;
+            let written = convert::to_raw(disk, &target, options, progress)?;
+            finish_raw(target, format, written.data_bytes, progress)
+        }
+        Output::Qcow2(write) => {
+            let mut target = Qcow2Target::create(output, write.cluster_size)?;
+            let finished = convert::to_qcow2(disk, &mut target, &write, options, progress)?;
             finish_qcow2(target, format, &finished, progress)
         }
     }
@@ -161,23 +181,21 @@ fn unwrap(path: &Path, limits: &Limits) -> Result<Unwrapped<'static>> {
     wrapper::unwrap(Box::new(file), limits)
 }
 
-fn count(mut reader: Box<dyn Read + Send + '_>, limits: &Limits, progress: &Progress) -> Result<u64> {
+/// Decodes everything and returns how many bytes that were; `each` gets them as they come.
+fn measure(mut reader: Box<dyn Read + Send + '_>, progress: &Progress, each: impl Fn(u64)) -> Result<u64> {
     progress.set_phase("measure");
     let mut buf = vec![0; COUNT_BYTES];
     let mut bytes = 0u64;
     loop {
         progress.check()?;
         match reader.read(&mut buf) {
-            Ok(0) => break,
+            Ok(0) => return Ok(bytes),
             Ok(n) => {
                 bytes += n as u64;
-                progress.advance(n as u64);
+                each(n as u64);
             }
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(Error::io(format!("decoding the image after {bytes} bytes"), e)),
         }
     }
-    bytes.checked_next_multiple_of(SECTOR_BYTES).filter(|&size| size <= limits.virtual_size_max).ok_or_else(
-        || Error::new(ErrorKind::Limit, format!("a disk of {bytes} bytes is larger than the limit")),
-    )
 }

@@ -4,6 +4,7 @@
 //!            bytes                       virtual disk                      bytes
 //!  ReadAt ──> format::probe/open ──> dyn Disk ──> convert (workers) ──> target: raw file or device,
 //!  Read   ──> wrapper (gz xz zst bz2) ─────────────^                    qcow2 (file, or a stream)
+//!                        └──> forward: ReadAt, for a qcow2 image in a wrapper
 //! ```
 //!
 //! The core is synchronous and does no I/O but through [`io::ReadAt`], [`std::io::Read`] and [`std::io::Write`];
@@ -14,6 +15,7 @@ pub mod convert;
 pub mod error;
 pub mod file;
 pub mod format;
+pub mod forward;
 pub mod io;
 pub mod limits;
 pub mod local;

@@ -11,7 +11,7 @@ use common::{noise, path, prose, qemu_img, run, temp_dir};
 use dvcr_converter::convert::Options;
 use dvcr_converter::error::ErrorKind;
 use dvcr_converter::file::{self, Output};
-use dvcr_converter::format::PROBE_BYTES;
+use dvcr_converter::format::{Format, PROBE_BYTES};
 use dvcr_converter::limits::Limits;
 use dvcr_converter::progress::Progress;
 use dvcr_converter::qcow2::{Compression, WriteOptions};
@@ -266,16 +266,44 @@ fn a_wrapped_raw_disk_becomes_raw_or_qcow2_as_it_is_decoded() {
 }
 
 #[test]
-fn a_wrapped_qcow2_image_is_described_but_not_converted() {
+fn a_wrapped_qcow2_image_becomes_what_qemu_makes_of_the_image_inside() {
     let dir = temp_dir();
-    let image = dir.path().join("image.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2", path(&image), "10G"]);
-    let wrapped = dir.path().join("wrapped");
-    std::fs::write(&wrapped, compress(Wrapper::Xz, &std::fs::read(&image).unwrap())).unwrap();
-    let inspection = file::inspect(&wrapped, &Limits::default(), &Progress::default()).unwrap();
-    assert_eq!(inspection.info.virtual_size, 10 << 30);
-    let error = convert(&wrapped, &dir.path().join("out"), Output::Raw).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(error.to_string().contains("decompress"), "{error}");
-    assert!(!dir.path().join("out").exists());
+    let raw = dir.path().join("disk.raw");
+    // Larger than the window over the stream; data, a hole, data.
+    let mut disk = noise(26 << 20, 8);
+    disk.resize(87 << 20, 0);
+    disk.extend(prose(3 << 20, 9));
+    std::fs::write(&raw, &disk).unwrap();
+    let (qemu, ours) = (dir.path().join("qemu.qcow2"), dir.path().join("ours.qcow2"));
+    qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-c", path(&raw), path(&qemu)]);
+    let packed =
+        WriteOptions { cluster_size: 4096, compression: Compression::Zstd, ..WriteOptions::default() };
+    convert(&raw, &ours, Output::Qcow2(packed)).unwrap();
+    let (wrapped, out) = (dir.path().join("wrapped"), dir.path().join("out"));
+    let expected = dir.path().join("expected");
+    for (image, wrappers) in [(&qemu, &ALL[..]), (&ours, &[Wrapper::Zstd])] {
+        qemu_img(&["convert", "-f", "qcow2", "-O", "raw", path(image), path(&expected)]);
+        let bytes = std::fs::read(image).unwrap();
+        for &wrapper in wrappers {
+            std::fs::write(&wrapped, compress(wrapper, &bytes)).unwrap();
+            let inspection = file::inspect(&wrapped, &Limits::default(), &Progress::default()).unwrap();
+            assert_eq!((inspection.info.format, inspection.info.virtual_size), (Format::Qcow2, 90 << 20));
+
+            let progress = Progress::default();
+            let (options, limits) = (Options::default(), Limits::default());
+            let converted = file::convert(&wrapped, &out, Output::Raw, &options, &limits, &progress).unwrap();
+            assert_eq!((converted.format, converted.virtual_size), (Format::Qcow2, 90 << 20));
+            assert_eq!((progress.done(), progress.total()), (90 << 20, 90 << 20));
+            common::assert_same_bytes(&out, &expected);
+        }
+        std::fs::write(&wrapped, compress(Wrapper::Gzip, &bytes)).unwrap();
+        convert(&wrapped, &out, Output::Qcow2(WriteOptions::default())).unwrap();
+        common::assert_sound_and_equal(&out, &raw, "raw");
+
+        // Damage behind everything that the disk needs is still found.
+        let mut cut = compress(Wrapper::Gzip, &bytes);
+        cut.truncate(cut.len() - 1);
+        std::fs::write(&wrapped, cut).unwrap();
+        assert_eq!(convert(&wrapped, &out, Output::Raw).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
 }
