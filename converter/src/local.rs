@@ -4,14 +4,15 @@
 //! zeros (its real first MiB comes last, after everything else is on stable storage, and of that its first page).
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io::Write;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
+use rustix::io::Errno;
 
 use crate::buffer::ALIGN_BYTES;
 use crate::format::qcow2::Finished;
@@ -34,6 +35,10 @@ const SPARSE_BYTES_MIN: usize = 4 << 10;
 
 /// Shortest run of zeros for which a device is asked to zero a range; a shorter one is written as data.
 const DEVICE_ZERO_BYTES_MIN: usize = 64 << 10;
+
+/// Bits of a file's mode that a new file takes over from the one it replaces, and the owner's right to write.
+const PERMISSION_BITS: u32 = 0o777;
+const OWNER_WRITES: u32 = 0o600;
 
 /// A regular file or block device that is read at random.
 #[derive(Debug)]
@@ -91,7 +96,7 @@ impl ReadAt for FileSource {
             Ok(data) if data > offset => (offset, ExtentKind::Hole, data),
             Ok(_) => (offset, ExtentKind::Data, rustix::fs::seek(&self.file, SeekFrom::Hole(offset)).ok()?),
             // No data up to the end.
-            Err(rustix::io::Errno::NXIO) => (offset, ExtentKind::Hole, self.len),
+            Err(Errno::NXIO) => (offset, ExtentKind::Hole, self.len),
             Err(_) => return None,
         };
         let len = end.min(self.len).checked_sub(start)?;
@@ -153,7 +158,8 @@ impl RawTarget {
                     .file
                     .try_clone()
                     .map_err(|e| Error::io(format!("opening {}", partial.temporary.display()), e))?;
-                let direct = open_direct(&partial.temporary);
+                // Not through a link that took the name meanwhile.
+                let direct = open_direct(&partial.temporary, OFlags::NOFOLLOW);
                 let target = Self {
                     path: path.to_owned(),
                     buffered,
@@ -187,7 +193,7 @@ impl RawTarget {
         let target = Self {
             path: path.to_owned(),
             buffered,
-            direct: open_direct(path),
+            direct: open_direct(path, OFlags::empty()),
             direct_works: AtomicBool::new(true),
             size: AtomicU64::new(0),
             kind: Kind::InPlace { capacity, head },
@@ -387,6 +393,8 @@ struct Partial {
     file: File,
     temporary: PathBuf,
     path: PathBuf,
+    /// Permission bits of the file that is replaced.
+    mode: Option<u32>,
     committed: bool,
 }
 
@@ -397,11 +405,11 @@ impl Partial {
         let not_a_file = |what: &str| {
             Error::new(ErrorKind::Target, format!("{} {what}: name a file or a block device", path.display()))
         };
-        if let Ok(metadata) = path.metadata()
-            && !metadata.is_file()
-        {
-            return Err(not_a_file("is not a regular file"));
-        }
+        let mode = match path.metadata() {
+            Ok(metadata) if !metadata.is_file() => return Err(not_a_file("is not a regular file")),
+            Ok(metadata) => Some(metadata.mode() & PERMISSION_BITS),
+            Err(_) => None,
+        };
         let name = path.file_name().ok_or_else(|| not_a_file("has no file name"))?;
         let mut partial_name = OsString::from(".");
         partial_name.push(name);
@@ -413,6 +421,7 @@ impl Partial {
             .write(true)
             .create(true)
             .truncate(false)
+            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
             .open(&temporary)
             .map_err(context)?;
         let busy = || {
@@ -422,20 +431,32 @@ impl Partial {
             )
         };
         // A file left by a killed process is taken over; one that a living process writes is not.
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|_| busy())?;
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // Some network file systems have no locks: there two writers are not kept apart.
+            Ok(()) | Err(Errno::NOLCK | Errno::OPNOTSUPP) => {}
+            Err(Errno::WOULDBLOCK) => return Err(busy()),
+            Err(e) => return Err(Error::io(format!("locking {}", temporary.display()), e.into())),
+        }
         // Nor one that the other process has just renamed or removed.
-        let named = std::fs::metadata(&temporary).map_err(|_| busy())?;
+        let named = std::fs::symlink_metadata(&temporary).map_err(|_| busy())?;
         let locked = file.metadata().map_err(context)?;
         if (named.dev(), named.ino()) != (locked.dev(), locked.ino()) {
             return Err(busy());
         }
         file.set_len(0).map_err(context)?;
-        Ok(Self { file, temporary, path, committed: false })
+        if let Some(mode) = mode {
+            // Never wider than it will be; but ours to write meanwhile.
+            file.set_permissions(Permissions::from_mode(mode | OWNER_WRITES)).map_err(context)?;
+        }
+        Ok(Self { file, temporary, path, mode, committed: false })
     }
 
     fn commit(mut self) -> Result<()> {
         let context =
             |e| Error::io(format!("moving {} to {}", self.temporary.display(), self.path.display()), e);
+        if let Some(mode) = self.mode {
+            self.file.set_permissions(Permissions::from_mode(mode)).map_err(context)?;
+        }
         std::fs::rename(&self.temporary, &self.path).map_err(context)?;
         self.committed = true;
         let directory = match self.path.parent() {
@@ -462,8 +483,9 @@ fn device_bytes(file: &File, path: &Path) -> Result<u64> {
         .map_err(|e| Error::io(format!("finding the size of {}", path.display()), e.into()))
 }
 
-fn open_direct(path: &Path) -> Option<File> {
-    OpenOptions::new().write(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path).ok()
+fn open_direct(path: &Path, flags: OFlags) -> Option<File> {
+    let flags = OFlags::DIRECT | flags;
+    OpenOptions::new().write(true).custom_flags(flags.bits() as i32).open(path).ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -232,6 +232,33 @@ fn a_file_left_by_a_killed_process_is_taken_over() {
     std::fs::write(dir.path().join(".raw.dvcr-partial"), noise(2 << 20, 9)).unwrap();
     RawTarget::create(&dir.path().join("raw"), 1 << 20).unwrap().finish().unwrap();
     assert!(std::fs::read(dir.path().join("raw")).unwrap() == vec![0; 1 << 20]);
+}
+
+#[test]
+fn a_link_in_place_of_the_temporary_file_is_not_followed() {
+    let dir = temp_dir();
+    let victim = dir.path().join("victim");
+    std::fs::write(&victim, b"untouched").unwrap();
+    std::os::unix::fs::symlink(&victim, dir.path().join(".raw.dvcr-partial")).unwrap();
+    let error = RawTarget::create(&dir.path().join("raw"), 1 << 20).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Io, "{error}");
+    assert_eq!(std::fs::read(&victim).unwrap(), b"untouched");
+}
+
+#[test]
+fn a_replaced_file_keeps_its_mode() {
+    let dir = temp_dir();
+    let out = dir.path().join("raw");
+    for mode in [0o600, 0o640, 0o444] {
+        std::fs::write(&out, b"old").unwrap();
+        std::fs::set_permissions(&out, std::fs::Permissions::from_mode(mode)).unwrap();
+        let target = RawTarget::create(&out, 1 << 20).unwrap();
+        let partial = std::fs::metadata(dir.path().join(".raw.dvcr-partial")).unwrap();
+        assert_eq!(partial.mode() & 0o777, mode | 0o600, "no wider before it is complete");
+        target.finish().unwrap();
+        assert_eq!(std::fs::metadata(&out).unwrap().mode() & 0o777, mode);
+        std::fs::remove_file(&out).unwrap();
+    }
 }
 
 #[test]
