@@ -13,7 +13,7 @@ pub struct Limits {
     pub bzip2_expansion_ratio_max: u64,
     /// Most bytes a wrapper may decode to in all.
     pub decoded_bytes_max: u64,
-    /// Most memory a decoder may ask for (xz dictionary, zstd window), bytes.
+    /// Most memory the decoders of nested wrappers may ask for together (xz dictionary, zstd window), bytes.
     pub decoder_memory_bytes_max: u64,
 }
 
@@ -25,7 +25,7 @@ impl Default for Limits {
             expansion_ratio_max: 100_000,
             bzip2_expansion_ratio_max: 2_000_000,
             decoded_bytes_max: 64 << 40,
-            decoder_memory_bytes_max: 80 << 20,
+            decoder_memory_bytes_max: 120 << 20,
         }
     }
 }

@@ -22,6 +22,10 @@ const INPUT_BYTES: usize = 128 * 1024;
 /// Decoded bytes below which the expansion ratio is not looked at.
 const RATIO_GRACE_BYTES: u64 = 64 << 20;
 
+/// Memory of the decoders whose need does not depend on the stream, rounded up.
+const GZIP_MEMORY_BYTES: u64 = 1 << 20;
+const BZIP2_MEMORY_BYTES: u64 = 8 << 20;
+
 /// A compression format around a whole file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wrapper {
@@ -124,9 +128,13 @@ impl fmt::Debug for Unwrapped<'_> {
 }
 
 /// Peels at most [`WRAPPERS_MAX`] wrappers off `source`; one more is [`ErrorKind::Unsupported`].
+///
+/// All decoders together stay inside [`Limits::decoder_memory_bytes_max`]: the outer one gets two thirds of it, the
+/// inner one what is left.
 pub fn unwrap<'a>(source: Box<dyn Read + Send + 'a>, limits: &Limits) -> Result<Unwrapped<'a>> {
     let mut wrappers = Vec::new();
     let mut reader = source;
+    let mut memory = limits.decoder_memory_bytes_max;
     loop {
         let mut head = Vec::with_capacity(PROBE_BYTES);
         Read::by_ref(&mut reader)
@@ -145,8 +153,15 @@ pub fn unwrap<'a>(source: Box<dyn Read + Send + 'a>, limits: &Limits) -> Result<
                 ),
             ));
         }
+        // What the outer decoder will use is not known before it has; two thirds let it read all of `xz -9`.
+        let share = if wrappers.is_empty() { memory / 3 * 2 } else { memory };
+        memory = memory.saturating_sub(match wrapper {
+            Wrapper::Gzip => GZIP_MEMORY_BYTES,
+            Wrapper::Bzip2 => BZIP2_MEMORY_BYTES,
+            Wrapper::Xz | Wrapper::Zstd => share,
+        });
         wrappers.push(wrapper);
-        reader = decoder(wrapper, reader, limits)?;
+        reader = decoder(wrapper, reader, &Limits { decoder_memory_bytes_max: share, ..limits.clone() })?;
     }
 }
 

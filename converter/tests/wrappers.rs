@@ -200,9 +200,23 @@ fn a_decoder_gets_no_more_memory_than_allowed() {
         let strict = Limits { decoder_memory_bytes_max: 16 << 20, ..Limits::default() };
         let error = decode(&bytes, &strict).map(|(wrappers, _)| wrappers).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Limit, "{name}: {error}");
-        let generous = Limits { decoder_memory_bytes_max: 160 << 20, ..Limits::default() };
+        let generous = Limits { decoder_memory_bytes_max: 240 << 20, ..Limits::default() };
         assert_eq!(decode(&bytes, &generous).unwrap().1.len(), 40 << 20, "{name}");
     }
+}
+
+#[test]
+fn nested_decoders_share_one_memory_budget() {
+    let dir = temp_dir();
+    let file = dir.path().join("disk");
+    std::fs::write(&file, prose(1 << 20, 5)).unwrap();
+    run("xz", &["-k", "--lzma2=preset=0,dict=64MiB", path(&file)]);
+    let inner = std::fs::read(dir.path().join("disk.xz")).unwrap();
+    assert_eq!(decode(&inner, &Limits::default()).unwrap().1.len(), 1 << 20);
+    // gzip leaves enough, a second dictionary of that size does not fit.
+    assert_eq!(decode(&compress(Wrapper::Gzip, &inner), &Limits::default()).unwrap().1.len(), 1 << 20);
+    let error = decode(&compress(Wrapper::Xz, &inner), &Limits::default()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Limit, "{error}");
 }
 
 proptest! {
