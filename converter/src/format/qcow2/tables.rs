@@ -1,6 +1,6 @@
 //! The L1 table and a bounded cache of L2 tables, shared by all workers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use super::{Header, OFFSET_MASK};
@@ -26,10 +26,17 @@ pub(super) struct Tables {
     cache: Mutex<Cache>,
 }
 
+/// Tables by their L1 index, evicted by the clock algorithm: in order of age, but for those used meanwhile.
 struct Cache {
-    tables: HashMap<u64, (u64, Table)>,
+    tables: HashMap<u64, Slot>,
+    /// Every index in `tables` once, the oldest first.
+    ring: VecDeque<u64>,
     tables_max: usize,
-    clock: u64,
+}
+
+struct Slot {
+    table: Table,
+    used: bool,
 }
 
 impl Tables {
@@ -47,11 +54,7 @@ impl Tables {
         let l1_bytes = l1.len() as u64 * 8;
         let cache_bytes = limits.table_bytes_max.saturating_sub(l1_bytes).min(CACHE_BYTES_MAX);
         let tables_max = (cache_bytes / cluster_size).max(TABLES_MIN) as usize;
-        Ok(Self {
-            l1,
-            cluster_size,
-            cache: Mutex::new(Cache { tables: HashMap::new(), tables_max, clock: 0 }),
-        })
+        Ok(Self { l1, cluster_size, cache: Mutex::new(Cache::new(tables_max)) })
     }
 
     /// Number of L1 entries.
@@ -106,22 +109,35 @@ impl Tables {
 }
 
 impl Cache {
+    fn new(tables_max: usize) -> Self {
+        Self { tables: HashMap::new(), ring: VecDeque::new(), tables_max }
+    }
+
     fn get(&mut self, index: u64) -> Option<Table> {
-        self.clock += 1;
-        let (used, table) = self.tables.get_mut(&index)?;
-        *used = self.clock;
-        Some(table.clone())
+        let slot = self.tables.get_mut(&index)?;
+        slot.used = true;
+        Some(slot.table.clone())
     }
 
     fn put(&mut self, index: u64, table: Table) {
-        self.clock += 1;
-        if self.tables.len() >= self.tables_max && !self.tables.contains_key(&index) {
-            // Linear, but only beside a read of a whole table.
-            if let Some(oldest) = self.tables.iter().min_by_key(|(_, (used, _))| *used).map(|(&i, _)| i) {
-                self.tables.remove(&oldest);
+        if let Some(slot) = self.tables.get_mut(&index) {
+            slot.table = table;
+            return;
+        }
+        while self.tables.len() >= self.tables_max
+            && let Some(oldest) = self.ring.pop_front()
+        {
+            match self.tables.get_mut(&oldest) {
+                // A second chance; after one round at the latest nobody has one left.
+                Some(slot) if slot.used => {
+                    slot.used = false;
+                    self.ring.push_back(oldest);
+                }
+                _ => _ = self.tables.remove(&oldest),
             }
         }
-        self.tables.insert(index, (self.clock, table));
+        self.ring.push_back(index);
+        self.tables.insert(index, Slot { table, used: false });
     }
 }
 
@@ -147,7 +163,12 @@ fn check_l1(l1: &[u64], header: &Header, file_bytes: u64) -> Result<()> {
             return corrupt(format!("qcow2 L1 entry {i} points to {offset:#x}, into the L1 table itself"));
         }
     }
-    let mut sorted: Vec<u64> = l1.iter().copied().filter(|&offset| offset != 0).collect();
+    let offsets = || l1.iter().copied().filter(|&offset| offset != 0);
+    // Most writers lay tables out in order; only the others cost a second copy of the table.
+    if offsets().is_sorted_by(|a, b| a < b) {
+        return Ok(());
+    }
+    let mut sorted: Vec<u64> = offsets().collect();
     sorted.sort_unstable();
     if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
         return corrupt(format!("two qcow2 L1 entries share the L2 table at {:#x}", pair[0]));
@@ -158,4 +179,25 @@ fn check_l1(l1: &[u64], header: &Header, file_bytes: u64) -> Result<()> {
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     let (words, _) = bytes.as_chunks::<8>();
     words.iter().map(|w| u64::from_be_bytes(*w))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cache_keeps_its_bound_and_the_tables_in_use() {
+        let mut cache = Cache::new(8);
+        let table: Table = Arc::from([0u64; 4]);
+        cache.put(1000, table.clone());
+        for index in 0..100 {
+            assert!(cache.get(1000).is_some(), "evicted before {index}");
+            cache.put(index, table.clone());
+            // Again: it is no second one.
+            cache.put(index, table.clone());
+            assert!(cache.tables.contains_key(&index));
+            assert!(cache.tables.len() <= 8);
+            assert_eq!(cache.tables.len(), cache.ring.len());
+        }
+    }
 }
