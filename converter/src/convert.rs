@@ -42,7 +42,8 @@ const ZERO_BYTES_MAX: u64 = 1 << 30;
 pub struct Options {
     /// Threads that read and code at the same time; 1 to 16, other values are brought into that range.
     pub workers: usize,
-    /// Bytes of the virtual disk that a worker takes at a time; 64 KiB to 8 MiB, at least one cluster.
+    /// Bytes of the virtual disk that a worker takes at a time; 64 KiB to 8 MiB, and when qcow2 is written a whole
+    /// number of its clusters. A unit smaller than the source's compressed clusters decodes them more than once.
     pub unit_bytes: usize,
 }
 
