@@ -82,6 +82,10 @@ where
         self.len
     }
 
+    fn is_forward_only(&self) -> bool {
+        true
+    }
+
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let mut state = self.lock();
         if offset < state.start {

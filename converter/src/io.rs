@@ -17,6 +17,11 @@ pub trait ReadAt: Send + Sync {
     /// Fills `buf` from `offset` (bytes). Fails with [`std::io::ErrorKind::UnexpectedEof`] past the end.
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()>;
 
+    /// Whether going back costs reading again what was passed, as in a compressed stream.
+    fn is_forward_only(&self) -> bool {
+        false
+    }
+
     /// Returns the run of stored bytes, or of a hole that reads as zeros, that begins at `offset`; `None` where
     /// that is not cheaply known.
     fn extent_at(&self, offset: u64) -> Option<Extent> {

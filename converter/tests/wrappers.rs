@@ -6,13 +6,17 @@ mod common;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{noise, path, prose, qemu_img, run, temp_dir};
-use dvcr_converter::convert::Options;
+use dvcr_converter::convert::{self, Options};
 use dvcr_converter::error::ErrorKind;
 use dvcr_converter::file::{self, Output};
-use dvcr_converter::format::{Format, PROBE_BYTES};
+use dvcr_converter::format::{self, Format, PROBE_BYTES};
+use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
+use dvcr_converter::local::{FileSource, RawTarget};
 use dvcr_converter::progress::Progress;
 use dvcr_converter::qcow2::{Compression, WriteOptions};
 use dvcr_converter::wrapper::{self, Wrapper};
@@ -319,5 +323,52 @@ fn a_wrapped_qcow2_image_becomes_what_qemu_makes_of_the_image_inside() {
         cut.truncate(cut.len() - 1);
         std::fs::write(&wrapped, cut).unwrap();
         assert_eq!(convert(&wrapped, &out, Output::Raw).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+}
+
+/// A file that counts how often it is read backwards.
+struct Forward {
+    file: FileSource,
+    front: AtomicU64,
+    turns: AtomicU64,
+}
+
+impl ReadAt for Forward {
+    fn len(&self) -> u64 {
+        self.file.len()
+    }
+    fn is_forward_only(&self) -> bool {
+        true
+    }
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        if self.front.swap(offset, Ordering::Relaxed) > offset {
+            self.turns.fetch_add(1, Ordering::Relaxed);
+        }
+        self.file.read_exact_at(buf, offset)
+    }
+}
+
+#[test]
+fn an_image_written_in_one_pass_is_read_in_few() {
+    let dir = temp_dir();
+    let (raw, image, out) = (dir.path().join("raw"), dir.path().join("qcow2"), dir.path().join("out"));
+    std::fs::write(&raw, noise(4 << 20, 1)).unwrap();
+    for compression in [Compression::None, Compression::Zlib] {
+        // 128 L2 tables, each behind its clusters, and the L1 table at the end.
+        let write = WriteOptions { cluster_size: 512, compression, ..WriteOptions::default() };
+        convert(&raw, &image, Output::Qcow2(write)).unwrap();
+        let source = Arc::new(Forward {
+            file: FileSource::open(&image).unwrap(),
+            front: AtomicU64::new(0),
+            turns: AtomicU64::new(0),
+        });
+        let opened = format::open(source.clone(), &Limits::default()).unwrap();
+        let target = RawTarget::create(&out, opened.disk.virtual_size()).unwrap();
+        let options = Options { workers: 1, ..Options::default() };
+        convert::to_raw(&*opened.disk, &target, &options, &Progress::default()).unwrap();
+        target.finish().unwrap();
+        common::assert_same_bytes(&raw, &out);
+        // From the L1 table to the L2 tables, and from there to the clusters.
+        assert_eq!(source.turns.load(Ordering::Relaxed), 2);
     }
 }

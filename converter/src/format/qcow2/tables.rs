@@ -54,7 +54,26 @@ impl Tables {
         let l1_bytes = l1.len() as u64 * 8;
         let cache_bytes = limits.table_bytes_max.saturating_sub(l1_bytes).min(CACHE_BYTES_MAX);
         let tables_max = (cache_bytes / cluster_size).max(TABLES_MIN) as usize;
-        Ok(Self { l1, cluster_size, cache: Mutex::new(Cache::new(tables_max)) })
+        let tables = Self { l1, cluster_size, cache: Mutex::new(Cache::new(tables_max)) };
+        // Tables behind what they map, as in files written in one pass: read each when it is needed, and a stream
+        // would begin again for every one.
+        let behind = tables.l1.iter().any(|&offset| offset != 0 && offset < header.l1_offset);
+        if source.is_forward_only() && behind {
+            tables.preload(source, tables_max)?;
+        }
+        Ok(tables)
+    }
+
+    /// Reads as many L2 tables as the cache holds, in the order of the file.
+    fn preload(&self, source: &dyn ReadAt, tables_max: usize) -> Result<()> {
+        let tables = self.l1.iter().zip(0u64..).filter(|(offset, _)| **offset != 0);
+        let mut tables: Vec<(u64, u64)> =
+            tables.map(|(&offset, index)| (offset, index)).take(tables_max).collect();
+        tables.sort_unstable();
+        for (_, index) in tables {
+            self.l2(source, index)?;
+        }
+        Ok(())
     }
 
     /// Number of L1 entries.
