@@ -7,7 +7,9 @@
 //! ```
 
 use std::fmt;
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -70,7 +72,8 @@ pub struct PopulateRequest {
     pub reference: Reference,
     /// A file, replaced when the disk is complete, or a block device.
     pub target: PathBuf,
-    /// Bytes of the new disk; the image's virtual size if not given, and never less.
+    /// Bytes of the new disk, rounded up to whole sectors of 512, and never less than the image's virtual size. If not
+    /// given it is that size, or, for raw on a block device, the device's, so that nothing old stays behind the disk.
     pub size: Option<u64>,
     /// What to write.
     pub format: TargetFormat,
@@ -104,8 +107,14 @@ pub struct PopulateSummary {
 /// Makes a disk. The target is complete and on stable storage when this succeeds, recognisably incomplete before.
 ///
 /// `progress` counts bytes of the disk. When the future is dropped the work is cancelled through `progress`.
-pub async fn populate(request: PopulateRequest, progress: Arc<Progress>) -> Result<PopulateSummary> {
+pub async fn populate(mut request: PopulateRequest, progress: Arc<Progress>) -> Result<PopulateSummary> {
     let begun = Instant::now();
+    if let Some(size) = request.size {
+        let rounded = size.checked_next_multiple_of(format::SECTOR_BYTES);
+        let too_large =
+            || Error::new(ErrorKind::Target, format!("no disk has {size} bytes; ask for a smaller size"));
+        request.size = Some(rounded.ok_or_else(too_large)?);
+    }
     progress.set_phase("transfer");
     let registry = {
         let shown = request.reference.to_string();
@@ -119,7 +128,7 @@ pub async fn populate(request: PopulateRequest, progress: Arc<Progress>) -> Resu
     };
     let mut cancel = CancelOnDrop(Some(progress.clone()));
     let digest = disk.manifest().to_string();
-    let work = Work { disk, request, progress };
+    let mut work = Work { disk, request, progress, capacity: 0 };
     let finished = tokio::task::spawn_blocking(move || work.run().map(|made| (made, work.request))).await;
     cancel.0 = None;
     let (made, request) =
@@ -151,6 +160,8 @@ struct Work {
     disk: DiskImage,
     request: PopulateRequest,
     progress: Arc<Progress>,
+    /// Bytes of a target whose size is fixed, zero of others.
+    capacity: u64,
 }
 
 struct Made {
@@ -160,7 +171,10 @@ struct Made {
 }
 
 impl Work {
-    fn run(&self) -> Result<Made> {
+    fn run(&mut self) -> Result<Made> {
+        if self.request.format == TargetFormat::Raw {
+            self.capacity = device_bytes(&self.request.target)?;
+        }
         let window = self.disk.window().map_err(|e| self.reading(e))?;
         if let Some(window) = window {
             let mut head = vec![0; window.len().min(MAGIC_BYTES) as usize];
@@ -240,7 +254,7 @@ impl Work {
                 self.progress.set_total(len);
                 self.final_size(len.next_multiple_of(format::SECTOR_BYTES))?
             }
-            None => self.request.size.unwrap_or(0),
+            None => self.request.size.unwrap_or(self.capacity),
         };
         let options = Options::default();
         match self.request.format {
@@ -274,19 +288,8 @@ impl Work {
         Qcow2Target::create(target, form.cluster_size).map_err(|e| self.converting(e))
     }
 
-    /// The size asked for, which must hold the disk.
     fn final_size(&self, virtual_size: u64) -> Result<u64> {
-        match self.request.size {
-            Some(size) if size < virtual_size => Err(Error::new(
-                ErrorKind::Target,
-                format!(
-                    "the disk has {virtual_size} bytes and cannot be made {size} bytes small; ask for a size of \
-                     {virtual_size} or more"
-                ),
-            )),
-            Some(size) => Ok(size),
-            None => Ok(virtual_size),
-        }
+        final_size(self.request.size, self.capacity, virtual_size)
     }
 
     fn measure(&self, mut reader: Box<dyn Read + Send>) -> Result<u64> {
@@ -319,11 +322,53 @@ impl Work {
     }
 }
 
+/// The size asked for, which must hold the disk, else all of a target of fixed `capacity`. A target that is too small for
+/// the disk is refused when it is opened for writing.
+fn final_size(asked: Option<u64>, capacity: u64, virtual_size: u64) -> Result<u64> {
+    match asked {
+        Some(size) if size < virtual_size => Err(Error::new(
+            ErrorKind::Target,
+            format!(
+                "the disk has {virtual_size} bytes and cannot be made {size} bytes small; ask for a size of \
+                 {virtual_size} or more"
+            ),
+        )),
+        Some(size) => Ok(size),
+        None => Ok(virtual_size.max(capacity)),
+    }
+}
+
+/// Bytes of the block device at `path`; zero of what is none.
+fn device_bytes(path: &Path) -> Result<u64> {
+    if !std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device()) {
+        return Ok(0);
+    }
+    let bytes = File::open(path).and_then(|mut device| device.seek(SeekFrom::End(0)));
+    bytes.map_err(|e| {
+        Error::with(ErrorKind::Target, format!("finding the size of the device {}", path.display()), e)
+    })
+}
+
 /// A disk in use is written to: its clusters are not compressed.
 fn qcow2_form(size: u64) -> qcow2::WriteOptions {
     qcow2::WriteOptions {
         compression: qcow2::Compression::None,
         virtual_size_min: size,
         ..qcow2::WriteOptions::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_size_the_disk_fills_a_block_device() {
+        assert_eq!(final_size(None, 1 << 20, 4096).unwrap(), 1 << 20);
+        assert_eq!(final_size(None, 0, 4096).unwrap(), 4096);
+        // Told to be too small by whoever opens it.
+        assert_eq!(final_size(None, 512, 4096).unwrap(), 4096);
+        assert_eq!(final_size(Some(8192), 1 << 20, 4096).unwrap(), 8192);
+        assert_eq!(device_bytes(Path::new("/dev/null")).unwrap(), 0);
     }
 }

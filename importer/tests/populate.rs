@@ -118,6 +118,28 @@ async fn a_disk_grows_but_never_shrinks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_size_is_rounded_up_to_whole_sectors() {
+    let (registry, files) = (Registry::ours().await, Files::new());
+    let reference = registry.reference("a");
+    import_one(path(&files.qcow2(&[])), &reference).await.unwrap();
+    let gz = layer(files.dir.path(), &files.wrap(&files.path("disk.raw"), "gz"));
+    push_image(&registry.repository("gz"), GZIP, gzip(&gz)).await;
+    let rounded = files.raw.len() as u64 + 1024;
+    for reference in [reference, registry.reference("gz")] {
+        for form in [TargetFormat::Raw, TargetFormat::Qcow2] {
+            let mut request = populate_request(&reference, &files.path("out"));
+            (request.format, request.size) = (form, Some(rounded - 511));
+            let done = populate(request.clone(), Arc::new(Progress::default())).await;
+            let done = done.unwrap_or_else(|e| panic!("{reference} as {form}: {}", chain(&e)));
+            assert_eq!(done.virtual_size, rounded, "{reference} as {form}");
+            request.size = Some(u64::MAX);
+            let error = populate(request, Arc::new(Progress::default())).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Target);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_damaged_compressed_layer_leaves_no_target() {
     let (registry, files) = (Registry::ours().await, Files::new());
     for (name, file) in [("raw", files.path("disk.raw")), ("qcow2", files.qcow2(&[]))] {
