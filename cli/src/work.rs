@@ -25,18 +25,36 @@ const LINE_INTERVAL_MS: u64 = 5_000;
 
 /// The error of work that a signal stopped.
 #[derive(Debug)]
-pub struct Interrupted(SignalKind);
+pub struct Interrupted {
+    signal: SignalKind,
+    /// Whether the work was dropped before it came to its own end.
+    dropped: bool,
+}
 
 impl fmt::Display for Interrupted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("interrupted; nothing half-made was published, run the same command to start again")
+        f.write_str(match self.dropped {
+            false => "interrupted; run the same command to start again",
+            true => "interrupted before everything was cleaned up; run the same command to start again",
+        })
     }
 }
 
 impl std::error::Error for Interrupted {}
 
+/// The context of an argument that could not be understood; without its text, which may hold a password.
+#[derive(Debug)]
+pub struct Usage(pub &'static str);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the argument {} is not valid, see --help", self.0)
+    }
+}
+
 /// Runs `work` on a new runtime, shows its progress under `title`, and stops it on SIGINT or SIGTERM: first by asking
-/// through [`Progress::cancel`], then, after [`WIND_DOWN_MS`] or a second signal, by dropping it.
+/// through [`Progress::cancel`], then, after [`WIND_DOWN_MS`] or a second signal, by dropping it. Work that was past
+/// stopping and succeeds all the same is a success.
 pub fn run<T, F>(title: &str, work: impl FnOnce(Arc<Progress>) -> F) -> anyhow::Result<T>
 where
     F: Future<Output = anyhow::Result<T>>,
@@ -47,15 +65,19 @@ where
     let result = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let mut work = std::pin::pin!(work(progress.clone()));
-        let interrupted = tokio::select! {
+        let mut interrupted = tokio::select! {
             result = &mut work => return result,
             interrupted = signals.next() => interrupted,
         };
         progress.cancel();
         tokio::select! {
-            _ = &mut work => {}
-            _ = signals.next() => {}
-            _ = tokio::time::sleep(Duration::from_millis(WIND_DOWN_MS)) => {}
+            result = &mut work => {
+                if result.is_ok() {
+                    return result;
+                }
+            }
+            _ = signals.next() => interrupted.dropped = true,
+            _ = tokio::time::sleep(Duration::from_millis(WIND_DOWN_MS)) => interrupted.dropped = true,
         }
         Err(interrupted.into())
     });
@@ -88,8 +110,8 @@ impl Signals {
     /// Waits for the next one.
     pub async fn next(&mut self) -> Interrupted {
         tokio::select! {
-            _ = self.interrupt.recv() => Interrupted(SignalKind::interrupt()),
-            _ = self.terminate.recv() => Interrupted(SignalKind::terminate()),
+            _ = self.interrupt.recv() => Interrupted { signal: SignalKind::interrupt(), dropped: false },
+            _ = self.terminate.recv() => Interrupted { signal: SignalKind::terminate(), dropped: false },
         }
     }
 }
@@ -100,8 +122,11 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     for cause in error.chain().skip(1) {
         eprintln!("  because: {cause}");
     }
+    if error.is::<Usage>() {
+        return ExitCode::from(2);
+    }
     match error.downcast_ref::<Interrupted>() {
-        Some(Interrupted(kind)) if *kind == SignalKind::terminate() => ExitCode::from(143),
+        Some(Interrupted { signal, .. }) if *signal == SignalKind::terminate() => ExitCode::from(143),
         Some(_) => ExitCode::from(130),
         None => ExitCode::FAILURE,
     }
@@ -205,16 +230,29 @@ mod tests {
     }
 
     #[test]
-    fn a_signal_stops_work_that_listens() {
-        let outcome: anyhow::Result<()> = run("test", |progress| async move {
-            let me = std::process::id().to_string();
-            let kill = std::process::Command::new("kill").args(["-TERM", &me]).status()?;
-            anyhow::ensure!(kill.success());
-            while progress.check().is_ok() {
-                tokio::task::yield_now().await;
-            }
-            Ok(())
+    fn a_signal_stops_work_unless_it_succeeds_all_the_same() {
+        // One test: a signal reaches all that listen in this process.
+        let outcome = run("test", |progress| async move {
+            terminated(&progress).await?;
+            anyhow::bail!("stopped half-way")
         });
+        let outcome: anyhow::Result<()> = outcome;
         assert!(outcome.unwrap_err().is::<Interrupted>());
+        let outcome = run("test", |progress| async move {
+            terminated(&progress).await?;
+            Ok("published")
+        });
+        assert_eq!(outcome.unwrap(), "published");
+    }
+
+    /// Sends SIGTERM to this process and waits until the work is asked to stop.
+    async fn terminated(progress: &Progress) -> anyhow::Result<()> {
+        let me = std::process::id().to_string();
+        let kill = std::process::Command::new("kill").args(["-TERM", &me]).status()?;
+        anyhow::ensure!(kill.success());
+        while progress.check().is_ok() {
+            tokio::task::yield_now().await;
+        }
+        Ok(())
     }
 }

@@ -10,7 +10,7 @@ use dvcr_importer::checksum::Checksum;
 use dvcr_importer::{ImportRequest, Source, import};
 
 use crate::size::Human;
-use crate::work;
+use crate::work::{self, Usage};
 
 /// Imports a disk image into an OCI registry.
 ///
@@ -19,16 +19,16 @@ use crate::work;
 /// with zstd clusters. The summary goes to standard output, progress to standard error.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    // Texts, because clap shows what it cannot parse, and a URL may hold a password.
     /// Where the image is: an http(s) URL, docker://REFERENCE, a file or a block device.
-    #[arg(value_parser = source)]
-    source: Source,
+    source: String,
     /// The tag to give it: host[:port]/repository[:tag].
-    destination: Reference,
+    destination: String,
     /// A checksum that the source's bytes must have: md5, sha1, sha256, sha512, streebog256 or streebog512. May be
     /// repeated.
     #[arg(long = "checksum", value_name = "ALGORITHM:HEX")]
     checksums: Vec<Checksum>,
-    /// Accept any certificate of the source, and plain HTTP of a source registry.
+    /// Accept any certificate of the source, redirects from https to http, and plain HTTP of a source registry.
     #[arg(long)]
     insecure_source: bool,
     /// Accept any certificate of the destination, and plain HTTP. Loopback hosts need no permission for that.
@@ -48,18 +48,15 @@ enum Output {
     Json,
 }
 
-/// A URL may hold a password, and clap would show it in its own message.
-fn source(text: &str) -> Result<Source, String> {
-    text.parse().map_err(|error: dvcr_importer::Error| error.to_string())
-}
-
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let source: Source = args.source.parse().context(Usage("SOURCE"))?;
+    let destination: Reference = args.destination.parse().context(Usage("DESTINATION"))?;
     let auth = AuthStore::discover(args.authfile.as_deref(), |name| std::env::var_os(name))?;
-    let title = args.destination.repository().to_owned();
+    let title = destination.repository().to_owned();
     let request = ImportRequest {
-        source: args.source,
-        destination: args.destination,
+        source,
+        destination,
         checksums: args.checksums,
         insecure_source: args.insecure_source,
         client: ClientOptions { insecure: args.insecure, auth },
@@ -83,4 +80,28 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ),
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cmd::{Cli, Command};
+
+    #[test]
+    fn wrong_usage_shows_no_password() {
+        for (source, destination) in [
+            ("ftp://user:s3cret@h/a", "h/a"),
+            ("docker://user:s3cret@h/r", "h/a"),
+            ("/a", "user:s3cret@h/r"),
+            ("/a", "docker://user:s3cret@h/r"),
+        ] {
+            let cli = Cli::try_parse_from(["dvcr", "import", source, destination]).unwrap();
+            let Command::Import(args) = cli.command else { panic!("another command") };
+            let error = run(args).unwrap_err();
+            assert!(error.is::<Usage>(), "{error:?}");
+            assert!(!format!("{error:?}").contains("s3cret"), "{error:?}");
+        }
+    }
 }

@@ -2,13 +2,14 @@
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::ValueEnum;
 use dvcr_converter::limits::Limits;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::{PopulateRequest, TargetFormat, populate};
 
 use crate::size::{self, Human};
-use crate::work;
+use crate::work::{self, Usage};
 
 /// Makes a disk from an image in a registry.
 ///
@@ -16,11 +17,12 @@ use crate::work;
 /// its first bytes. A disk is made larger on request, never smaller.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    // A text, because clap shows what it cannot parse, and people write passwords into references.
     /// The image: host[:port]/repository[:tag][@digest].
-    reference: Reference,
+    reference: String,
     /// The file to write, or for raw a block device to overwrite.
     target: PathBuf,
-    /// Size of the new disk, in bytes or with K, M, G or T; by default that of the image.
+    /// Size of the new disk, in bytes or with K, M, G or T; by default that of the image, or of the block device.
     #[arg(long, value_parser = size::parse)]
     size: Option<u64>,
     /// Format to write.
@@ -42,10 +44,11 @@ enum Format {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let reference: Reference = args.reference.parse().context(Usage("REFERENCE"))?;
     let auth = AuthStore::discover(args.authfile.as_deref(), |name| std::env::var_os(name))?;
     let title = args.target.display().to_string();
     let request = PopulateRequest {
-        reference: args.reference,
+        reference,
         target: args.target,
         size: args.size,
         format: match args.format {
