@@ -8,10 +8,15 @@
 //!
 //! Images are mostly written, and read, in the order of the file: a window behind the front of the stream serves
 //! the small steps back, and the few large ones begin the stream again.
+//!
+//! A stream verifies itself at its end, which one that was left behind never saw: its bytes count only once a later
+//! stream has passed the same place with the same bytes.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::{Mutex, MutexGuard};
+
+use sha2::{Digest as _, Sha256};
 
 use crate::io::ReadAt;
 use crate::{Error, ErrorKind};
@@ -43,6 +48,16 @@ struct State {
     start: u64,
     end: u64,
     restarts: u32,
+    /// Of the stream's bytes up to `end`.
+    hasher: Sha256,
+    /// Streams that no later one has confirmed yet; at most [`RESTARTS_MAX`].
+    left: Vec<LeftBehind>,
+}
+
+/// How far a stream was read before another one began, and the hash of what it brought.
+struct LeftBehind {
+    end: u64,
+    hash: [u8; 32],
 }
 
 impl<F> ForwardReader<F>
@@ -51,17 +66,20 @@ where
 {
     /// Begins the stream, which has `len` bytes, for the first time.
     pub fn new(len: u64, open: F) -> io::Result<Self> {
-        let mut state = State { stream: None, window: VecDeque::new(), start: 0, end: 0, restarts: 0 };
+        let mut state = State::new(0, Vec::new());
         state.stream = Some(open()?);
         Ok(Self { len, open, state: Mutex::new(state) })
     }
 
-    /// Reads the stream to its end, so that what is verified there is verified.
+    /// Reads the stream to its end, so that what is verified there is verified, and all that was read before equals it.
     ///
     /// Fails with [`io::ErrorKind::UnexpectedEof`] if it is shorter or longer than announced.
     pub fn drain(&self) -> io::Result<()> {
         let mut state = self.lock();
         while state.advance()? {}
+        if !state.left.is_empty() {
+            return Err(changed(state.end));
+        }
         if state.end != self.len {
             let text = format!("the stream has {} bytes, not {} as announced", state.end, self.len);
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
@@ -92,18 +110,14 @@ where
             if state.restarts == RESTARTS_MAX {
                 let text = format!(
                     "the image goes back to file offset {offset} after {RESTARTS_MAX} passes: its parts are too \
-                     scattered to be read from a compressed file; decompress it first"
+                     scattered to be read compressed; decompress it, or import it into a registry, first"
                 );
                 return Err(Error::new(ErrorKind::Unsupported, text).into());
             }
+            let mut left = std::mem::take(&mut state.left);
+            left.push(LeftBehind { end: state.end, hash: state.hasher.clone().finalize().into() });
             // The old decoder frees its memory before the next one asks for some.
-            *state = State {
-                stream: None,
-                window: VecDeque::new(),
-                start: 0,
-                end: 0,
-                restarts: state.restarts + 1,
-            };
+            *state = State::new(state.restarts + 1, left);
             state.stream = Some((self.open)()?);
         }
         let mut done = 0;
@@ -118,6 +132,11 @@ where
 }
 
 impl State {
+    fn new(restarts: u32, left: Vec<LeftBehind>) -> Self {
+        let window = VecDeque::new();
+        Self { stream: None, window, start: 0, end: 0, restarts, hasher: Sha256::new(), left }
+    }
+
     /// Copies what the window has of the bytes from `offset`, which is not before it; returns how many.
     fn copy(&self, buf: &mut [u8], offset: u64) -> usize {
         let Ok(ahead) = usize::try_from(offset - self.start) else { return 0 };
@@ -150,6 +169,8 @@ impl State {
         chunk.reserve_exact(CHUNK_BYTES);
         let n = (&mut stream).take(CHUNK_BYTES as u64).read_to_end(&mut chunk)?;
         self.end += n as u64;
+        self.hasher.update(&chunk);
+        self.confirm()?;
         if n > 0 {
             self.window.push_back(chunk);
         }
@@ -158,6 +179,29 @@ impl State {
         }
         Ok(n > 0)
     }
+
+    /// Holds the streams left behind against this one where it has come as far as they did. One that differs stays, so
+    /// that the failure does.
+    fn confirm(&mut self) -> io::Result<()> {
+        if !self.left.iter().any(|left| left.end <= self.end) {
+            return Ok(());
+        }
+        // Streams advance by the same steps, thus pass the very same places.
+        let hash: [u8; 32] = self.hasher.clone().finalize().into();
+        self.left.retain(|left| left.end != self.end || left.hash != hash);
+        match self.left.iter().any(|left| left.end <= self.end) {
+            true => Err(changed(self.end)),
+            false => Ok(()),
+        }
+    }
+}
+
+fn changed(end: u64) -> io::Error {
+    let text = format!(
+        "the image differs from one reading to the next before byte {end}: it was changed meanwhile, or its source is not \
+         to be trusted; start again"
+    );
+    io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
 #[cfg(test)]
@@ -200,6 +244,27 @@ mod tests {
         reader.drain().unwrap();
         let past = reader.read_exact_at(&mut [0; 10], last as u64).unwrap_err();
         assert_eq!(past.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_stream_that_was_left_behind_is_held_against_the_next() {
+        let all = sample(WINDOW_BYTES as usize * 2);
+        for at in [0, WINDOW_BYTES as usize, all.len() - 1] {
+            let opened = AtomicU32::new(0);
+            let reader = ForwardReader::new(all.len() as u64, || {
+                let mut bytes = all.clone();
+                if opened.fetch_add(1, Ordering::Relaxed) == 0 {
+                    bytes[at] ^= 1;
+                }
+                boxed(io::Cursor::new(bytes))
+            })
+            .unwrap();
+            reader.read_exact_at(&mut [0], all.len() as u64 - 1).unwrap();
+            reader.read_exact_at(&mut [0], 0).unwrap();
+            for _ in 0..2 {
+                assert_eq!(reader.drain().unwrap_err().kind(), io::ErrorKind::InvalidData, "{at}");
+            }
+        }
     }
 
     #[test]

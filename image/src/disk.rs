@@ -264,7 +264,8 @@ impl Read for DiskStream {
     }
 }
 
-/// Undoes the layer's compression, whatever its media type says.
+/// Undoes the layer's compression, whatever its media type says, in a third of the memory for decoders: a disk that is
+/// compressed itself needs the rest.
 fn decoded(raw: &SharedRaw, limits: &Limits) -> Result<Box<dyn Read + Send>> {
     let mut raw = raw.clone();
     let mut head = Vec::with_capacity(MAGIC_BYTES);
@@ -272,9 +273,10 @@ fn decoded(raw: &SharedRaw, limits: &Limits) -> Result<Box<dyn Read + Send>> {
     read.map_err(|e| tar::unwrap_io("reading a layer", e))?;
     let compression = wrapper::detect(&head);
     let whole = Box::new(Read::chain(Cursor::new(head), raw));
+    let limits = Limits { decoder_memory_bytes_max: limits.decoder_memory_bytes_max / 3, ..limits.clone() };
     match compression {
         None => Ok(whole),
-        Some(wrapper) => wrapper::decoder(wrapper, whole, limits)
+        Some(wrapper) => wrapper::decoder(wrapper, whole, &limits)
             .map_err(|e| Error::with(ErrorKind::Corrupt, "opening a compressed layer", e)),
     }
 }

@@ -19,7 +19,6 @@
 pub mod checksum;
 mod chunks;
 mod error;
-pub mod forward;
 mod import;
 mod name;
 mod populate;

@@ -17,6 +17,7 @@ use std::time::Instant;
 
 use dvcr_converter::convert::{Options, stream_to_qcow2, stream_to_raw, to_qcow2, to_raw};
 use dvcr_converter::format::{self, Format, Image};
+use dvcr_converter::forward::ForwardReader;
 use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
 use dvcr_converter::local::{Qcow2Target, RawTarget};
@@ -25,7 +26,6 @@ use dvcr_converter::{qcow2, wrapper};
 use dvcr_image::{ClientOptions, DiskImage, Reference, Repository};
 use serde::Serialize;
 
-use crate::forward::ForwardReader;
 use crate::{Error, ErrorKind, Result};
 
 /// First bytes of a stored file that tell whether it is compressed.

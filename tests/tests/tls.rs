@@ -10,13 +10,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Serves the files of `dir` over HTTPS with a certificate of its own making; returns the address.
 fn serve_tls(dir: &Path) -> Result<(Daemon, String)> {
     let (key, cert) = (dir.join("key.pem"), dir.join("cert.pem"));
-    run(&cmd(
-        "openssl",
-        ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost", "-keyout"],
-    )
-    .arg(&key)
-    .arg("-out")
-    .arg(&cert))?;
+    let mut request = cmd("openssl", ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]);
+    run(request.args(["-subj", "/CN=localhost", "-keyout"]).arg(&key).arg("-out").arg(&cert))?;
     let mut command = cmd("openssl", ["s_server", "-WWW", "-accept", "127.0.0.1:0", "-key", "key.pem"]);
     command.args(["-cert", "cert.pem"]).current_dir(dir);
     let mut daemon = Daemon::spawn(&command)?;

@@ -15,8 +15,8 @@ use crate::work;
 
 /// Converts a disk image file to raw or qcow2.
 ///
-/// Reads raw, iso and qcow2, by content; raw and iso also inside gz, xz, zst and bz2. The target is synced and
-/// gets its name only when it is complete. A block device as the target is overwritten.
+/// Reads raw, iso and qcow2, by content, also inside gz, xz, zst and bz2. The target is synced and gets its name
+/// only when it is complete. A block device as the target is overwritten.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The image file or block device to read.

@@ -235,7 +235,13 @@ impl Drop for Upload {
                 "cancelling an upload",
             );
             // A session that cannot be cancelled is the registry's to expire.
-            let _ = repository.transport.send(&request).await;
+            for attempt in 1..ATTEMPTS_MAX {
+                match repository.transport.send(&request).await {
+                    // The registry is still busy with the chunk that was broken off.
+                    Ok(answer) if answer.status() == StatusCode::CONFLICT => back_off(attempt, None).await,
+                    _ => break,
+                }
+            }
         });
     }
 }
