@@ -47,10 +47,10 @@ pub struct Options {
     pub unit_bytes: usize,
 }
 
-// 2 MiB: the larger a direct write, the fewer small rests the block layer cuts off.
 impl Default for Options {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        // The larger a direct write, the fewer small rests the block layer cuts off.
         Self { workers: cores.clamp(2, 8), unit_bytes: 2 << 20 }
     }
 }

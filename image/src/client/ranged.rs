@@ -106,7 +106,9 @@ impl RangedBlob {
 
     fn read_ahead(&self, cache: &mut Cache, number: u64) {
         for ahead in number + 1..=number + READ_AHEAD_BLOCKS {
-            if ahead * BLOCK_BYTES >= self.shared.size || cache.slots.contains_key(&ahead) {
+            // The size is the manifest's word, up to 2^64 - 1.
+            let start = ahead.checked_mul(BLOCK_BYTES);
+            if start.is_none_or(|start| start >= self.shared.size) || cache.slots.contains_key(&ahead) {
                 continue;
             }
             cache.slots.insert(ahead, Slot::Loading);

@@ -49,8 +49,8 @@ pub struct HttpSource {
 impl HttpSource {
     /// Requests `url` (http or https; `user:password@` becomes Basic authentication towards that host alone).
     ///
-    /// `insecure` accepts any TLS certificate, and redirects from https to http. Fails with [`ErrorKind::Source`] when the server cannot be reached,
-    /// redirects without end, or answers anything but 200.
+    /// `insecure` accepts any TLS certificate, and redirects from https to http. Fails with [`ErrorKind::Source`] when
+    /// the server cannot be reached, redirects without end, or answers anything but 200.
     pub async fn open(url: &str, insecure: bool) -> Result<Self> {
         let mut url = Url::parse(url)
             .map_err(|error| Error::with(ErrorKind::Invalid, "the source is not a URL", error))?;
