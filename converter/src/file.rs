@@ -8,16 +8,13 @@ use std::sync::Arc;
 
 use crate::convert::{self, Options};
 use crate::format::{self, Format, Image, Info};
-use crate::forward::ForwardReader;
+use crate::forward::{ForwardReader, measure};
 use crate::limits::Limits;
 use crate::local::{self, FileSource, Qcow2Target, RawTarget};
 use crate::progress::Progress;
 use crate::qcow2::WriteOptions;
 use crate::wrapper::{self, Unwrapped, Wrapper};
 use crate::{Error, Result};
-
-/// Decoded bytes asked for at a time when they are only counted.
-const COUNT_BYTES: usize = 256 << 10;
 
 /// What a local image file is.
 #[derive(Clone, Debug)]
@@ -179,23 +176,4 @@ fn finish_qcow2(
 fn unwrap(path: &Path, limits: &Limits) -> Result<Unwrapped<'static>> {
     let file = File::open(path).map_err(|e| Error::io(format!("opening {}", path.display()), e))?;
     wrapper::unwrap(Box::new(file), limits)
-}
-
-/// Decodes everything and returns how many bytes that were; `each` gets them as they come.
-fn measure(mut reader: Box<dyn Read + Send + '_>, progress: &Progress, each: impl Fn(u64)) -> Result<u64> {
-    progress.set_phase("measure");
-    let mut buf = vec![0; COUNT_BYTES];
-    let mut bytes = 0u64;
-    loop {
-        progress.check()?;
-        match reader.read(&mut buf) {
-            Ok(0) => return Ok(bytes),
-            Ok(n) => {
-                bytes += n as u64;
-                each(n as u64);
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(Error::io(format!("decoding the image after {bytes} bytes"), e)),
-        }
-    }
 }

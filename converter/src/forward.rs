@@ -19,6 +19,7 @@ use std::sync::{Mutex, MutexGuard};
 use sha2::{Digest as _, Sha256};
 
 use crate::io::ReadAt;
+use crate::progress::Progress;
 use crate::{Error, ErrorKind};
 
 /// Bytes behind the front of the stream that are kept.
@@ -192,6 +193,30 @@ impl State {
         match self.left.iter().any(|left| left.end <= self.end) {
             true => Err(changed(self.end)),
             false => Ok(()),
+        }
+    }
+}
+
+/// Reads a stream to its end and returns how many bytes that were, for nothing else tells what a compressed file holds;
+/// `each` is told of them as they come.
+pub fn measure(
+    mut reader: Box<dyn Read + Send + '_>,
+    progress: &Progress,
+    each: impl Fn(u64),
+) -> crate::Result<u64> {
+    progress.set_phase("measure");
+    let mut buf = vec![0; CHUNK_BYTES];
+    let mut bytes = 0u64;
+    loop {
+        progress.check()?;
+        match reader.read(&mut buf) {
+            Ok(0) => return Ok(bytes),
+            Ok(n) => {
+                bytes += n as u64;
+                each(n as u64);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(Error::io(format!("decoding the image after {bytes} bytes"), e)),
         }
     }
 }

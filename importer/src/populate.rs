@@ -17,7 +17,7 @@ use std::time::Instant;
 
 use dvcr_converter::convert::{Options, stream_to_qcow2, stream_to_raw, to_qcow2, to_raw};
 use dvcr_converter::format::{self, Format, Image};
-use dvcr_converter::forward::ForwardReader;
+use dvcr_converter::forward::{ForwardReader, measure};
 use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
 use dvcr_converter::local::{Qcow2Target, RawTarget};
@@ -200,8 +200,8 @@ impl Work {
             }
             // Nothing tells the length of a compressed file but decoding it.
             None => {
-                self.progress.set_phase("measure");
-                let len = self.measure(unwrapped.reader)?;
+                let len = measure(unwrapped.reader, &self.progress, |_| ());
+                let len = len.map_err(|e| self.converting(e))?;
                 self.progress.set_phase("transfer");
                 len
             }
@@ -290,19 +290,6 @@ impl Work {
 
     fn final_size(&self, virtual_size: u64) -> Result<u64> {
         final_size(self.request.size, self.capacity, virtual_size)
-    }
-
-    fn measure(&self, mut reader: Box<dyn Read + Send>) -> Result<u64> {
-        const STEP_BYTES: u64 = 16 << 20;
-        let mut len = 0;
-        loop {
-            self.progress.check().map_err(|e| self.converting(e))?;
-            let step = io::copy(&mut Read::by_ref(&mut reader).take(STEP_BYTES), &mut io::sink());
-            match step.map_err(|e| self.reading(e))? {
-                0 => return Ok(len),
-                count => len += count,
-            }
-        }
     }
 
     fn reading(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
