@@ -39,7 +39,7 @@ pub fn qcow2_open_read(bytes: &[u8]) {
         at = extent.end();
     }
     // Past the end there is nothing, whatever the image says.
-    assert!(image.disk.read_at(&mut [0; 512], size).is_err() || size == 0 || image.info.qcow2.is_none());
+    assert!(image.disk.read_at(&mut [0; 512], size).is_err() || size == 0 || image.info.format.is_plain());
 }
 
 /// Probes the input with and without a known length.

@@ -64,8 +64,8 @@ fn readers(dvcr: &Path, source: &Path, out: &Path) -> Contest {
 /// Compressing takes no direct writes; the best flags are those that use all cores.
 fn writers(dvcr: &Path, source: &Path, out: &Path, compression: &str) -> Contest {
     let mut ours = Command::new(dvcr);
-    ours.args(["convert", "-O", "qcow2", "--compression", compression]).arg(source).arg(out);
     let option = format!("compression_type={compression}");
+    ours.args(["convert", "-c", "-O", "qcow2", "-o", &option]).arg(source).arg(out);
     let mut best = Command::new("qemu-img");
     best.args(["convert", "-c", "-W", "-m", "8", "-O", "qcow2", "-o", &option]).arg(source).arg(out);
     vec![("dvcr", ours), ("qemu-img, best flags", best)]

@@ -4,22 +4,23 @@
 //!                 ┌─ worker: read, decode ─┐           ┌─ writer: write at its offset ─┐
 //!  feed (ranges) ─┼─ worker: read, decode ─┼─ buffers ─┼─ writer: write at its offset ─┼─> raw target
 //!                 └─ ...                  ─┘           └───────────────────────────────┘
-//!                 ┌─ worker: read, encode, wait for its turn, append ─┐
-//!  feed (ranges) ─┼─ worker: read, encode, wait for its turn, append ─┼─> qcow2 target
-//!                 └─ ...                                             ─┘
+//!                 ┌─ worker: read, compress, wait for its turn, put ─┐
+//!  feed (ranges) ─┼─ worker: read, compress, wait for its turn, put ─┼─> the format's writer ──> sink
+//!                 └─ ...                                            ─┘
 //! ```
 //!
 //! The feed passes over holes and zeros, so that they cost nothing; a stream is read by whichever worker holds it. Writers
 //! wait for the device, so that workers need not: with direct writes a core that waits is a core lost.
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::sync::{Condvar, Mutex, MutexGuard};
 
 use crate::buffer::{ALIGN_BYTES, AlignedBuf};
-use crate::format::{SECTOR_BYTES, qcow2};
-use crate::io::{Disk, Extent};
+use crate::format::SECTOR_BYTES;
+use crate::io::{Block, Compression, CreateOptions, Disk, Extent, Finished, Sink, Writer};
 use crate::local::RawTarget;
+use crate::pack::Encoder;
 use crate::progress::Progress;
 use crate::zeros::is_zero;
 use crate::{Error, ErrorKind, Result};
@@ -42,8 +43,8 @@ const ZERO_BYTES_MAX: u64 = 1 << 30;
 pub struct Options {
     /// Threads that read and code at the same time; 1 to 16, other values are brought into that range.
     pub workers: usize,
-    /// Bytes of the virtual disk that a worker takes at a time; 64 KiB to 8 MiB, and when qcow2 is written a whole
-    /// number of its clusters. A unit smaller than the source's compressed clusters decodes them more than once.
+    /// Bytes of the virtual disk that a worker takes at a time; 64 KiB to 8 MiB, and when an image file is written a
+    /// whole number of its blocks. A unit smaller than the source's compressed clusters decodes them more than once.
     pub unit_bytes: usize,
 }
 
@@ -126,43 +127,51 @@ pub fn stream_to_raw(
     fill_rest(target, stream.at, written, progress)
 }
 
-/// Writes the whole disk to `out` as a qcow2 file from host offset `cluster_size` on; the header is in the answer.
+/// Writes the whole disk to `sink` as an image file.
 ///
 /// `progress` counts bytes of the virtual disk.
-pub fn to_qcow2<W: Write + Send>(
+pub fn to_image(
     disk: &dyn Disk,
-    out: W,
-    qcow2: &qcow2::WriteOptions,
+    sink: &mut dyn Sink,
+    image: &dyn CreateOptions,
     options: &Options,
     progress: &Progress,
-) -> Result<qcow2::Finished> {
-    let writer = qcow2::Writer::new(out, qcow2)?;
+) -> Result<Finished> {
     let virtual_size = disk.virtual_size();
-    writer.check_size(virtual_size.max(qcow2.virtual_size_min))?;
+    let mut writer = image.create(sink, Some(virtual_size))?;
     progress.set_total(virtual_size);
-    let unit = options.unit(qcow2.cluster_size as usize);
+    let unit = options.unit(writer.block_bytes());
     let mut ranges = Ranges::new(disk, unit as u64);
     let fill = |buf: &mut [u8], start| disk.read_at(buf, start);
-    encode(|_| ranges.next(), fill, writer, qcow2, unit, options.workers(), progress)?.finish(virtual_size)
+    encode(|_| ranges.next(), fill, writer.as_mut(), unit, options.workers(), progress)?;
+    writer.finish(virtual_size)
 }
 
-/// Writes the bytes of `raw`, a disk of unknown length, to `out` as a qcow2 file like [`to_qcow2`].
+/// Writes the bytes of `raw`, a disk of `virtual_size` bytes or of unknown length, to `sink` like [`to_image`].
 ///
-/// Zero clusters are not stored, and the last sector is filled up with zeros, as qemu does with a raw file.
+/// Zero blocks are not stored, and the last sector is filled up with zeros, as qemu does with a raw file.
 /// `progress` counts bytes of the disk; its total is left alone.
-pub fn stream_to_qcow2<W: Write + Send>(
+pub fn stream_to_image(
     raw: Box<dyn Read + Send + '_>,
-    out: W,
-    qcow2: &qcow2::WriteOptions,
+    virtual_size: Option<u64>,
+    sink: &mut dyn Sink,
+    image: &dyn CreateOptions,
     options: &Options,
     progress: &Progress,
-) -> Result<qcow2::Finished> {
-    let writer = qcow2::Writer::new(out, qcow2)?;
-    let unit = options.unit(qcow2.cluster_size as usize);
+) -> Result<Finished> {
+    let mut writer = image.create(sink, virtual_size)?;
+    let unit = options.unit(writer.block_bytes());
     let mut stream = Stream { raw, at: 0, ended: false };
     let feed = |buf: &mut [u8]| stream.next(buf);
-    let writer = encode(feed, |_, _| Ok(()), writer, qcow2, unit, options.workers(), progress)?;
-    writer.finish(stream.at)
+    encode(feed, |_, _| Ok(()), writer.as_mut(), unit, options.workers(), progress)?;
+    let size = stream.at;
+    if virtual_size.is_some_and(|announced| announced != size) {
+        let announced = virtual_size.unwrap_or(0);
+        let context =
+            format!("the disk has {size} bytes, not {announced} as announced: it was changed meanwhile");
+        return Err(Error::new(ErrorKind::Corrupt, context));
+    }
+    writer.finish(size)
 }
 
 /// Makes zero what lies between the end of the disk and the end of the target.
@@ -336,27 +345,26 @@ fn write_raw(
     Ok(written.into_inner().unwrap_or_else(|e| e.into_inner()))
 }
 
-/// Runs workers that encode what `feed` hands out and append it to `writer` in that order.
-fn encode<W: Write + Send>(
+/// Runs workers that compress what `feed` hands out and put it into `writer` in that order.
+fn encode(
     feed: impl FnMut(&mut [u8]) -> Result<Option<Range>> + Send,
     fill: impl Fn(&mut [u8], u64) -> Result<()> + Sync,
-    writer: qcow2::Writer<W>,
-    options: &qcow2::WriteOptions,
+    writer: &mut dyn Writer,
     unit: usize,
     workers: usize,
     progress: &Progress,
-) -> Result<qcow2::Writer<W>> {
-    let cluster_size = options.cluster_size as usize;
+) -> Result<()> {
+    let (block_bytes, compression) = (writer.block_bytes(), writer.compression());
     // The feed numbers its ranges; the writer takes them in that order.
     let feed = Mutex::new((0u64, feed));
     let writer = Mutex::new(writer);
     let team = Team::new(0u64);
     run_team(&team, workers, |_| {
-        let mut encoder = qcow2::Encoder::new(options.compression)?;
-        // One cluster of slack: the last one of a disk is filled up with zeros.
-        let mut buf = vec![0; unit + cluster_size];
-        let mut packed = vec![0; unit];
-        let mut clusters: Vec<(usize, Option<usize>)> = Vec::with_capacity(unit / cluster_size);
+        let mut encoder = Encoder::new(compression)?;
+        // One block of slack: the last one of a disk is filled up with zeros.
+        let mut buf = vec![0; unit + block_bytes];
+        let mut packed = vec![0; if compression == Compression::None { 0 } else { unit }];
+        let mut blocks: Vec<(usize, Option<usize>)> = Vec::with_capacity(unit / block_bytes);
         while !team.stopped() {
             progress.check()?;
             let (turn, start, len) = {
@@ -375,14 +383,14 @@ fn encode<W: Write + Send>(
                 }
             };
             fill(&mut buf[..len], start)?;
-            let whole = len.next_multiple_of(cluster_size);
+            let whole = len.next_multiple_of(block_bytes);
             buf[len..whole].fill(0);
 
-            clusters.clear();
-            for (i, cluster) in buf[..whole].chunks_exact(cluster_size).enumerate() {
-                if !is_zero(cluster) {
-                    let packed = &mut packed[i * cluster_size..(i + 1) * cluster_size];
-                    clusters.push((i, encoder.encode(cluster, packed)));
+            blocks.clear();
+            for (i, block) in buf[..whole].chunks_exact(block_bytes).enumerate() {
+                if !is_zero(block) {
+                    let packed = packed.get_mut(i * block_bytes..(i + 1) * block_bytes).unwrap_or_default();
+                    blocks.push((i, encoder.encode(block, packed)));
                 }
             }
 
@@ -390,21 +398,21 @@ fn encode<W: Write + Send>(
                 break;
             }
             let mut writer = lock(&writer);
-            let first = start / cluster_size as u64;
-            for &(i, compressed) in &clusters {
-                let at = i * cluster_size;
-                match compressed {
-                    Some(bytes) => writer.put_compressed(first + i as u64, &packed[at..at + bytes])?,
-                    None => writer.put_plain(first + i as u64, &buf[at..at + cluster_size])?,
-                }
+            let first = start / block_bytes as u64;
+            for &(i, compressed) in &blocks {
+                let at = i * block_bytes;
+                let block = match compressed {
+                    Some(bytes) => Block::Packed(&packed[at..at + bytes]),
+                    None => Block::Plain(&buf[at..at + block_bytes]),
+                };
+                writer.put(first + i as u64, block)?;
             }
             drop(writer);
             team.update(|now| *now += 1);
             progress.advance(len as u64);
         }
         Ok(())
-    })?;
-    Ok(writer.into_inner().unwrap_or_else(|e| e.into_inner()))
+    })
 }
 
 /// What the threads of one piece of work share, and whether they are to stop.

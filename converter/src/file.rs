@@ -9,10 +9,11 @@ use std::sync::Arc;
 use crate::convert::{self, Options};
 use crate::format::{self, Format, Image, Info};
 use crate::forward::{ForwardReader, measure};
+use crate::io::{CreateOptions, Details, Finished};
 use crate::limits::Limits;
-use crate::local::{self, FileSource, Qcow2Target, RawTarget};
+use crate::local::{self, FileSource, RawTarget};
 use crate::progress::Progress;
-use crate::qcow2::WriteOptions;
+use crate::sink::ImageTarget;
 use crate::wrapper::{self, Unwrapped, Wrapper};
 use crate::{Error, Result};
 
@@ -28,12 +29,11 @@ pub struct Inspection {
 }
 
 /// What to make of an image.
-#[derive(Clone, Copy, Debug)]
 pub enum Output {
     /// A sparse raw file, or a block device.
     Raw,
-    /// A qcow2 file.
-    Qcow2(WriteOptions),
+    /// A file in the format that these options are for.
+    Image(Box<dyn CreateOptions>),
 }
 
 /// What a conversion did.
@@ -43,7 +43,7 @@ pub struct Converted {
     pub format: Format,
     /// Bytes a guest sees.
     pub virtual_size: u64,
-    /// Bytes stored in the target: data of a raw disk, the length of a qcow2 file.
+    /// Bytes stored in the target: data of a raw disk, the length of an image file.
     pub stored_bytes: u64,
 }
 
@@ -57,28 +57,22 @@ pub fn inspect(path: &Path, limits: &Limits, progress: &Progress) -> Result<Insp
         let info = format::open(Arc::new(source), limits)?.info;
         return Ok(Inspection { wrappers, info, allocated_bytes });
     }
-    let probe = format::probe(&head, None, limits)?;
-    let qcow2 = match probe.format {
-        Format::Qcow2 => Some(crate::qcow2::Header::parse(&head, None, limits)?),
-        Format::Raw | Format::Iso => None,
+    let format = format::probe(&head, None, limits)?.format;
+    let info = if format.is_plain() {
+        let bytes = measure(reader, progress, |n| progress.advance(n))?;
+        let virtual_size = format::probe(&head, Some(bytes), limits)?.virtual_size.unwrap_or(bytes);
+        Info { format, virtual_size, file_bytes, details: Details::default() }
+    } else {
+        let image = open_wrapped(path, reader, limits, progress)?;
+        Info { file_bytes, ..image.info }
     };
-    let virtual_size = match probe.virtual_size {
-        Some(size) => size,
-        None => {
-            let bytes = measure(reader, progress, |n| progress.advance(n))?;
-            // Of the probe only the size is new.
-            let probe = format::probe(&head, Some(bytes), limits)?;
-            probe.virtual_size.unwrap_or(bytes)
-        }
-    };
-    let info = Info { format: probe.format, virtual_size, file_bytes, qcow2 };
     Ok(Inspection { wrappers, info, allocated_bytes })
 }
 
 /// Converts the image file `input` to `output`, which is complete and synced when this returns, and is not there
 /// (a block device: begins with zeros) otherwise.
 ///
-/// A wrapped raw or iso image is converted as it is decoded. A wrapped qcow2 image is decoded several times: to
+/// A wrapped raw or iso image is converted as it is decoded. An image in another format is decoded several times: to
 /// measure it, to read it in order, and again where it goes far back; one whose parts are so scattered that this
 /// never ends is [`ErrorKind::Unsupported`]. An input that is the output device itself is [`ErrorKind::Target`].
 pub fn convert(
@@ -101,15 +95,9 @@ pub fn convert(
         return convert_image(&image, output, kind, options, progress);
     }
     let format = format::probe(&head, None, limits)?.format;
-    if format == Format::Qcow2 {
-        // Only decoding it tells the length, and that the wrapper is whole to its end.
-        let file_bytes = measure(reader, progress, |_| ())?;
+    if !format.is_plain() {
+        let image = open_wrapped(input, reader, limits, progress)?;
         progress.set_phase("convert");
-        let (path, stream_limits) = (input.to_owned(), limits.clone());
-        let open = move || -> io::Result<Box<dyn Read + Send>> { Ok(unwrap(&path, &stream_limits)?.reader) };
-        let source = ForwardReader::new(file_bytes, open)
-            .map_err(|e| Error::io(format!("opening {}", input.display()), e))?;
-        let image = format::open(Arc::new(source), limits)?;
         // A second worker would pull the stream to and fro.
         return convert_image(&image, output, kind, &Options { workers: 1, ..*options }, progress);
     }
@@ -119,12 +107,37 @@ pub fn convert(
             let written = convert::stream_to_raw(reader, &target, options, progress)?;
             finish_raw(target, format, written.data_bytes, progress)
         }
-        Output::Qcow2(write) => {
-            let mut target = Qcow2Target::create(output, write.cluster_size)?;
-            let finished = convert::stream_to_qcow2(reader, &mut target, &write, options, progress)?;
-            finish_qcow2(target, format, &finished, progress)
+        Output::Image(image) => {
+            let (reader, size) = if image.needs_size() {
+                let bytes = measure(reader, progress, |_| ())?;
+                progress.set_phase("convert");
+                (unwrap(input, limits)?.reader, format::probe(&head, Some(bytes), limits)?.virtual_size)
+            } else {
+                (reader, None)
+            };
+            let mut target = ImageTarget::create(output)?;
+            let finished =
+                convert::stream_to_image(reader, size, &mut target, image.as_ref(), options, progress)?;
+            finish_image(target, format, &finished, progress)
         }
     }
+}
+
+/// Opens an image in wrappers, of which `reader` is the inside. Decodes it once to measure it; the image is then read in
+/// order, and begun again where it goes far back.
+fn open_wrapped(
+    path: &Path,
+    reader: Box<dyn Read + Send>,
+    limits: &Limits,
+    progress: &Progress,
+) -> Result<Image> {
+    // Only decoding it tells the length, and that the wrapper is whole to its end.
+    let file_bytes = measure(reader, progress, |_| ())?;
+    let (owned, stream_limits) = (path.to_owned(), limits.clone());
+    let open = move || -> io::Result<Box<dyn Read + Send>> { Ok(unwrap(&owned, &stream_limits)?.reader) };
+    let source = ForwardReader::new(file_bytes, open)
+        .map_err(|e| Error::io(format!("opening {}", path.display()), e))?;
+    format::open(Arc::new(source), limits)
 }
 
 /// Converts an image that is read at random.
@@ -142,10 +155,10 @@ fn convert_image(
             let written = convert::to_raw(disk, &target, options, progress)?;
             finish_raw(target, format, written.data_bytes, progress)
         }
-        Output::Qcow2(write) => {
-            let mut target = Qcow2Target::create(output, write.cluster_size)?;
-            let finished = convert::to_qcow2(disk, &mut target, &write, options, progress)?;
-            finish_qcow2(target, format, &finished, progress)
+        Output::Image(image) => {
+            let mut target = ImageTarget::create(output)?;
+            let finished = convert::to_image(disk, &mut target, image.as_ref(), options, progress)?;
+            finish_image(target, format, &finished, progress)
         }
     }
 }
@@ -162,10 +175,10 @@ fn finish_raw(
     Ok(Converted { format, virtual_size, stored_bytes })
 }
 
-fn finish_qcow2(
-    target: Qcow2Target,
+fn finish_image(
+    target: ImageTarget,
     format: Format,
-    finished: &crate::qcow2::Finished,
+    finished: &Finished,
     progress: &Progress,
 ) -> Result<Converted> {
     progress.set_phase("sync");

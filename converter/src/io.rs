@@ -1,6 +1,7 @@
 //! The traits that carry bytes and disks through the crate.
 
 use crate::Result;
+use crate::format::Format;
 
 /// Random-access bytes of a stored file: a local file, a ranged HTTP resource, a part of a registry blob.
 ///
@@ -33,8 +34,10 @@ pub trait ReadAt: Send + Sync {
 /// What is known about a run of the virtual disk without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExtentKind {
-    /// Stored bytes; they may still turn out to be zeros.
+    /// Stored bytes as they are; they may still turn out to be zeros.
     Data,
+    /// Stored bytes that have to be decoded.
+    Compressed,
     /// Reads as zeros, and the format says so explicitly.
     Zero,
     /// Never written; reads as zeros.
@@ -50,6 +53,8 @@ pub struct Extent {
     pub len: u64,
     /// What the run is.
     pub kind: ExtentKind,
+    /// For data: where its first byte is in the file, the others following, if that is so.
+    pub host: Option<u64>,
 }
 
 impl Extent {
@@ -60,7 +65,7 @@ impl Extent {
 
     /// Whether the run has to be read to know its content.
     pub fn is_data(&self) -> bool {
-        self.kind == ExtentKind::Data
+        matches!(self.kind, ExtentKind::Data | ExtentKind::Compressed)
     }
 }
 
@@ -75,4 +80,138 @@ pub trait Disk: Send + Sync {
 
     /// Fills `buf` with the guest's bytes from `offset`; the range must lie inside the disk.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+
+    /// What people ask of the image beyond its size.
+    fn details(&self) -> Details {
+        Details::default()
+    }
+}
+
+/// What a header says, under the names that `qemu-img info --output=json` has for it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Details {
+    /// The unit of allocation, bytes, if the format has one.
+    pub cluster_size: Option<u64>,
+    /// Whether the image was not closed cleanly, if the format can tell.
+    pub dirty: Option<bool>,
+    /// What only this format has.
+    pub specific: Vec<(&'static str, Value)>,
+}
+
+/// One value of [`Details`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// A flag.
+    Bool(bool),
+    /// A number.
+    Number(u64),
+    /// A text.
+    Text(String),
+    /// Several things of several fields each.
+    List(Vec<Vec<(&'static str, Value)>>),
+}
+
+impl From<bool> for Value {
+    fn from(value: bool) -> Self {
+        Value::Bool(value)
+    }
+}
+
+impl From<u64> for Value {
+    fn from(value: u64) -> Self {
+        Value::Number(value)
+    }
+}
+
+impl From<String> for Value {
+    fn from(value: String) -> Self {
+        Value::Text(value)
+    }
+}
+
+impl From<&str> for Value {
+    fn from(value: &str) -> Self {
+        Value::Text(value.to_owned())
+    }
+}
+
+/// Where the writer of an image format puts the bytes of the file.
+pub trait Sink: Send {
+    /// Appends bytes.
+    fn append(&mut self, bytes: &[u8]) -> Result<()>;
+
+    /// Appends zeros; where the target can have holes they take no room.
+    fn append_zeros(&mut self, len: u64) -> Result<()>;
+
+    /// Writes over bytes appended before, from `offset` on. A stream cannot do that, and fails with
+    /// [`crate::ErrorKind::Target`].
+    fn rewrite(&mut self, bytes: &[u8], offset: u64) -> Result<()>;
+}
+
+/// Makes the image file of one disk, block by block.
+pub trait Writer: Send {
+    /// Bytes of the virtual disk in one block: a power of two of at most 2 MiB.
+    fn block_bytes(&self) -> usize;
+
+    /// How blocks are to be compressed before they come.
+    fn compression(&self) -> Compression;
+
+    /// Stores block number `index`. Indices ascend; a block that is skipped reads as zeros.
+    fn put(&mut self, index: u64, block: Block<'_>) -> Result<()>;
+
+    /// Completes the file of a disk of `virtual_size` bytes, which is not less than was announced.
+    fn finish(self: Box<Self>, virtual_size: u64) -> Result<Finished>;
+}
+
+/// How the blocks of an image file are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Compression {
+    /// Stored as they are.
+    None,
+    /// RFC 1951, bare, with matches that reach back 4 KiB at most: what qcow2 readers expect.
+    Deflate,
+    /// RFC 1950: deflate with a header and a checksum.
+    Zlib,
+    /// One zstd frame.
+    Zstd,
+}
+
+/// A block on its way to a [`Writer`].
+#[derive(Clone, Copy, Debug)]
+pub enum Block<'a> {
+    /// All of its bytes.
+    Plain(&'a [u8]),
+    /// A stream that decodes to it, shorter than the block.
+    Packed(&'a [u8]),
+}
+
+/// What a [`Writer`] made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// Bytes of the whole file.
+    pub file_bytes: u64,
+    /// Bytes a guest sees.
+    pub virtual_size: u64,
+}
+
+/// The options of a format that can be written.
+pub trait CreateOptions: Send + Sync {
+    /// The name of the format.
+    fn format(&self) -> Format;
+
+    /// Begins a file. `virtual_size` is that of the disk in bytes, a multiple of 512; `None` for a stream of unknown
+    /// length, which only happens if [`CreateOptions::needs_size`] is false.
+    ///
+    /// Fails with [`crate::ErrorKind::Limit`] if the format cannot hold such a disk.
+    fn create<'a>(&self, sink: &'a mut dyn Sink, virtual_size: Option<u64>) -> Result<Box<dyn Writer + 'a>>;
+
+    /// Whether the size has to be known before the first block.
+    fn needs_size(&self) -> bool {
+        true
+    }
+
+    /// Whether the file is written from front to end, so that a pipe can take it.
+    fn is_stream(&self) -> bool {
+        false
+    }
 }

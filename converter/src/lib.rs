@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!            bytes                       virtual disk                      bytes
-//!  ReadAt ──> format::probe/open ──> dyn Disk ──> convert (workers) ──> target: raw file or device,
-//!  Read   ──> wrapper (gz xz zst bz2) ─────────────^                    qcow2 (file, or a stream)
-//!                        └──> forward: ReadAt, for a qcow2 image in a wrapper
+//!  ReadAt ──> format::open ──> dyn Disk ──> convert (workers) ──> local: a raw file or device
+//!  Read   ──> wrapper ───────────────────────^     └──> dyn Writer (a format) ──> sink: a file, a stream
+//!                └──> forward: ReadAt, for an image in a wrapper
 //! ```
 //!
-//! The core is synchronous and does no I/O but through [`io::ReadAt`], [`std::io::Read`] and [`std::io::Write`];
-//! [`local`] is the one adapter that touches files and block devices. Nothing here opens a socket.
+//! The core is synchronous and does no I/O but through [`io::ReadAt`], [`std::io::Read`] and [`io::Sink`]; [`local`] and
+//! [`sink`] are the adapters that touch files and block devices. Nothing here opens a socket.
 
 mod buffer;
 pub mod convert;
@@ -19,7 +19,9 @@ pub mod forward;
 pub mod io;
 pub mod limits;
 pub mod local;
+mod pack;
 pub mod progress;
+pub mod sink;
 pub mod wrapper;
 mod zeros;
 

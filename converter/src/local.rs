@@ -5,7 +5,6 @@
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, Permissions};
-use std::io::Write;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -15,7 +14,6 @@ use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
 use rustix::io::Errno;
 
 use crate::buffer::ALIGN_BYTES;
-use crate::format::qcow2::Finished;
 use crate::io::{Extent, ExtentKind, ReadAt};
 use crate::zeros::runs;
 use crate::{Error, ErrorKind, Result};
@@ -100,7 +98,7 @@ impl ReadAt for FileSource {
             Err(_) => return None,
         };
         let len = end.min(self.len).checked_sub(start)?;
-        (len > 0).then_some(Extent { start, len, kind })
+        (len > 0).then_some(Extent { start, len, kind, host: None })
     }
 }
 
@@ -128,10 +126,7 @@ pub fn refuse_same_storage(source: &Path, target: &Path) -> Result<()> {
 #[derive(Debug)]
 pub struct RawTarget {
     path: PathBuf,
-    buffered: File,
-    /// The same file past the page cache, where the file system can do that.
-    direct: Option<File>,
-    direct_works: AtomicBool,
+    file: DirectFile,
     size: AtomicU64,
     kind: Kind,
 }
@@ -159,15 +154,9 @@ impl RawTarget {
                     .try_clone()
                     .map_err(|e| Error::io(format!("opening {}", partial.temporary.display()), e))?;
                 // Not through a link that took the name meanwhile.
-                let direct = open_direct(&partial.temporary, OFlags::NOFOLLOW);
-                let target = Self {
-                    path: path.to_owned(),
-                    buffered,
-                    direct,
-                    direct_works: AtomicBool::new(true),
-                    size: AtomicU64::new(0),
-                    kind: Kind::Fresh(partial),
-                };
+                let file = DirectFile::new(buffered, &partial.temporary, OFlags::NOFOLLOW);
+                let target =
+                    Self { path: path.to_owned(), file, size: AtomicU64::new(0), kind: Kind::Fresh(partial) };
                 target.grow(size)?;
                 Ok(target)
             }
@@ -192,9 +181,7 @@ impl RawTarget {
         let head = Mutex::new(vec![0; DEVICE_HEAD_BYTES.min(capacity) as usize]);
         let target = Self {
             path: path.to_owned(),
-            buffered,
-            direct: open_direct(path, OFlags::empty()),
-            direct_works: AtomicBool::new(true),
+            file: DirectFile::new(buffered, path, OFlags::empty()),
             size: AtomicU64::new(0),
             kind: Kind::InPlace { capacity, head },
         };
@@ -216,7 +203,7 @@ impl RawTarget {
             return Ok(());
         }
         match &self.kind {
-            Kind::Fresh(partial) => self.buffered.set_len(size).map_err(|e| {
+            Kind::Fresh(partial) => self.file.buffered.set_len(size).map_err(|e| {
                 Error::io(format!("making {} {size} bytes long", partial.temporary.display()), e)
             })?,
             Kind::InPlace { capacity, .. } if size > *capacity => {
@@ -275,7 +262,7 @@ impl RawTarget {
         }
         for flags in [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE] {
             let flags = flags | FallocateFlags::KEEP_SIZE;
-            if rustix::fs::fallocate(&self.buffered, flags, at, end - at).is_ok() {
+            if rustix::fs::fallocate(&self.file.buffered, flags, at, end - at).is_ok() {
                 return Ok(());
             }
         }
@@ -298,7 +285,10 @@ impl RawTarget {
                 let (first, rest) = head.split_at(head.len().min(DEVICE_FIRST_BYTES));
                 // Two steps: a crash inside one long write could leave the first bytes without the others.
                 for (bytes, offset) in [(rest, first.len() as u64), (first, 0)] {
-                    self.buffered.write_all_at(bytes, offset).map_err(|e| self.write_error(offset, e))?;
+                    self.file
+                        .buffered
+                        .write_all_at(bytes, offset)
+                        .map_err(|e| self.write_error(offset, e))?;
                     self.sync()?;
                 }
                 Ok(())
@@ -321,6 +311,36 @@ impl RawTarget {
     }
 
     fn write_data(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        self.file.write_all_at(bytes, offset).map_err(|e| self.write_error(offset, e))
+    }
+
+    fn sync(&self) -> Result<()> {
+        self.file.buffered.sync_data().map_err(|e| Error::io(format!("syncing {}", self.path.display()), e))
+    }
+
+    fn write_error(&self, offset: u64, source: std::io::Error) -> Error {
+        Error::io(format!("writing {} at offset {offset}", self.path.display()), source)
+    }
+}
+
+/// A file that is written past the page cache where the file system can do that.
+#[derive(Debug)]
+pub(crate) struct DirectFile {
+    pub(crate) buffered: File,
+    direct: Option<File>,
+    direct_works: AtomicBool,
+}
+
+impl DirectFile {
+    /// `buffered` is the file at `path`, which is opened once more with these flags.
+    pub(crate) fn new(buffered: File, path: &Path, flags: OFlags) -> Self {
+        let flags = OFlags::DIRECT | flags;
+        let direct = OpenOptions::new().write(true).custom_flags(flags.bits() as i32).open(path).ok();
+        Self { buffered, direct, direct_works: AtomicBool::new(true) }
+    }
+
+    /// Writes all of `bytes` at `offset`; fast when both begin at multiples of [`ALIGN_BYTES`].
+    pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
         let mut done = 0;
         if let Some(direct) = &self.direct
             && self.direct_works.load(Ordering::Relaxed)
@@ -334,64 +354,18 @@ impl RawTarget {
                 Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => {
                     self.direct_works.store(false, Ordering::Relaxed);
                 }
-                Err(e) => return Err(self.write_error(offset, e)),
+                Err(e) => return Err(e),
             }
         }
-        self.buffered
-            .write_all_at(&bytes[done..], offset + done as u64)
-            .map_err(|e| self.write_error(offset, e))
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.buffered.sync_data().map_err(|e| Error::io(format!("syncing {}", self.path.display()), e))
-    }
-
-    fn write_error(&self, offset: u64, source: std::io::Error) -> Error {
-        Error::io(format!("writing {} at offset {offset}", self.path.display()), source)
-    }
-}
-
-/// A qcow2 file under construction: takes the bytes from host offset `cluster_size` on, then the header.
-#[derive(Debug)]
-pub struct Qcow2Target {
-    partial: Partial,
-    at: u64,
-}
-
-impl Qcow2Target {
-    /// Starts a file for `path`, which replaces an existing one when it is finished.
-    pub fn create(path: &Path, cluster_size: u32) -> Result<Self> {
-        Ok(Self { partial: Partial::create(path)?, at: u64::from(cluster_size) })
-    }
-
-    /// Writes the header, syncs the file and gives it its name.
-    pub fn finish(self, finished: &Finished) -> Result<()> {
-        let context = |e| Error::io(format!("writing {}", self.partial.temporary.display()), e);
-        // The header only after everything it points to: a torn file is no qcow2 file.
-        self.partial.file.sync_data().map_err(context)?;
-        self.partial.file.write_all_at(&finished.header, 0).map_err(context)?;
-        self.partial.file.sync_data().map_err(context)?;
-        self.partial.commit()
-    }
-}
-
-impl Write for Qcow2Target {
-    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
-        let n = self.partial.file.write_at(buf, self.at)?;
-        self.at += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
+        self.buffered.write_all_at(&bytes[done..], offset + done as u64)
     }
 }
 
 /// A file that has a temporary name beside its own until it is complete, and vanishes if it never is.
 #[derive(Debug)]
-struct Partial {
-    file: File,
-    temporary: PathBuf,
+pub(crate) struct Partial {
+    pub(crate) file: File,
+    pub(crate) temporary: PathBuf,
     path: PathBuf,
     /// Permission bits of the file that is replaced.
     mode: Option<u32>,
@@ -399,7 +373,7 @@ struct Partial {
 }
 
 impl Partial {
-    fn create(path: &Path) -> Result<Self> {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
         // Through a symbolic link: the file is replaced, not the link.
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let not_a_file = |what: &str| {
@@ -451,7 +425,7 @@ impl Partial {
         Ok(Self { file, temporary, path, mode, committed: false })
     }
 
-    fn commit(mut self) -> Result<()> {
+    pub(crate) fn commit(mut self) -> Result<()> {
         let context =
             |e| Error::io(format!("moving {} to {}", self.temporary.display(), self.path.display()), e);
         if let Some(mode) = self.mode {
@@ -481,11 +455,6 @@ impl Drop for Partial {
 fn device_bytes(file: &File, path: &Path) -> Result<u64> {
     rustix::fs::seek(file, SeekFrom::End(0))
         .map_err(|e| Error::io(format!("finding the size of {}", path.display()), e.into()))
-}
-
-fn open_direct(path: &Path, flags: OFlags) -> Option<File> {
-    let flags = OFlags::DIRECT | flags;
-    OpenOptions::new().write(true).custom_flags(flags.bits() as i32).open(path).ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -9,7 +9,7 @@ use std::process::Command;
 use common::{assert_same_bytes, assert_sound_and_equal, noise, path, prose, qemu_img, qemu_io, temp_dir};
 use dvcr_converter::convert::Options;
 use dvcr_converter::io::ExtentKind;
-use dvcr_converter::qcow2::{Compression, WriteOptions};
+use dvcr_converter::qcow2::{Compression, Preallocation, WriteOptions};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -154,7 +154,7 @@ fn assert_extents_are_true(image: &Path, raw: &[u8]) {
         let extent = image.disk.extent_at(at).unwrap();
         assert_eq!(extent.start, at);
         assert!(extent.len > 0 && extent.end() <= image.disk.virtual_size(), "{extent:?}");
-        if extent.kind != ExtentKind::Data {
+        if !extent.is_data() {
             let bytes = &raw[at as usize..extent.end() as usize];
             assert!(bytes.iter().all(|&b| b == 0), "{extent:?} is not zero");
         }
@@ -195,6 +195,7 @@ proptest! {
         compression in prop_oneof![Just(Compression::None), Just(Compression::Zlib), Just(Compression::Zstd)],
         workers in 1usize..4,
         unit_bits in 16u32..23,
+        preallocate in any::<bool>(),
         more_sectors in prop_oneof![Just(0u64), 1u64..1 << 16],
     ) {
         let dir = temp_dir();
@@ -203,10 +204,14 @@ proptest! {
         let image = image.unwrap();
         let ours = dir.path().join("ours.qcow2");
         let size = recipe.sectors * 512 + more_sectors * 512;
-        let write = WriteOptions { cluster_size: 1 << cluster_bits, compression, virtual_size_min: size };
+        let write = WriteOptions {
+            cluster_size: 1 << cluster_bits,
+            compression,
+            preallocation: if preallocate && compression == Compression::None { Preallocation::Metadata } else { Preallocation::Off },
+            virtual_size_min: size,
+        };
         let finished =
             common::to_qcow2(&image, &ours, &write, &Options { workers, unit_bytes: 1 << unit_bits }).unwrap();
-        prop_assert_eq!(finished.header.len(), 1 << cluster_bits);
         prop_assert_eq!(finished.virtual_size, size);
         prop_assert_eq!(finished.file_bytes, std::fs::metadata(&ours).unwrap().len());
         let (back, theirs) = (dir.path().join("back.raw"), dir.path().join("theirs.raw"));

@@ -17,6 +17,7 @@ use dvcr_converter::limits::Limits;
 use dvcr_converter::local::{self, RawTarget};
 use dvcr_converter::progress::Progress;
 use dvcr_converter::qcow2::WriteOptions;
+use dvcr_converter::sink::{ImageTarget, StreamTarget};
 use dvcr_converter::{Error, Result};
 
 /// A disk of 24 MiB with data at its head, in the middle and, unaligned, at its end; returned as raw bytes too.
@@ -82,7 +83,7 @@ impl Disk for Failing {
         64 << 20
     }
     fn extent_at(&self, offset: u64) -> Result<Extent> {
-        Ok(Extent { start: offset, len: self.virtual_size() - offset, kind: ExtentKind::Data })
+        Ok(Extent { start: offset, len: self.virtual_size() - offset, kind: ExtentKind::Data, host: None })
     }
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         if offset >= self.0 {
@@ -105,9 +106,9 @@ fn a_failed_conversion_leaves_nothing_behind() {
         drop(target);
 
         let write = WriteOptions::default();
-        let mut target = local::Qcow2Target::create(&qcow2, write.cluster_size).unwrap();
+        let mut target = ImageTarget::create(&qcow2).unwrap();
         let result =
-            convert::to_qcow2(&Failing(32 << 20), &mut target, &write, &options, &Progress::default());
+            convert::to_image(&Failing(32 << 20), &mut target, &write, &options, &Progress::default());
         assert_eq!(result.unwrap_err().to_string(), "the test disk ends here");
         drop(target);
         assert!(names(dir.path()).is_empty());
@@ -148,8 +149,9 @@ fn a_broken_stream_is_not_read_again() {
         let error = convert::stream_to_raw(stream(), &target, &options, &Progress::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io, "{error}");
         let write = WriteOptions::default();
-        let sink = std::io::sink();
-        let error = convert::stream_to_qcow2(stream(), sink, &write, &options, &Progress::default());
+        let mut sink = StreamTarget::new(std::io::sink(), write.cluster_size as usize);
+        let progress = Progress::default();
+        let error = convert::stream_to_image(stream(), None, &mut sink, &write, &options, &progress);
         assert_eq!(error.unwrap_err().kind(), ErrorKind::Io);
         assert_eq!(after_failure.into_inner(), 0);
     }
@@ -168,7 +170,8 @@ fn a_thread_that_cannot_be_started_ends_the_conversion() {
         let error = convert::to_raw(&disk, &target, &options, &Progress::default()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Io, "{error}");
         let write = WriteOptions::default();
-        let error = convert::to_qcow2(&disk, std::io::sink(), &write, &options, &Progress::default());
+        let mut sink = StreamTarget::new(std::io::sink(), write.cluster_size as usize);
+        let error = convert::to_image(&disk, &mut sink, &write, &options, &Progress::default());
         assert_eq!(error.unwrap_err().kind(), ErrorKind::Io);
         return;
     }
@@ -392,5 +395,5 @@ fn a_raw_file_with_holes_is_copied_with_holes() {
     file.set_len((1 << 30) + 512).unwrap();
     assert_same_bytes(&raw, &out);
     let extent = common::open(&raw).unwrap().disk.extent_at(0).unwrap();
-    assert_eq!(extent, Extent { start: 0, len: 700 << 20, kind: ExtentKind::Hole });
+    assert_eq!(extent, Extent { start: 0, len: 700 << 20, kind: ExtentKind::Hole, host: None });
 }

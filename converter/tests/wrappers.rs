@@ -275,7 +275,7 @@ fn a_wrapped_raw_disk_becomes_raw_or_qcow2_as_it_is_decoded() {
             for cluster_size in [512, 4096, 65536, 2 << 20] {
                 let out = dir.path().join("out.qcow2");
                 let write = WriteOptions { cluster_size, compression, ..WriteOptions::default() };
-                let converted = convert(&wrapped, &out, Output::Qcow2(write)).unwrap();
+                let converted = convert(&wrapped, &out, Output::Image(Box::new(write))).unwrap();
                 assert_eq!(converted.virtual_size, padded as u64);
                 common::assert_sound_and_equal(&out, &raw, "raw");
             }
@@ -296,7 +296,7 @@ fn a_wrapped_qcow2_image_becomes_what_qemu_makes_of_the_image_inside() {
     qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-c", path(&raw), path(&qemu)]);
     let packed =
         WriteOptions { cluster_size: 4096, compression: Compression::Zstd, ..WriteOptions::default() };
-    convert(&raw, &ours, Output::Qcow2(packed)).unwrap();
+    convert(&raw, &ours, Output::Image(Box::new(packed))).unwrap();
     let (wrapped, out) = (dir.path().join("wrapped"), dir.path().join("out"));
     let expected = dir.path().join("expected");
     for (image, wrappers) in [(&qemu, &ALL[..]), (&ours, &[Wrapper::Zstd])] {
@@ -315,7 +315,7 @@ fn a_wrapped_qcow2_image_becomes_what_qemu_makes_of_the_image_inside() {
             common::assert_same_bytes(&out, &expected);
         }
         std::fs::write(&wrapped, compress(Wrapper::Gzip, &bytes)).unwrap();
-        convert(&wrapped, &out, Output::Qcow2(WriteOptions::default())).unwrap();
+        convert(&wrapped, &out, Output::Image(Box::new(WriteOptions::default()))).unwrap();
         common::assert_sound_and_equal(&out, &raw, "raw");
 
         // Damage behind everything that the disk needs is still found.
@@ -356,7 +356,7 @@ fn an_image_written_in_one_pass_is_read_in_few() {
     for compression in [Compression::None, Compression::Zlib] {
         // 128 L2 tables, each behind its clusters, and the L1 table at the end.
         let write = WriteOptions { cluster_size: 512, compression, ..WriteOptions::default() };
-        convert(&raw, &image, Output::Qcow2(write)).unwrap();
+        convert(&raw, &image, Output::Image(Box::new(write))).unwrap();
         let source = Arc::new(Forward {
             file: FileSource::open(&image).unwrap(),
             front: AtomicU64::new(0),

@@ -4,10 +4,11 @@ use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dvcr_converter::convert::{Options, stream_to_qcow2};
+use dvcr_converter::convert::{Options, stream_to_image};
 use dvcr_converter::format::{self, Format};
 use dvcr_converter::limits::Limits;
 use dvcr_converter::progress::Progress;
+use dvcr_converter::sink::StreamTarget;
 use dvcr_converter::{qcow2, wrapper};
 use dvcr_image::digest::{self, Digest, Hasher};
 use dvcr_image::layout::DiskLabels;
@@ -342,11 +343,11 @@ impl Producer {
         let (size, virtual_size, header) = if re_encoded {
             // Cancelling stops the reader; the counts of the conversion are not the source's.
             let uncounted = Progress::default();
-            let options = qcow2::WriteOptions::default();
-            let finished =
-                stream_to_qcow2(reader, &mut self.writer, &options, &Options::default(), &uncounted);
+            let form = qcow2::WriteOptions::default();
+            let mut target = StreamTarget::new(&mut self.writer, form.cluster_size as usize);
+            let finished = stream_to_image(reader, None, &mut target, &form, &Options::default(), &uncounted);
             let finished = finished.map_err(image)?;
-            (finished.file_bytes, finished.virtual_size, finished.header)
+            (finished.file_bytes, finished.virtual_size, target.finish().map_err(image)?)
         } else {
             if let Some(len) = straight {
                 let begin = tar::prefix(&file_name, len)

@@ -15,13 +15,14 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use dvcr_converter::convert::{Options, stream_to_qcow2, stream_to_raw, to_qcow2, to_raw};
+use dvcr_converter::convert::{Options, stream_to_image, stream_to_raw, to_image, to_raw};
 use dvcr_converter::format::{self, Format, Image};
 use dvcr_converter::forward::{ForwardReader, measure};
 use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
-use dvcr_converter::local::{Qcow2Target, RawTarget};
+use dvcr_converter::local::RawTarget;
 use dvcr_converter::progress::Progress;
+use dvcr_converter::sink::ImageTarget;
 use dvcr_converter::{qcow2, wrapper};
 use dvcr_image::{ClientOptions, DiskImage, Reference, Repository};
 use serde::Serialize;
@@ -190,7 +191,7 @@ impl Work {
         let unwrapped = wrapper::unwrap(Box::new(stream), limits).map_err(|e| self.converting(e))?;
         let probe = format::probe(&unwrapped.head, None, limits).map_err(|e| self.converting(e))?;
         let plain_len = unwrapped.wrappers.is_empty().then(|| self.disk.size());
-        if probe.format != Format::Qcow2 {
+        if probe.format.is_plain() {
             return self.write_stream(probe.format, plain_len, unwrapped.reader);
         }
         let len = match plain_len {
@@ -232,10 +233,8 @@ impl Work {
                 written.data_bytes
             }
             TargetFormat::Qcow2 => {
-                let form = qcow2_form(size);
-                let mut file = self.qcow2_target(target, &form)?;
-                self.progress.set_total(virtual_size);
-                let finished = to_qcow2(&*image.disk, &mut file, &form, options, &self.progress)
+                let mut file = ImageTarget::create(target).map_err(|e| self.converting(e))?;
+                let finished = to_image(&*image.disk, &mut file, &qcow2_form(size), options, &self.progress)
                     .map_err(|e| self.converting(e))?;
                 verify().map_err(|e| self.reading(e))?;
                 self.progress.set_phase("commit");
@@ -267,9 +266,9 @@ impl Work {
                 Ok(Made { source, virtual_size: size, written_bytes: written.data_bytes })
             }
             TargetFormat::Qcow2 => {
+                let mut file = ImageTarget::create(target).map_err(|e| self.converting(e))?;
                 let form = qcow2_form(wanted);
-                let mut file = self.qcow2_target(target, &form)?;
-                let finished = stream_to_qcow2(reader, &mut file, &form, &options, &self.progress)
+                let finished = stream_to_image(reader, None, &mut file, &form, &options, &self.progress)
                     .map_err(|e| self.converting(e))?;
                 let size = self.final_size(finished.virtual_size)?;
                 self.progress.set_phase("commit");
@@ -282,10 +281,6 @@ impl Work {
     fn commit_raw(&self, raw: RawTarget) -> Result<()> {
         self.progress.set_phase("commit");
         raw.finish().map_err(|e| self.converting(e))
-    }
-
-    fn qcow2_target(&self, target: &Path, form: &qcow2::WriteOptions) -> Result<Qcow2Target> {
-        Qcow2Target::create(target, form.cluster_size).map_err(|e| self.converting(e))
     }
 
     fn final_size(&self, virtual_size: u64) -> Result<u64> {

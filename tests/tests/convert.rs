@@ -18,8 +18,8 @@ fn every_pair_of_formats_holds_the_same_disk() -> Result<()> {
     let outputs: [(&str, &[&str]); 4] = [
         ("raw", &[]),
         ("qcow2", &["-O", "qcow2"]),
-        ("qcow2", &["-O", "qcow2", "--compression", "zlib", "--cluster-size", "2M"]),
-        ("qcow2", &["-O", "qcow2", "--compression", "zstd", "--workers", "3"]),
+        ("qcow2", &["-O", "qcow2", "-c", "-o", "cluster_size=2M"]),
+        ("qcow2", &["-O", "qcow2", "-c", "-o", "compression_type=zstd", "--workers", "3"]),
     ];
     for input in ["source.qcow2", "disk.raw", "disk.raw.xz"] {
         for (format, options) in outputs {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::ValueEnum;
 use dvcr_converter::file::{self, Inspection};
+use dvcr_converter::io::Value;
 use dvcr_converter::limits::Limits;
 use serde_json::json;
 
@@ -55,13 +56,14 @@ fn human(name: &str, inspection: &Inspection) -> String {
     text += &format!("virtual size: {}\n", bytes(info.virtual_size));
     text += &format!("file length: {}\n", bytes(info.file_bytes));
     text += &format!("disk usage: {}\n", bytes(inspection.allocated_bytes));
-    if let Some(header) = &info.qcow2 {
-        text += &format!("cluster size: {}\n", header.cluster_size());
-        text += &format!("qcow2 version: {}\n", header.version);
-        text += &format!("compression type: {}\n", header.compression);
-        text += &format!("extended L2: {}\n", header.extended_l2);
-        text += &format!("snapshots: {}\n", header.snapshots);
-        text += &format!("dirty: {}\ncorrupt: {}\n", header.dirty, header.corrupt);
+    if let Some(bytes) = info.details.cluster_size {
+        text += &format!("cluster size: {bytes}\n");
+    }
+    if let Some(dirty) = info.details.dirty {
+        text += &format!("dirty: {dirty}\n");
+    }
+    for (name, value) in &info.details.specific {
+        text += &format!("{}: {}\n", name.replace('-', " "), shown(value));
     }
     text
 }
@@ -76,22 +78,41 @@ fn json(name: &str, inspection: &Inspection) -> serde_json::Value {
         "file-length": info.file_bytes,
         "wrappers": wrappers(inspection),
     });
-    if let Some(header) = &info.qcow2 {
-        let mut data = json!({
-            "compat": if header.version == 2 { "0.10" } else { "1.1" },
-            "compression-type": header.compression.to_string(),
-            "refcount-bits": header.refcount_bits,
-        });
-        if header.version > 2 {
-            data["lazy-refcounts"] = header.lazy_refcounts.into();
-            data["corrupt"] = header.corrupt.into();
-            data["extended-l2"] = header.extended_l2.into();
-        }
-        value["cluster-size"] = header.cluster_size().into();
-        value["dirty-flag"] = header.dirty.into();
-        value["format-specific"] = json!({ "type": "qcow2", "data": data });
+    if let Some(bytes) = info.details.cluster_size {
+        value["cluster-size"] = bytes.into();
+    }
+    if let Some(dirty) = info.details.dirty {
+        value["dirty-flag"] = dirty.into();
+    }
+    if !info.details.specific.is_empty() {
+        let data = object(&info.details.specific);
+        value["format-specific"] = json!({ "type": info.format.to_string(), "data": data });
     }
     value
+}
+
+fn object(fields: &[(&str, Value)]) -> serde_json::Value {
+    fields
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), plain(value)))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}
+
+fn plain(value: &Value) -> serde_json::Value {
+    match value {
+        Value::Bool(value) => (*value).into(),
+        Value::Number(value) => (*value).into(),
+        Value::Text(value) => value.as_str().into(),
+        Value::List(list) => list.iter().map(|fields| object(fields)).collect(),
+    }
+}
+
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Text(text) => text.clone(),
+        other => plain(other).to_string(),
+    }
 }
 
 fn wrappers(inspection: &Inspection) -> Vec<String> {

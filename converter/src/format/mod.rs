@@ -1,10 +1,10 @@
-//! Formats side by side: one module each, and the factory that probes.
+//! Formats side by side: a folder each, and the factory that probes.
 //!
-//! A new format adds a variant to [`Format`], a line to [`probe`] and [`open`], and a module with a
-//! [`Disk`](crate::io::Disk).
+//! A new format is a folder with a [`Driver`], its `mod` line, and a line in [`formats!`](self).
 
 mod foreign;
 mod iso;
+mod options;
 pub mod qcow2;
 mod raw;
 
@@ -12,34 +12,98 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::io::{Disk, ReadAt};
+use crate::io::{CreateOptions, Details, Disk, ReadAt};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
 
 /// First bytes of a file that are enough to probe it.
 pub const PROBE_BYTES: usize = 128 * 1024;
 
+/// Last bytes of a file that some formats are known by.
+const TAIL_BYTES: u64 = 512;
+
 /// The unit in which guests address disks, bytes; virtual sizes are multiples of it.
 pub const SECTOR_BYTES: u64 = 512;
 
-/// A disk image format that this crate reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Format {
-    /// The bytes of the disk themselves.
-    Raw,
-    /// A raw disk that holds an ISO 9660 or UDF file system.
-    Iso,
+/// All that the rest of the crate knows of a format.
+trait Driver: Sync {
+    /// Whether a file is of this format. `head` has its first [`PROBE_BYTES`], `tail` its last 512 bytes, both all of
+    /// a shorter file; `tail` is empty where only the beginning is known.
+    fn recognises(&self, head: &[u8], tail: &[u8]) -> bool;
+
+    /// Validates the header in `head` as far as it is there, and returns the bytes a guest sees, if it tells.
+    /// `file_bytes` is the length of the file, if known.
+    fn virtual_size(&self, head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Option<u64>>;
+
+    /// Opens the disk inside `source`, whose beginning is `head`. `member` names the wanted one of an archive.
+    fn open(
+        &self,
+        source: Arc<dyn ReadAt>,
+        head: &[u8],
+        member: Option<&str>,
+        limits: &Limits,
+    ) -> Result<Box<dyn Disk>>;
+
+    /// Understands the `options` to write this format with, names and values as `qemu-img convert -o` has them;
+    /// `compress` is its `-c`. `None` if the format is not written.
+    fn create_options(
+        &self,
+        compress: bool,
+        options: &[(&str, &str)],
+    ) -> Option<Result<Box<dyn CreateOptions>>> {
+        let _ = (compress, options);
+        None
+    }
+}
+
+/// Declares the formats, in the order in which they are probed.
+macro_rules! formats {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal, $driver:expr;)*) => {
+        /// A disk image format that this crate reads.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Format {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Format {
+            /// All formats.
+            pub const ALL: &[Format] = &[$(Format::$variant),*];
+
+            /// The name, as qemu has it.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Format::$variant => $name,)*
+                }
+            }
+
+            fn driver(self) -> &'static dyn Driver {
+                match self {
+                    $(Format::$variant => &$driver,)*
+                }
+            }
+        }
+    };
+}
+
+formats! {
     /// QEMU copy-on-write, version 2 and 3.
-    Qcow2,
+    Qcow2 = "qcow2", qcow2::Driver;
+    /// A raw disk that holds an ISO 9660 or UDF file system.
+    Iso = "iso", iso::Driver;
+    /// The bytes of the disk themselves: whatever is nothing else.
+    Raw = "raw", raw::Driver;
+}
+
+impl Format {
+    /// Whether the file is the disk, so that a stream of it can be converted as it comes.
+    pub fn is_plain(self) -> bool {
+        matches!(self, Format::Raw | Format::Iso)
+    }
 }
 
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Format::Raw => "raw",
-            Format::Iso => "iso",
-            Format::Qcow2 => "qcow2",
-        })
+        f.pad(self.name())
     }
 }
 
@@ -47,15 +111,12 @@ impl FromStr for Format {
     type Err = Error;
 
     fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "raw" => Ok(Format::Raw),
-            "iso" => Ok(Format::Iso),
-            "qcow2" => Ok(Format::Qcow2),
-            other => Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("unknown disk format {other:?}; known are raw, iso, qcow2"),
-            )),
-        }
+        let known = Format::ALL.iter().find(|format| format.name() == name);
+        known.copied().ok_or_else(|| {
+            let names: Vec<_> = Format::ALL.iter().map(|format| format.name()).collect();
+            let context = format!("unknown disk format {name:?}; known are {}", names.join(", "));
+            Error::new(ErrorKind::Unsupported, context)
+        })
     }
 }
 
@@ -64,31 +125,18 @@ impl FromStr for Format {
 pub struct Probe {
     /// The format.
     pub format: Format,
-    /// Bytes a guest sees; `None` for a raw or iso file of unknown length.
+    /// Bytes a guest sees; `None` where the head does not tell, as for a raw file of unknown length.
     pub virtual_size: Option<u64>,
 }
 
 /// Recognises the format by the first [`PROBE_BYTES`] of a file (all of a shorter one) and validates its header.
 ///
 /// `file_bytes` is the length of the file, if known. Everything unrecognised is raw, but for the formats known by
-/// their magic and not readable yet: these are [`ErrorKind::Unsupported`], as are encryption and unknown
-/// incompatible features; a backing or external data file is [`ErrorKind::ForeignFile`].
+/// their magic and not readable: these are [`ErrorKind::Unsupported`], as are encryption and unknown incompatible
+/// features; an image that names another file is [`ErrorKind::ForeignFile`].
 pub fn probe(head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Probe> {
-    if qcow2::recognises(head) {
-        let header = qcow2::Header::parse(head, file_bytes, limits)?;
-        return Ok(Probe { format: Format::Qcow2, virtual_size: Some(header.virtual_size) });
-    }
-    if let Some(name) = foreign::recognise(head) {
-        return Err(Error::new(
-            ErrorKind::Unsupported,
-            format!(
-                "the image is in format {name}, which cannot be read yet; convert it to qcow2 or raw first"
-            ),
-        ));
-    }
-    let format = if iso::recognises(head) { Format::Iso } else { Format::Raw };
-    let virtual_size = file_bytes.map(|bytes| raw::virtual_size(bytes, limits)).transpose()?;
-    Ok(Probe { format, virtual_size })
+    let format = recognise(head, &[])?;
+    Ok(Probe { format, virtual_size: format.driver().virtual_size(head, file_bytes, limits)? })
 }
 
 /// What is known of an open image.
@@ -100,8 +148,8 @@ pub struct Info {
     pub virtual_size: u64,
     /// Length of the stored file, bytes.
     pub file_bytes: u64,
-    /// What the qcow2 header says, for that format.
-    pub qcow2: Option<qcow2::Header>,
+    /// What else its header says.
+    pub details: Details,
 }
 
 /// An open image: what it is, and the disk inside it.
@@ -120,18 +168,60 @@ impl fmt::Debug for Image {
 
 /// Probes and opens the image stored in `source`. Errors are those of [`probe`], and damaged tables.
 pub fn open(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Image> {
+    open_member(source, None, limits)
+}
+
+/// Opens like [`open`] the disk named `member` of an archive; the first one if no name is given.
+pub fn open_member(source: Arc<dyn ReadAt>, member: Option<&str>, limits: &Limits) -> Result<Image> {
     let file_bytes = source.len();
-    let head_bytes = file_bytes.min(PROBE_BYTES as u64);
-    let mut head = vec![0; head_bytes as usize];
+    let mut head = vec![0; file_bytes.min(PROBE_BYTES as u64) as usize];
     source.read_exact_at(&mut head, 0).map_err(|e| Error::io("reading the first bytes of the image", e))?;
-    let probe = probe(&head, Some(file_bytes), limits)?;
-    let (disk, qcow2): (Box<dyn Disk>, _) = match probe.format {
-        Format::Raw | Format::Iso => (Box::new(raw::RawDisk::new(source, limits)?), None),
-        Format::Qcow2 => {
-            let header = qcow2::Header::parse(&head, Some(file_bytes), limits)?;
-            (Box::new(qcow2::Qcow2Disk::open(source, &header, limits)?), Some(header))
-        }
-    };
-    let info = Info { format: probe.format, virtual_size: disk.virtual_size(), file_bytes, qcow2 };
+    let mut tail = Vec::new();
+    // Asking for the end of a stream would pass all of it.
+    if !source.is_forward_only() {
+        tail.resize(file_bytes.min(TAIL_BYTES) as usize, 0);
+        let at = file_bytes - tail.len() as u64;
+        source
+            .read_exact_at(&mut tail, at)
+            .map_err(|e| Error::io("reading the last bytes of the image", e))?;
+    }
+    let format = recognise(&head, &tail)?;
+    let disk = format.driver().open(source, &head, member, limits)?;
+    let info = Info { format, virtual_size: disk.virtual_size(), file_bytes, details: disk.details() };
     Ok(Image { info, disk })
+}
+
+/// Understands the options to write `format` with, as `qemu-img convert -o` names them; `compress` is its `-c`.
+///
+/// Fails with [`ErrorKind::Unsupported`] for a format that is not written, and for options that it does not have.
+pub fn create_options(
+    format: Format,
+    compress: bool,
+    options: &[(&str, &str)],
+) -> Result<Box<dyn CreateOptions>> {
+    format.driver().create_options(compress, options).unwrap_or_else(|| {
+        Err(Error::new(ErrorKind::Unsupported, format!("format {format} is read, but not written")))
+    })
+}
+
+fn recognise(head: &[u8], tail: &[u8]) -> Result<Format> {
+    let format = Format::ALL.iter().find(|format| format.driver().recognises(head, tail));
+    match (format, foreign::recognise(head)) {
+        (None | Some(Format::Raw), Some(name)) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the image is in format {name}, which cannot be read; convert it to qcow2 or raw first"),
+        )),
+        (format, _) => Ok(format.copied().unwrap_or(Format::Raw)),
+    }
+}
+
+/// Refuses the name of a member where there are none.
+fn refuse_member(member: Option<&str>) -> Result<()> {
+    match member {
+        None => Ok(()),
+        Some(name) => Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("the image is no archive and has no disk named {name:?}; leave the name out"),
+        )),
+    }
 }

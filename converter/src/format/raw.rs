@@ -7,8 +7,31 @@ use crate::io::{Disk, Extent, ExtentKind, ReadAt};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
 
+pub(super) struct Driver;
+
+impl super::Driver for Driver {
+    fn recognises(&self, _head: &[u8], _tail: &[u8]) -> bool {
+        true
+    }
+
+    fn virtual_size(&self, _head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Option<u64>> {
+        file_bytes.map(|bytes| virtual_size(bytes, limits)).transpose()
+    }
+
+    fn open(
+        &self,
+        source: Arc<dyn ReadAt>,
+        _head: &[u8],
+        member: Option<&str>,
+        limits: &Limits,
+    ) -> Result<Box<dyn Disk>> {
+        super::refuse_member(member)?;
+        Ok(Box::new(RawDisk::new(source, limits)?))
+    }
+}
+
 /// Virtual size of a raw file of `file_bytes`: whole sectors, rounded up as qemu does.
-pub(super) fn virtual_size(file_bytes: u64, limits: &Limits) -> Result<u64> {
+fn virtual_size(file_bytes: u64, limits: &Limits) -> Result<u64> {
     match file_bytes.checked_next_multiple_of(SECTOR_BYTES) {
         Some(size) if size <= limits.virtual_size_max => Ok(size),
         _ => Err(Error::new(
@@ -18,13 +41,13 @@ pub(super) fn virtual_size(file_bytes: u64, limits: &Limits) -> Result<u64> {
     }
 }
 
-pub(super) struct RawDisk {
+struct RawDisk {
     source: Arc<dyn ReadAt>,
     virtual_size: u64,
 }
 
 impl RawDisk {
-    pub(super) fn new(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Self> {
+    fn new(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Self> {
         let virtual_size = virtual_size(source.len(), limits)?;
         Ok(Self { source, virtual_size })
     }
@@ -37,12 +60,15 @@ impl Disk for RawDisk {
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
         let rest = self.virtual_size.saturating_sub(offset);
-        let whole = Extent { start: offset, len: rest, kind: ExtentKind::Data };
+        let whole = Extent { start: offset, len: rest, kind: ExtentKind::Data, host: Some(offset) };
         let Some(known) = self.source.extent_at(offset) else { return Ok(whole) };
         // The zeros that fill the last sector belong to the last run of the file.
         let end = if known.end() >= self.source.len() { self.virtual_size } else { known.end() };
         match end.checked_sub(offset) {
-            Some(len) if len > 0 => Ok(Extent { start: offset, len: len.min(rest), kind: known.kind }),
+            Some(len) if len > 0 => {
+                let host = known.is_data().then_some(offset);
+                Ok(Extent { start: offset, len: len.min(rest), kind: known.kind, host })
+            }
             _ => Ok(whole),
         }
     }

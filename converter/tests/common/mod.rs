@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use dvcr_converter::convert::{self, Options};
 use dvcr_converter::format::{self, Image};
+use dvcr_converter::io::Finished;
 use dvcr_converter::limits::Limits;
-use dvcr_converter::local::{FileSource, Qcow2Target, RawTarget};
+use dvcr_converter::local::{FileSource, RawTarget};
 use dvcr_converter::progress::Progress;
-use dvcr_converter::qcow2::{Finished, WriteOptions};
+use dvcr_converter::qcow2::WriteOptions;
+use dvcr_converter::sink::ImageTarget;
 use dvcr_converter::{Error, Result};
 
 /// A directory on a real file system: direct I/O and holes behave there as in production.
@@ -65,8 +67,8 @@ pub fn to_raw(image: &Path, raw: &Path, options: &Options) -> Result<()> {
 /// Converts with our engine to a qcow2 file.
 pub fn to_qcow2(image: &Path, qcow2: &Path, write: &WriteOptions, options: &Options) -> Result<Finished> {
     let image = open(image)?;
-    let mut target = Qcow2Target::create(qcow2, write.cluster_size)?;
-    let finished = convert::to_qcow2(image.disk.as_ref(), &mut target, write, options, &Progress::default())?;
+    let mut target = ImageTarget::create(qcow2)?;
+    let finished = convert::to_image(image.disk.as_ref(), &mut target, write, options, &Progress::default())?;
     target.finish(&finished)?;
     Ok(finished)
 }

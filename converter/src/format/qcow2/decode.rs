@@ -1,6 +1,6 @@
 //! Decompression of clusters.
 
-use super::write::Compression;
+use super::options::Compression;
 
 /// Largest zstd window of a frame that is not decoded in one go: a cluster has 2 MiB at most.
 const ZSTD_WINDOW_LOG_MAX: u32 = 22;

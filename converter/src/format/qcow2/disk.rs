@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use super::decode::Decoder;
 use super::tables::{Table, Tables};
 use super::{COMPRESSED, CompressedAt, Header, OFFSET_MASK, ZERO};
-use crate::io::{Disk, Extent, ExtentKind, ReadAt};
+use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
 
@@ -19,7 +19,7 @@ const GROUP_BYTES_MAX: u64 = 4 << 20;
 const SUBCLUSTERS: u64 = 32;
 
 /// The virtual disk of a qcow2 image.
-pub struct Qcow2Disk {
+pub(super) struct Qcow2Disk {
     source: Arc<dyn ReadAt>,
     header: Header,
     tables: Tables,
@@ -39,11 +39,13 @@ enum Place {
 }
 
 impl Place {
-    fn kind(self) -> ExtentKind {
+    /// What it is to those who look at the byte `skip` of it, and where they find that byte.
+    fn seen_from(self, skip: u64) -> (ExtentKind, Option<u64>) {
         match self {
-            Place::Hole => ExtentKind::Hole,
-            Place::Zero => ExtentKind::Zero,
-            Place::Plain(_) | Place::Compressed(_) => ExtentKind::Data,
+            Place::Hole => (ExtentKind::Hole, None),
+            Place::Zero => (ExtentKind::Zero, None),
+            Place::Plain(host) => (ExtentKind::Data, Some(host + skip)),
+            Place::Compressed(_) => (ExtentKind::Compressed, None),
         }
     }
 }
@@ -65,7 +67,7 @@ struct Piece {
 
 impl Qcow2Disk {
     /// Opens the disk: reads and validates the L1 table; L2 tables follow when they are needed.
-    pub fn open(source: Arc<dyn ReadAt>, header: &Header, limits: &Limits) -> Result<Self> {
+    pub(super) fn open(source: Arc<dyn ReadAt>, header: &Header, limits: &Limits) -> Result<Self> {
         let tables = Tables::load(source.as_ref(), header, limits)?;
         Ok(Self { source, header: header.clone(), tables, decoders: Mutex::new(Vec::new()) })
     }
@@ -304,24 +306,26 @@ impl Disk for Qcow2Disk {
         let size = self.header.virtual_size;
         let l1_index = offset / self.l2_reach();
         let table_end = |l1_index: u64| (l1_index + 1).saturating_mul(self.l2_reach()).min(size);
-        let mut end;
-        let kind;
-        match self.tables.l2(self.source.as_ref(), l1_index)? {
-            None => {
-                kind = ExtentKind::Hole;
-                end = table_end(l1_index);
+        let mut end = table_end(l1_index);
+        let Some(table) = self.tables.l2(self.source.as_ref(), l1_index)? else {
+            // On through whole tables that are not there; this costs no read.
+            while end < size && self.tables.is_hole(end / self.l2_reach()) {
+                end = table_end(end / self.l2_reach());
             }
-            Some(table) => {
-                kind = self.place(&table, offset)?.kind();
-                end = offset;
-                let last = table_end(l1_index);
-                while end < last && self.place(&table, end)?.kind() == kind {
-                    end = (end / self.grain() + 1) * self.grain();
-                }
-                end = end.min(size);
+            let len = end.saturating_sub(offset);
+            return Ok(Extent { start: offset, len, kind: ExtentKind::Hole, host: None });
+        };
+        let last = end;
+        let (kind, host) = self.place(&table, offset)?.seen_from(offset % self.grain());
+        end = (offset / self.grain() + 1) * self.grain();
+        while end < last {
+            let next = self.place(&table, end)?.seen_from(0);
+            if next != (kind, host.map(|host| host + (end - offset))) {
+                break;
             }
+            end += self.grain();
         }
-        // On through whole tables that are not there; this costs no read.
+        end = end.min(size);
         while kind == ExtentKind::Hole && end < size && end.is_multiple_of(self.l2_reach()) {
             let next = end / self.l2_reach();
             if !self.tables.is_hole(next) {
@@ -329,7 +333,7 @@ impl Disk for Qcow2Disk {
             }
             end = table_end(next);
         }
-        Ok(Extent { start: offset, len: end.saturating_sub(offset), kind })
+        Ok(Extent { start: offset, len: end.saturating_sub(offset), kind, host })
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
@@ -365,5 +369,23 @@ impl Disk for Qcow2Disk {
         }
         pool().push(decoder);
         result
+    }
+
+    fn details(&self) -> Details {
+        let header = &self.header;
+        let mut specific: Vec<(&'static str, Value)> = vec![
+            ("compat", if header.version == 2 { "0.10" } else { "1.1" }.into()),
+            ("compression-type", header.compression.to_string().into()),
+            ("refcount-bits", u64::from(header.refcount_bits).into()),
+        ];
+        if header.version > 2 {
+            specific.push(("lazy-refcounts", header.lazy_refcounts.into()));
+            specific.push(("corrupt", header.corrupt.into()));
+            specific.push(("extended-l2", header.extended_l2.into()));
+        }
+        if header.snapshots > 0 {
+            specific.push(("internal-snapshots", u64::from(header.snapshots).into()));
+        }
+        Details { cluster_size: Some(header.cluster_size()), dirty: Some(header.dirty), specific }
     }
 }

@@ -8,7 +8,7 @@ use crate::format::SECTOR_BYTES;
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
 
-use super::write::Compression;
+use super::options::Compression;
 
 const MAGIC: &[u8] = b"QFI\xfb";
 const V2_HEADER_BYTES: usize = 72;
@@ -26,7 +26,7 @@ const FEATURE_NAME_ENTRY_BYTES: usize = 48;
 
 /// A validated header: what readers need, and what people ask for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub(super) struct Header {
     /// 2 or 3.
     pub version: u32,
     /// Bytes a guest sees; a multiple of 512.
@@ -54,7 +54,7 @@ pub struct Header {
 }
 
 /// Whether `head` begins a qcow2 file of version 2 or 3.
-pub fn recognises(head: &[u8]) -> bool {
+pub(super) fn recognises(head: &[u8]) -> bool {
     head.starts_with(MAGIC) && matches!(be32(head, 4), Some(2 | 3))
 }
 
@@ -64,7 +64,7 @@ impl Header {
     /// Fails with [`ErrorKind::ForeignFile`] for a backing or external data file, [`ErrorKind::Unsupported`] for
     /// encryption and unknown incompatible features, [`ErrorKind::Limit`] for sizes out of bounds and
     /// [`ErrorKind::Corrupt`] for the rest.
-    pub fn parse(head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Self> {
+    pub(super) fn parse(head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Self> {
         let fields = Fields::read(head).ok_or_else(|| corrupt("the qcow2 header is cut short"))?;
         let version = fields.version;
         if !(CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX).contains(&fields.cluster_bits) {
@@ -156,7 +156,7 @@ impl Header {
     }
 
     /// Cluster size in bytes.
-    pub fn cluster_size(&self) -> u64 {
+    pub(super) fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
     }
 }

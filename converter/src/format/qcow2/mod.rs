@@ -2,20 +2,56 @@
 //!
 //! ```text
 //!  header ──> disk ──> tables (L1, bounded cache of L2) ──> decode (zlib, zstd)      read
-//!             encode (zlib, zstd) ──> write (append only, header last)               write
+//!                                    options ──> write (append only, header last)    write
 //! ```
 
 mod decode;
 mod disk;
-mod encode;
 mod header;
+mod options;
 mod tables;
 mod write;
 
-pub use disk::Qcow2Disk;
-pub use header::{Header, recognises};
-pub use write::{Compression, Finished, WriteOptions};
-pub(crate) use {encode::Encoder, write::Writer};
+use std::sync::Arc;
+
+pub use options::{Compression, Preallocation, WriteOptions};
+
+use crate::Result;
+use crate::io::{CreateOptions, Disk, ReadAt};
+use crate::limits::Limits;
+use header::Header;
+
+pub(super) struct Driver;
+
+impl super::Driver for Driver {
+    fn recognises(&self, head: &[u8], _tail: &[u8]) -> bool {
+        header::recognises(head)
+    }
+
+    fn virtual_size(&self, head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Option<u64>> {
+        Ok(Some(Header::parse(head, file_bytes, limits)?.virtual_size))
+    }
+
+    fn open(
+        &self,
+        source: Arc<dyn ReadAt>,
+        head: &[u8],
+        member: Option<&str>,
+        limits: &Limits,
+    ) -> Result<Box<dyn Disk>> {
+        super::refuse_member(member)?;
+        let header = Header::parse(head, Some(source.len()), limits)?;
+        Ok(Box::new(disk::Qcow2Disk::open(source, &header, limits)?))
+    }
+
+    fn create_options(
+        &self,
+        compress: bool,
+        options: &[(&str, &str)],
+    ) -> Option<Result<Box<dyn CreateOptions>>> {
+        Some(WriteOptions::parse(compress, options).map(|options| Box::new(options) as _))
+    }
+}
 
 /// Smallest and largest cluster, as powers of two.
 const CLUSTER_BITS_MIN: u32 = 9;

@@ -9,19 +9,11 @@
 //! follows as soon as the host range it covers is full. So memory holds one table of each kind, the L1 table and
 //! the refcount table, whatever the size of the disk.
 
-use std::fmt;
-use std::io::{BufWriter, Write};
-use std::str::FromStr;
-
-use super::{
-    CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, COPIED, CompressedAt, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX,
-    compression_type, incompatible,
-};
+use super::options::{Compression, Preallocation, WriteOptions};
+use super::{COPIED, CompressedAt, L1_BYTES_MAX, REFCOUNT_TABLE_BYTES_MAX, compression_type, incompatible};
 use crate::format::SECTOR_BYTES;
+use crate::io::{self, Block, Finished, Sink, Writer};
 use crate::{Error, ErrorKind, Result};
-
-/// Bytes gathered before they are handed on.
-const BATCH_BYTES: usize = 1 << 20;
 
 /// Uncompressed clusters kept back until the cluster that compressed ones share is full.
 const HELD_BYTES_MAX: usize = 2 << 20;
@@ -32,94 +24,9 @@ const REFCOUNT_MAX: u16 = u16::MAX;
 /// Bytes of the header proper, up to and with the padding after the compression type.
 const HEADER_BYTES: u32 = 112;
 
-/// How clusters are compressed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Compression {
-    /// Stored as they are.
-    None,
-    /// Raw deflate streams.
-    Zlib,
-    /// One zstd frame per cluster.
-    #[default]
-    Zstd,
-}
-
-impl fmt::Display for Compression {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Compression::None => "none",
-            Compression::Zlib => "zlib",
-            Compression::Zstd => "zstd",
-        })
-    }
-}
-
-impl FromStr for Compression {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        match name {
-            "none" => Ok(Compression::None),
-            "zlib" => Ok(Compression::Zlib),
-            "zstd" => Ok(Compression::Zstd),
-            other => Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("unknown compression {other:?}; known are none, zlib, zstd"),
-            )),
-        }
-    }
-}
-
-/// What kind of qcow2 file to write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WriteOptions {
-    /// Bytes; a power of two from 512 to 2 Mi.
-    pub cluster_size: u32,
-    /// How clusters are compressed; one that does not shrink is stored as it is.
-    pub compression: Compression,
-    /// The virtual disk is made at least this large, bytes.
-    pub virtual_size_min: u64,
-}
-
-impl Default for WriteOptions {
-    /// 64 KiB clusters, zstd.
-    fn default() -> Self {
-        Self { cluster_size: 64 << 10, compression: Compression::default(), virtual_size_min: 0 }
-    }
-}
-
-impl WriteOptions {
-    /// The cluster size as a power of two; fails with [`ErrorKind::Unsupported`] if it is none that qcow2 allows.
-    pub(crate) fn cluster_bits(&self) -> Result<u32> {
-        let bits = self.cluster_size.checked_ilog2().unwrap_or(0);
-        if !self.cluster_size.is_power_of_two() || !(CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX).contains(&bits) {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("cluster size {} is not a power of two from 512 to 2097152 bytes", self.cluster_size),
-            ));
-        }
-        Ok(bits)
-    }
-}
-
-/// What was written.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finished {
-    /// The first cluster of the file, exactly `cluster_size` bytes; the file is complete once it is in place.
-    pub header: Vec<u8>,
-    /// Bytes of the whole file, header included.
-    pub file_bytes: u64,
-    /// Bytes a guest sees.
-    pub virtual_size: u64,
-    /// Clusters stored as they are.
-    pub plain_clusters: u64,
-    /// Clusters stored compressed.
-    pub compressed_clusters: u64,
-}
-
-/// Writes a qcow2 version 3 file from host offset `cluster_size` on.
-pub(crate) struct Writer<W: Write> {
-    out: BufWriter<W>,
+/// Writes a qcow2 version 3 file.
+pub(super) struct Qcow2Writer<'a> {
+    sink: &'a mut dyn Sink,
     options: WriteOptions,
     cluster_bits: u32,
     /// Next byte of the file.
@@ -133,8 +40,8 @@ pub(crate) struct Writer<W: Write> {
     /// Uncompressed clusters and their places in `l2`.
     held: Vec<(usize, Vec<u8>)>,
     held_bytes: usize,
-    plain_clusters: u64,
-    compressed_clusters: u64,
+    /// With preallocation: the guest cluster that gets the next place.
+    next_index: u64,
 }
 
 /// Reference counts of the clusters from `base` on, and where the full blocks went.
@@ -144,12 +51,16 @@ struct Refcounts {
     blocks: Vec<u64>,
 }
 
-impl<W: Write> Writer<W> {
-    pub(crate) fn new(out: W, options: &WriteOptions) -> Result<Self> {
+impl<'a> Qcow2Writer<'a> {
+    pub(super) fn new(
+        sink: &'a mut dyn Sink,
+        options: &WriteOptions,
+        virtual_size: Option<u64>,
+    ) -> Result<Self> {
         let cluster_bits = options.cluster_bits()?;
         let cluster_size = 1u64 << cluster_bits;
-        Ok(Self {
-            out: BufWriter::with_capacity(BATCH_BYTES, out),
+        let writer = Self {
+            sink,
             options: *options,
             cluster_bits,
             at: cluster_size,
@@ -161,13 +72,15 @@ impl<W: Write> Writer<W> {
             l2_used: false,
             held: Vec::new(),
             held_bytes: 0,
-            plain_clusters: 0,
-            compressed_clusters: 0,
-        })
+            next_index: 0,
+        };
+        writer.check_size(virtual_size.unwrap_or(0).max(options.virtual_size_min))?;
+        writer.sink.append_zeros(cluster_size)?;
+        Ok(writer)
     }
 
     /// Fails with [`ErrorKind::Limit`] if a disk of `virtual_size` needs a larger L1 table than readers accept.
-    pub(crate) fn check_size(&self, virtual_size: u64) -> Result<()> {
+    fn check_size(&self, virtual_size: u64) -> Result<()> {
         if virtual_size.div_ceil(self.l2_reach()) > L1_BYTES_MAX / 8 {
             return Err(Error::new(
                 ErrorKind::Limit,
@@ -181,10 +94,9 @@ impl<W: Write> Writer<W> {
         Ok(())
     }
 
-    /// Stores guest cluster number `index` as it is. Indices ascend; one that is skipped reads as zeros.
-    pub(crate) fn put_plain(&mut self, index: u64, cluster: &[u8]) -> Result<()> {
+    /// Stores guest cluster number `index` as it is.
+    fn put_plain(&mut self, index: u64, cluster: &[u8]) -> Result<()> {
         let slot = self.slot(index)?;
-        self.plain_clusters += 1;
         if self.at.is_multiple_of(self.cluster_size()) {
             return self.append_plain(slot, cluster);
         }
@@ -195,7 +107,7 @@ impl<W: Write> Writer<W> {
     }
 
     /// Stores guest cluster number `index` as the stream `compressed`, shorter than a cluster.
-    pub(crate) fn put_compressed(&mut self, index: u64, compressed: &[u8]) -> Result<()> {
+    fn put_compressed(&mut self, index: u64, compressed: &[u8]) -> Result<()> {
         let slot = self.slot(index)?;
         let bytes = compressed.len() as u64;
         let cluster_size = self.cluster_size();
@@ -209,17 +121,31 @@ impl<W: Write> Writer<W> {
         let entry = CompressedAt::encode(self.at, bytes, self.cluster_bits)
             .ok_or_else(|| self.too_large("compressed clusters cannot be addressed beyond"))?;
         self.l2[slot] = entry;
-        self.compressed_clusters += 1;
         self.append(compressed)
     }
 
-    /// Writes the remaining tables and returns the header of a disk of `virtual_size` bytes.
-    pub(crate) fn finish(mut self, virtual_size: u64) -> Result<Finished> {
+    /// Gives every guest cluster before `index` that has none a place, without writing to it.
+    fn preallocate(&mut self, index: u64) -> Result<()> {
+        while self.options.preallocation == Preallocation::Metadata && self.next_index < index {
+            let slot = self.slot(self.next_index)?;
+            self.align()?;
+            self.l2[slot] = self.at | COPIED;
+            self.sink.append_zeros(self.cluster_size())?;
+            self.count(self.cluster_size())?;
+            self.next_index += 1;
+        }
+        self.next_index = index + 1;
+        Ok(())
+    }
+
+    /// Writes the remaining tables and the header of a disk of `virtual_size` bytes.
+    fn complete(mut self, virtual_size: u64) -> Result<Finished> {
         let virtual_size = virtual_size.max(self.options.virtual_size_min);
         let virtual_size = virtual_size
             .checked_next_multiple_of(SECTOR_BYTES)
             .ok_or_else(|| self.too_large("the virtual disk ends beyond"))?;
         self.check_size(virtual_size)?;
+        self.preallocate(virtual_size.div_ceil(self.cluster_size()))?;
         self.finish_l2()?;
         self.align()?;
         let l1_offset = self.at;
@@ -258,14 +184,9 @@ impl<W: Write> Writer<W> {
         }
         self.write(&refcount_table)?;
         self.pad()?;
-        self.out.flush().map_err(|e| Error::io("writing the qcow2 file", e))?;
-        Ok(Finished {
-            header: self.header(virtual_size, l1_entries, l1_offset, refcount_table_offset, table),
-            file_bytes: self.at,
-            virtual_size,
-            plain_clusters: self.plain_clusters,
-            compressed_clusters: self.compressed_clusters,
-        })
+        let header = self.header(virtual_size, l1_entries, l1_offset, refcount_table_offset, table);
+        self.sink.rewrite(&header, 0)?;
+        Ok(Finished { file_bytes: self.at, virtual_size })
     }
 
     fn cluster_size(&self) -> u64 {
@@ -341,25 +262,34 @@ impl<W: Write> Writer<W> {
 
     fn pad(&mut self) -> Result<()> {
         let rest = (self.cluster_size() - self.at % self.cluster_size()) % self.cluster_size();
-        self.write(&vec![0; rest as usize])
+        self.sink.append_zeros(rest)?;
+        self.pass(rest)
     }
 
     /// Writes one object and counts a reference to each cluster it touches.
     fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        self.sink.append(bytes)?;
+        self.count(bytes.len() as u64)
+    }
+
+    /// Counts a reference to each cluster that the next `bytes` of the file touch, and passes them.
+    fn count(&mut self, bytes: u64) -> Result<()> {
         let first = self.at >> self.cluster_bits;
-        self.write(bytes)?;
+        self.pass(bytes)?;
         for cluster in first..self.at.div_ceil(self.cluster_size()) {
             self.refcounts.add(cluster);
         }
         Ok(())
     }
 
+    /// Writes what is counted elsewhere.
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.out.write_all(bytes).map_err(|e| Error::io("writing the qcow2 file", e))?;
-        self.at = self
-            .at
-            .checked_add(bytes.len() as u64)
-            .ok_or_else(|| self.too_large("the file cannot grow beyond"))?;
+        self.sink.append(bytes)?;
+        self.pass(bytes.len() as u64)
+    }
+
+    fn pass(&mut self, bytes: u64) -> Result<()> {
+        self.at = self.at.checked_add(bytes).ok_or_else(|| self.too_large("the file cannot grow beyond"))?;
         Ok(())
     }
 
@@ -399,6 +329,32 @@ impl<W: Write> Writer<W> {
 
     fn too_large(&self, what: &str) -> Error {
         Error::new(ErrorKind::Limit, format!("qcow2: {what} {} bytes of file", self.at))
+    }
+}
+
+impl Writer for Qcow2Writer<'_> {
+    fn block_bytes(&self) -> usize {
+        1 << self.cluster_bits
+    }
+
+    fn compression(&self) -> io::Compression {
+        match self.options.compression {
+            Compression::None => io::Compression::None,
+            Compression::Zlib => io::Compression::Deflate,
+            Compression::Zstd => io::Compression::Zstd,
+        }
+    }
+
+    fn put(&mut self, index: u64, block: Block<'_>) -> Result<()> {
+        self.preallocate(index)?;
+        match block {
+            Block::Plain(cluster) => self.put_plain(index, cluster),
+            Block::Packed(stream) => self.put_compressed(index, stream),
+        }
+    }
+
+    fn finish(self: Box<Self>, virtual_size: u64) -> Result<Finished> {
+        self.complete(virtual_size)
     }
 }
 
