@@ -23,7 +23,7 @@ use dvcr_converter::wrapper::{self, Wrapper};
 use dvcr_converter::{Error, Result};
 use proptest::prelude::*;
 
-const ALL: [Wrapper; 4] = [Wrapper::Gzip, Wrapper::Xz, Wrapper::Zstd, Wrapper::Bzip2];
+const ALL: [Wrapper; 5] = [Wrapper::Gzip, Wrapper::Xz, Wrapper::Zstd, Wrapper::Bzip2, Wrapper::Lz4];
 
 fn compress(wrapper: Wrapper, bytes: &[u8]) -> Vec<u8> {
     let program = match wrapper {
@@ -31,6 +31,7 @@ fn compress(wrapper: Wrapper, bytes: &[u8]) -> Vec<u8> {
         Wrapper::Xz => ["xz", "-0"],
         Wrapper::Zstd => ["zstd", "-1"],
         Wrapper::Bzip2 => ["bzip2", "-1"],
+        Wrapper::Lz4 => ["lz4", "-1"],
     };
     pipe(program, bytes)
 }
@@ -186,7 +187,7 @@ fn a_decompression_bomb_is_stopped() {
 #[test]
 fn a_blank_disk_is_no_bomb() {
     let blank = vec![0; 80 << 20];
-    for program in [["gzip", "-9"], ["xz", "-9"], ["zstd", "-19"], ["bzip2", "-9"]] {
+    for program in [["gzip", "-9"], ["xz", "-9"], ["zstd", "-19"], ["bzip2", "-9"], ["lz4", "-9"]] {
         let packed = pipe(program, &blank);
         assert!(decode(&packed, &Limits::default()).unwrap().1 == blank, "{program:?}");
     }
@@ -229,7 +230,7 @@ proptest! {
     #[test]
     fn members_one_after_another_are_one_file(
         wrapper in prop_oneof![
-            Just(Wrapper::Gzip), Just(Wrapper::Xz), Just(Wrapper::Zstd), Just(Wrapper::Bzip2)
+            Just(Wrapper::Gzip), Just(Wrapper::Xz), Just(Wrapper::Zstd), Just(Wrapper::Bzip2), Just(Wrapper::Lz4)
         ],
         members in proptest::collection::vec((0usize..200_000, any::<u64>()), 1..5),
     ) {

@@ -18,6 +18,7 @@ pub(crate) fn file_name(own: Option<&str>, wrappers: &[Wrapper], stored: Format,
             Wrapper::Xz => &[".xz"],
             Wrapper::Zstd => &[".zst", ".zstd"],
             Wrapper::Bzip2 => &[".bz2", ".bzip2"],
+            Wrapper::Lz4 => &[".lz4"],
         };
         strip_extension(&mut name, extensions);
     }

@@ -32,7 +32,7 @@ async fn round_trips(registry: Registry) {
     let raw_path = files.path("disk.raw");
     let qcow2_path = files.qcow2(&[]);
     let mut sources = vec![(raw_path.clone(), "disk.qcow2", true), (qcow2_path.clone(), "disk.qcow2", false)];
-    for extension in ["gz", "xz", "zst", "bz2"] {
+    for extension in ["gz", "xz", "zst", "bz2", "lz4"] {
         sources.push((files.wrap(&raw_path, extension), "disk.qcow2", true));
     }
     sources.push((files.wrap(&qcow2_path, "xz"), "disk.qcow2", false));

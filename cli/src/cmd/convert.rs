@@ -14,8 +14,8 @@ use crate::work;
 
 /// Converts a disk image file to another format.
 ///
-/// Reads all formats by content, also inside gz, xz, zst and bz2. The target is synced and gets its name only when it
-/// is complete. A block device as the target is overwritten.
+/// Reads all formats by content, also inside gz, xz, zst, bz2 and lz4. The target is synced and gets its name only
+/// when it is complete. A block device as the target is overwritten.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The image file or block device to read.

@@ -15,8 +15,8 @@ use crate::work::{self, Usage};
 /// Imports a disk image into an OCI registry.
 ///
 /// The image streams through: nothing is kept on the local disk, and nothing is published unless all of it is
-/// right. qcow2 and iso are stored byte for byte, out of gz, xz, zst and bz2 if need be; a raw disk becomes qcow2
-/// with zstd clusters. The summary goes to standard output, progress to standard error.
+/// right. qcow2 and iso are stored byte for byte, out of gz, xz, zst, bz2 and lz4 if need be; a raw disk becomes
+/// qcow2 with zstd clusters. The summary goes to standard output, progress to standard error.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     // Texts, because clap shows what it cannot parse, and a URL may hold a password.

@@ -224,10 +224,17 @@ impl Files {
             "gz" => "gzip",
             "xz" => "xz",
             "zst" => "zstd",
-            _ => "bzip2",
+            "bz2" => "bzip2",
+            _ => "lz4",
         };
-        run(program, &["-k", "-1", "-q", path(file)]);
-        PathBuf::from(format!("{}.{extension}", path(file)))
+        let wrapped = PathBuf::from(format!("{}.{extension}", path(file)));
+        let mut args = vec!["-k", "-1", "-q", path(file)];
+        // Without a name for its output, lz4 writes to a pipe.
+        if program == "lz4" {
+            args.push(path(&wrapped));
+        }
+        run(program, &args);
+        wrapped
     }
 }
 
