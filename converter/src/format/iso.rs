@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::raw;
+use super::{Tail, raw};
 use crate::Result;
 use crate::io::{Disk, ReadAt};
 use crate::limits::Limits;
@@ -19,7 +19,7 @@ const DESCRIPTORS_MAX: usize = 32;
 pub(super) struct Driver;
 
 impl super::Driver for Driver {
-    fn recognises(&self, head: &[u8], _tail: &[u8]) -> bool {
+    fn recognises(&self, head: &[u8], _tail: Option<Tail<'_>>) -> bool {
         recognises(head)
     }
 

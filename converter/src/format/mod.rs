@@ -27,9 +27,9 @@ pub const SECTOR_BYTES: u64 = 512;
 
 /// All that the rest of the crate knows of a format.
 trait Driver: Sync {
-    /// Whether a file is of this format. `head` has its first [`PROBE_BYTES`], `tail` its last 512 bytes, both all of
-    /// a shorter file; `tail` is empty where only the beginning is known.
-    fn recognises(&self, head: &[u8], tail: &[u8]) -> bool;
+    /// Whether a file is of this format. `head` has its first [`PROBE_BYTES`], or all of a shorter file; `tail` is
+    /// `None` where only the beginning is known.
+    fn recognises(&self, head: &[u8], tail: Option<Tail<'_>>) -> bool;
 
     /// Validates the header in `head` as far as it is there, and returns the bytes a guest sees, if it tells.
     /// `file_bytes` is the length of the file, if known.
@@ -54,6 +54,15 @@ trait Driver: Sync {
         let _ = (compress, options);
         None
     }
+}
+
+/// The end of a file.
+#[derive(Clone, Copy, Debug)]
+struct Tail<'a> {
+    /// Its last 512 bytes, or all of a shorter file.
+    bytes: &'a [u8],
+    /// The length of the file.
+    file_bytes: u64,
 }
 
 /// Declares the formats, in the order in which they are probed.
@@ -135,7 +144,7 @@ pub struct Probe {
 /// their magic and not readable: these are [`ErrorKind::Unsupported`], as are encryption and unknown incompatible
 /// features; an image that names another file is [`ErrorKind::ForeignFile`].
 pub fn probe(head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Probe> {
-    let format = recognise(head, &[])?;
+    let format = recognise(head, None)?;
     Ok(Probe { format, virtual_size: format.driver().virtual_size(head, file_bytes, limits)? })
 }
 
@@ -176,16 +185,19 @@ pub fn open_member(source: Arc<dyn ReadAt>, member: Option<&str>, limits: &Limit
     let file_bytes = source.len();
     let mut head = vec![0; file_bytes.min(PROBE_BYTES as u64) as usize];
     source.read_exact_at(&mut head, 0).map_err(|e| Error::io("reading the first bytes of the image", e))?;
-    let mut tail = Vec::new();
+    let mut tail = vec![0; file_bytes.min(TAIL_BYTES) as usize];
     // Asking for the end of a stream would pass all of it.
-    if !source.is_forward_only() {
-        tail.resize(file_bytes.min(TAIL_BYTES) as usize, 0);
-        let at = file_bytes - tail.len() as u64;
-        source
-            .read_exact_at(&mut tail, at)
-            .map_err(|e| Error::io("reading the last bytes of the image", e))?;
-    }
-    let format = recognise(&head, &tail)?;
+    let tail = match source.is_forward_only() {
+        true => None,
+        false => {
+            let at = file_bytes - tail.len() as u64;
+            source
+                .read_exact_at(&mut tail, at)
+                .map_err(|e| Error::io("reading the last bytes of the image", e))?;
+            Some(Tail { bytes: &tail, file_bytes })
+        }
+    };
+    let format = recognise(&head, tail)?;
     let disk = format.driver().open(source, &head, member, limits)?;
     let info = Info { format, virtual_size: disk.virtual_size(), file_bytes, details: disk.details() };
     Ok(Image { info, disk })
@@ -204,7 +216,7 @@ pub fn create_options(
     })
 }
 
-fn recognise(head: &[u8], tail: &[u8]) -> Result<Format> {
+fn recognise(head: &[u8], tail: Option<Tail<'_>>) -> Result<Format> {
     let format = Format::ALL.iter().find(|format| format.driver().recognises(head, tail));
     match (format, foreign::recognise(head)) {
         (None | Some(Format::Raw), Some(name)) => Err(Error::new(

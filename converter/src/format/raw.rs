@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::SECTOR_BYTES;
+use super::{SECTOR_BYTES, Tail};
 use crate::io::{Disk, Extent, ExtentKind, ReadAt};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
@@ -10,7 +10,7 @@ use crate::{Error, ErrorKind, Result};
 pub(super) struct Driver;
 
 impl super::Driver for Driver {
-    fn recognises(&self, _head: &[u8], _tail: &[u8]) -> bool {
+    fn recognises(&self, _head: &[u8], _tail: Option<Tail<'_>>) -> bool {
         true
     }
 

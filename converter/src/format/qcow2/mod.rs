@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 pub use options::{Compression, Preallocation, WriteOptions};
 
+use super::Tail;
 use crate::Result;
 use crate::io::{CreateOptions, Disk, ReadAt};
 use crate::limits::Limits;
@@ -24,7 +25,7 @@ use header::Header;
 pub(super) struct Driver;
 
 impl super::Driver for Driver {
-    fn recognises(&self, head: &[u8], _tail: &[u8]) -> bool {
+    fn recognises(&self, head: &[u8], _tail: Option<Tail<'_>>) -> bool {
         header::recognises(head)
     }
 
