@@ -5,8 +5,9 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 CACHE := .cache
 # cargo-deny and cargo-fuzz go here, so that nothing of the user's own is touched.
 TOOLS := $(abspath $(CACHE)/tools)
-# How long `make fuzz` spends on each target.
+# How long `make fuzz` spends on each target, and on which; on all of them by default.
 SECONDS := 60
+TARGET :=
 # What `make bench` runs: registry, converter, or both.
 SUITES := registry converter
 
@@ -39,11 +40,8 @@ bench: deps-test tools ## Measure beside the peers; SUITES=registry runs one sui
 	done
 
 .PHONY: fuzz
-fuzz: deps-build $(TOOLS)/bin/cargo-fuzz ## Fuzz every target; SECONDS=60 each (needs a nightly tool chain)
-	export PATH="$(TOOLS)/bin:$$PATH"; \
-	for target in $$(cargo +nightly fuzz list); do \
-	    cargo +nightly fuzz run $$target -- -max_total_time=$(SECONDS) || exit 1; \
-	done
+fuzz: deps-build $(TOOLS)/bin/cargo-fuzz ## Fuzz, SECONDS=60 each, TARGET=vmdk for one; then hold the finds against qemu-img
+	FUZZ_TARGETS="$(TARGET)" tools/fuzz.sh $(SECONDS) $(TOOLS)/bin
 
 .PHONY: build
 build: deps-build ## Build the release binary, target/release/dvcr

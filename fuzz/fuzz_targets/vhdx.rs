@@ -1,0 +1,20 @@
+#![no_main]
+
+#[path = "../bodies.rs"]
+mod bodies;
+#[path = "../mutate.rs"]
+mod mutate;
+
+const WORDS: mutate::Words = mutate::Words {
+    bytes: 8,
+    big_endian: false,
+    entry: |place| place,
+    unit: 1 << 20,
+    flags: &[1, 2, 3, 5, 6, 7],
+};
+
+libfuzzer_sys::fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    mutate::mutate(&WORDS, data, size, max_size, seed)
+});
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bodies::vhdx(bytes));
