@@ -5,7 +5,7 @@
 set -euo pipefail
 
 seconds=$1
-PATH=$2:$PATH
+PATH=$(realpath "$2"):$PATH
 cd "$(dirname "$0")/../fuzz"
 found=${FUZZ_CORPUS:-$PWD/found}
 : "${CARGO_TARGET_DIR:=}"
