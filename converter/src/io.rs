@@ -168,7 +168,7 @@ pub trait Writer: Send {
 pub enum Compression {
     /// Stored as they are.
     None,
-    /// RFC 1951, bare, with matches that reach back 4 KiB at most: what qcow2 readers expect.
+    /// RFC 1951, bare.
     Deflate,
     /// RFC 1950: deflate with a header and a checksum.
     Zlib,

@@ -1,4 +1,5 @@
 //! imago reads what we write, and we read what it reads: plain and zlib clusters, which is what it knows.
+//! Where readers might differ, qemu is asked too.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
 mod common;
@@ -63,5 +64,23 @@ fn we_and_imago_agree_on_what_qemu_writes() {
             assert!(std::fs::read(&ours).unwrap() == disk, "{options}");
             assert!(read_with_imago(&image) == disk, "{options}");
         }
+    }
+}
+
+#[test]
+fn qemu_and_imago_read_matches_farther_back_than_the_window_that_qemu_asks_for() {
+    const APART: usize = 30_000;
+    let dir = temp_dir();
+    let (raw, image) = (dir.path().join("raw"), dir.path().join("image"));
+    // Noise said twice compresses only by matches that go back as far as the noise is long.
+    let disk: Vec<u8> = (0..160).flat_map(|seed| noise(APART, seed).repeat(4)).collect();
+    let disk = &disk[..disk.len() / (2 << 20) * (2 << 20)];
+    std::fs::write(&raw, disk).unwrap();
+    for cluster_size in [65536, 2 << 20] {
+        let write = WriteOptions { cluster_size, compression: Compression::Zlib, ..WriteOptions::default() };
+        let finished = common::to_qcow2(&raw, &image, &write, &Options::default()).unwrap();
+        assert!(finished.file_bytes < disk.len() as u64, "{cluster_size}: nothing was compressed");
+        common::assert_sound_and_equal(&image, &raw, "raw");
+        assert!(read_with_imago(&image) == disk, "{cluster_size}");
     }
 }

@@ -18,6 +18,9 @@ use crate::{Error, ErrorKind, Result};
 /// Uncompressed clusters kept back until the cluster that compressed ones share is full.
 const HELD_BYTES_MAX: usize = 2 << 20;
 
+/// A shared cluster counts as full when at most one part in so many of it is left: hardly ever does a stream end with it.
+const UNUSED_PART: u64 = 64;
+
 /// Largest value of a 16-bit reference count.
 const REFCOUNT_MAX: u16 = u16::MAX;
 
@@ -113,7 +116,7 @@ impl<'a> Qcow2Writer<'a> {
         let cluster_size = self.cluster_size();
         let room = (cluster_size - self.at % cluster_size) % cluster_size;
         let block_is_full = self.refcounts.is_full(self.at >> self.cluster_bits, self.counts_per_block());
-        if room < bytes && !self.held.is_empty() {
+        if room < bytes && room <= cluster_size / UNUSED_PART && !self.held.is_empty() {
             self.release_held()?;
         } else if block_is_full || self.refcounts.at(self.at >> self.cluster_bits) == REFCOUNT_MAX {
             self.align()?;
