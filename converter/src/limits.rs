@@ -7,7 +7,8 @@ pub struct Limits {
     pub virtual_size_max: u64,
     /// Most bytes of metadata tables held in memory at once for one open image.
     pub table_bytes_max: u64,
-    /// Most bytes a wrapper (gz, xz, zst, lz4) may decode to, per byte read, once 64 MiB were decoded.
+    /// Most bytes a wrapper (gz, xz, zst, lz4), or one inside another, may decode to, per byte of the file around them,
+    /// once 64 MiB were decoded.
     pub expansion_ratio_max: u64,
     /// The same for bz2, which packs zeros about 1.3 million to one: a blank disk is no bomb.
     pub bzip2_expansion_ratio_max: u64,

@@ -5,11 +5,10 @@ mod common;
 
 use std::io::Read;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{noise, path, prose, qemu_img, run, temp_dir};
+use common::{noise, path, pipe, prose, qemu_img, run, temp_dir};
 use dvcr_converter::convert::{self, Options};
 use dvcr_converter::error::ErrorKind;
 use dvcr_converter::file::{self, Output};
@@ -33,24 +32,7 @@ fn compress(wrapper: Wrapper, bytes: &[u8]) -> Vec<u8> {
         Wrapper::Bzip2 => ["bzip2", "-1"],
         Wrapper::Lz4 => ["lz4", "-1"],
     };
-    pipe(program, bytes)
-}
-
-fn pipe(program: [&str; 2], bytes: &[u8]) -> Vec<u8> {
-    let mut child = Command::new(program[0])
-        .args([program[1], "-c", "-q"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    std::thread::scope(|scope| {
-        scope.spawn(move || std::io::Write::write_all(&mut stdin, bytes).unwrap());
-        let mut out = Vec::new();
-        child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
-        assert!(child.wait().unwrap().success());
-        out
-    })
+    pipe(&program, bytes)
 }
 
 fn decode(bytes: &[u8], limits: &Limits) -> Result<(Vec<Wrapper>, Vec<u8>)> {
@@ -188,7 +170,7 @@ fn a_decompression_bomb_is_stopped() {
 fn a_blank_disk_is_no_bomb() {
     let blank = vec![0; 80 << 20];
     for program in [["gzip", "-9"], ["xz", "-9"], ["zstd", "-19"], ["bzip2", "-9"], ["lz4", "-9"]] {
-        let packed = pipe(program, &blank);
+        let packed = pipe(&program, &blank);
         assert!(decode(&packed, &Limits::default()).unwrap().1 == blank, "{program:?}");
     }
 }

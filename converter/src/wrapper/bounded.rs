@@ -55,6 +55,27 @@ impl<R: Read> Read for Counted<R> {
     }
 }
 
+/// The file around all wrappers: what is inside is held against its size, lest two wrappers square the ratio of one.
+#[derive(Clone)]
+pub(super) struct Origin {
+    taken: Arc<Taken>,
+    ratio_max: u64,
+}
+
+impl Origin {
+    /// The origin of a `wrapper` that takes from `taken` and that may be inside others.
+    pub(super) fn of(wrapper: Wrapper, taken: &Arc<Taken>, limits: &Limits, outer: Option<Self>) -> Self {
+        let own = match wrapper {
+            Wrapper::Bzip2 => limits.bzip2_expansion_ratio_max,
+            Wrapper::Gzip | Wrapper::Xz | Wrapper::Zstd | Wrapper::Lz4 => limits.expansion_ratio_max,
+        };
+        match outer {
+            None => Self { taken: taken.clone(), ratio_max: own },
+            Some(outer) => Self { ratio_max: outer.ratio_max.max(own), ..outer },
+        }
+    }
+}
+
 /// Stops a decoder at the bounds and gives its failures a kind.
 pub(super) struct Bounded<'a> {
     /// Gone once it failed: nothing that it says later is the file's.
@@ -63,7 +84,7 @@ pub(super) struct Bounded<'a> {
     taken: Arc<Taken>,
     bytes_out: u64,
     bytes_out_max: u64,
-    ratio_max: u64,
+    origin: Origin,
     memory_bytes_max: u64,
 }
 
@@ -73,6 +94,7 @@ impl<'a> Bounded<'a> {
         wrapper: Wrapper,
         taken: Arc<Taken>,
         limits: &Limits,
+        origin: Origin,
     ) -> Self {
         Self {
             inner: Some(inner),
@@ -80,10 +102,7 @@ impl<'a> Bounded<'a> {
             taken,
             bytes_out: 0,
             bytes_out_max: limits.decoded_bytes_max,
-            ratio_max: match wrapper {
-                Wrapper::Bzip2 => limits.bzip2_expansion_ratio_max,
-                Wrapper::Gzip | Wrapper::Xz | Wrapper::Zstd | Wrapper::Lz4 => limits.expansion_ratio_max,
-            },
+            origin,
             memory_bytes_max: limits.decoder_memory_bytes_max,
         }
     }
@@ -96,12 +115,13 @@ impl<'a> Bounded<'a> {
             let message = format!("the {wrapper} stream holds more than {} bytes", self.bytes_out_max);
             return Err(Error::new(ErrorKind::Limit, message));
         }
-        let bytes_in = self.taken.bytes.load(Ordering::Relaxed);
-        if self.bytes_out > RATIO_GRACE_BYTES && self.bytes_out > bytes_in.saturating_mul(self.ratio_max) {
+        let ratio_max = self.origin.ratio_max;
+        let bytes_in = self.origin.taken.bytes.load(Ordering::Relaxed);
+        if self.bytes_out > RATIO_GRACE_BYTES && self.bytes_out > bytes_in.saturating_mul(ratio_max) {
             let message = format!(
-                "the {wrapper} stream expands more than {} times ({bytes_in} bytes became {}): it looks like a \
-                 decompression bomb",
-                self.ratio_max, self.bytes_out
+                "the {wrapper} stream expands more than {ratio_max} times ({bytes_in} bytes became {}): it looks like \
+                 a decompression bomb",
+                self.bytes_out
             );
             return Err(Error::new(ErrorKind::Limit, message));
         }

@@ -37,6 +37,8 @@ pub(super) fn is_lz4(head: &[u8]) -> bool {
     match head {
         // The version is 01 and its reserved bit is zero, and so are those around the block size.
         [0x04, 0x22, 0x4d, 0x18, flags, block, ..] => flags & 0xc2 == 0x40 && block & 0x8f == 0,
+        // Nothing, compressed.
+        [0x02, 0x21, 0x4c, 0x18] => true,
         [0x02, 0x21, 0x4c, 0x18, a, b, c, d, ..] => legacy_block(u32::from_le_bytes([*a, *b, *c, *d])),
         _ => false,
     }

@@ -25,7 +25,7 @@ use std::io::{BufReader, Cursor, Read};
 use crate::format::PROBE_BYTES;
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
-use bounded::{Bounded, Counted};
+use bounded::{Bounded, Counted, Origin};
 
 /// Most wrappers peeled off one file: a wrapper nested once.
 pub const WRAPPERS_MAX: usize = 2;
@@ -122,6 +122,18 @@ pub fn decoder_with<'a>(
     limits: &Limits,
     workers: usize,
 ) -> Result<Box<dyn Read + Send + 'a>> {
+    let (reader, _) = decode(wrapper, source, limits, workers, None)?;
+    Ok(reader)
+}
+
+/// Makes the decoder of `source`, which is itself inside the wrappers that begin at `origin`, if any.
+fn decode<'a>(
+    wrapper: Wrapper,
+    source: Box<dyn Read + Send + 'a>,
+    limits: &Limits,
+    workers: usize,
+    origin: Option<Origin>,
+) -> Result<(Box<dyn Read + Send + 'a>, Origin)> {
     let workers = workers.clamp(1, WORKERS_MAX);
     let (counted, taken) = Counted::new(source);
     let input = BufReader::with_capacity(INPUT_BYTES, counted);
@@ -134,7 +146,8 @@ pub fn decoder_with<'a>(
         Wrapper::Zstd => Box::new(zstd::Decoder::new(input, memory, workers).map_err(setup)?),
         Wrapper::Lz4 => Box::new(lz4::Decoder::new(input, memory)),
     };
-    Ok(Box::new(Bounded::new(inner, wrapper, taken, limits)))
+    let origin = Origin::of(wrapper, &taken, limits, origin);
+    Ok((Box::new(Bounded::new(inner, wrapper, taken, limits, origin.clone())), origin))
 }
 
 /// A file with its wrappers peeled off.
@@ -170,6 +183,7 @@ pub fn unwrap_with<'a>(
     let mut wrappers = Vec::new();
     let mut reader = source;
     let mut memory = limits.decoder_memory_bytes_max;
+    let mut origin = None;
     loop {
         let mut head = Vec::with_capacity(PROBE_BYTES);
         Read::by_ref(&mut reader)
@@ -198,8 +212,9 @@ pub fn unwrap_with<'a>(
             Wrapper::Xz | Wrapper::Zstd if wrappers.is_empty() => memory / 3 * 2,
             Wrapper::Xz | Wrapper::Zstd => memory,
         };
-        reader = Box::new(Cursor::new(head).chain(reader));
-        reader = decoder_with(wrapper, reader, &inner_limits(share), workers)?;
+        let source = Box::new(Cursor::new(head).chain(reader));
+        let (inner, begun) = decode(wrapper, source, &inner_limits(share), workers, origin)?;
+        (reader, origin) = (inner, Some(begun));
         memory -= share;
         wrappers.push(wrapper);
     }

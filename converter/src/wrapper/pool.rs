@@ -105,3 +105,45 @@ impl<J, T> Drop for Pool<J, T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_come_in_the_order_of_the_jobs() {
+        let mut pool =
+            Pool::new(3, |n: u64| (0..n % 7 * 10_000).fold(n, |a, b| std::hint::black_box(a ^ b) ^ b));
+        for round in 0..50 {
+            for n in 0..20 {
+                pool.submit(round * 20 + n).unwrap();
+            }
+            assert_eq!(pool.pending(), 20);
+            for n in 0..20 {
+                assert_eq!(pool.next().unwrap().unwrap(), round * 20 + n);
+            }
+            assert!(pool.next().is_none());
+        }
+        assert!(pool.threads.len() <= 3);
+    }
+
+    #[test]
+    fn a_dropped_pool_holds_no_job_any_more() {
+        let job = Arc::new(());
+        for _ in 0..50 {
+            let mut pool = Pool::new(2, |job: Arc<()>| job);
+            for _ in 0..20 {
+                pool.submit(job.clone()).unwrap();
+            }
+            drop(pool);
+            assert_eq!(Arc::strong_count(&job), 1);
+        }
+    }
+
+    #[test]
+    fn a_job_that_panics_is_an_error_and_not_a_wait_for_ever() {
+        let mut pool = Pool::new(1, |n: u8| 1 / n);
+        pool.submit(0).unwrap();
+        assert!(pool.next().unwrap().is_err());
+    }
+}

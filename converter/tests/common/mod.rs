@@ -2,8 +2,9 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test code")]
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use dvcr_converter::convert::{self, Options};
@@ -28,6 +29,33 @@ pub fn run(program: &str, args: &[&str]) -> String {
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} {args:?}: {text}");
     text
+}
+
+/// Gives `bytes` to a program that compresses, and returns what it makes of them.
+pub fn pipe(program: &[&str], bytes: &[u8]) -> Vec<u8> {
+    let (ok, out) = pipe_any(program, bytes);
+    assert!(ok, "{program:?} failed");
+    out
+}
+
+/// Does the same, and tells whether the program was content.
+pub fn pipe_any(program: &[&str], bytes: &[u8]) -> (bool, Vec<u8>) {
+    let mut child = Command::new(program[0])
+        .args(&program[1..])
+        .args(["-c", "-q"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|e| panic!("{program:?}: {e}"));
+    let mut stdin = child.stdin.take().unwrap();
+    std::thread::scope(|scope| {
+        // One that found fault reads no more.
+        scope.spawn(move || std::io::Write::write_all(&mut stdin, bytes));
+        let mut out = Vec::new();
+        child.stdout.take().unwrap().read_to_end(&mut out).unwrap();
+        (child.wait().unwrap().success(), out)
+    })
 }
 
 pub fn qemu_img(args: &[&str]) -> String {
