@@ -1,18 +1,18 @@
 //! What each fuzz target does with its input. `converter/tests/corpus.rs` does the same with every file of the corpus.
 #![allow(dead_code, reason = "each target uses its own body")]
 
-use std::io::Read;
 use std::sync::Arc;
 
 use dvcr_converter::format::{self, Image};
 use dvcr_converter::io::{Disk, ReadAt};
 use dvcr_converter::limits::Limits;
-use dvcr_converter::wrapper;
 
 #[path = "checksums.rs"]
 mod checksums;
 #[path = "sparse.rs"]
 pub mod sparse;
+#[path = "wrappers.rs"]
+pub mod wrappers;
 
 /// Most bytes of a disk read for one input.
 const DISK_BYTES_MAX: u64 = 2 << 20;
@@ -45,7 +45,12 @@ pub const TARGETS: &[Target] = &[
     Target { name: "vhdx", body: vhdx },
     Target { name: "vmdk", body: vmdk },
     Target { name: "vpc", body: vpc },
-    Target { name: "wrapper", body: wrapper },
+    Target { name: "wrapper", body: wrappers::nested },
+    Target { name: "wrapper_bz2", body: wrappers::bz2 },
+    Target { name: "wrapper_gz", body: wrappers::gz },
+    Target { name: "wrapper_lz4", body: wrappers::lz4 },
+    Target { name: "wrapper_xz", body: wrappers::xz },
+    Target { name: "wrapper_zst", body: wrappers::zst },
 ];
 
 /// Reads a qcow2 image.
@@ -92,19 +97,6 @@ pub fn raw(bytes: &[u8]) {
     }
     image("raw", bytes.clone());
     image("iso", bytes);
-}
-
-/// Peels the wrappers off the input and reads what is inside.
-pub fn wrapper(bytes: &[u8]) {
-    let limits =
-        Limits { decoded_bytes_max: 4 << 20, decoder_memory_bytes_max: 8 << 20, ..Limits::default() };
-    let Ok(unwrapped) = wrapper::unwrap(Box::new(bytes), &limits) else { return };
-    let mut inner = unwrapped.reader.take(2 * limits.decoded_bytes_max);
-    let mut out = Vec::new();
-    if inner.read_to_end(&mut out).is_ok() {
-        assert!(out.starts_with(&unwrapped.head));
-        assert!(unwrapped.wrappers.is_empty() || out.len() as u64 <= limits.decoded_bytes_max);
-    }
 }
 
 /// The bounds of one input. Large enough that what is refused for its size alone is not worth reading.

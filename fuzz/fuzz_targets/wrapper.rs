@@ -3,4 +3,4 @@
 #[path = "../bodies.rs"]
 mod bodies;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bodies::wrapper(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bodies::wrappers::nested(bytes));
