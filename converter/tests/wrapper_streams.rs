@@ -61,8 +61,11 @@ fn assert_decodes(wrapper: Wrapper, stored: &[u8], whole: &[u8], what: &str) {
     assert!(read_all(unwrapped.reader).unwrap() == whole, "{what}, in little pieces");
 }
 
+/// A program with its options.
+type Program = &'static [&'static str];
+
 /// The ways in which the real programs compress, and what the result is.
-const PROGRAMS: [(Wrapper, &[&str]); 22] = [
+const PROGRAMS: [(Wrapper, Program); 22] = [
     (Wrapper::Gzip, &["gzip", "-1"]),
     (Wrapper::Gzip, &["gzip", "-9"]),
     (Wrapper::Xz, &["xz", "-0"]),
@@ -136,25 +139,36 @@ fn skippable_frames_are_passed_over_wherever_they_are() {
     }
 }
 
-/// One small file per form, of several streams, blocks or frames where there are any.
-fn small_files() -> Vec<(Wrapper, &'static [&'static str], Vec<u8>, Vec<u8>)> {
-    let whole = prose(1500, 6);
+/// A file of two streams or frames, each of several blocks if the program was told so.
+struct Small {
+    wrapper: Wrapper,
+    program: Program,
+    stored: Vec<u8>,
+    whole: Vec<u8>,
+    /// Bytes of the first stream, decoded.
+    first: usize,
+}
+
+/// A small file of each form that has a checksum.
+fn small_files() -> impl Iterator<Item = Small> {
+    let (whole, first) = (prose(1500, 6), 700);
     let checked = PROGRAMS.into_iter().filter(|(_, program)| {
         !["--check=none", "--no-check", "--no-frame-crc", "-l", "-T0"].iter().any(|p| program.contains(p))
     });
-    let twice = |program| [pipe(program, &whole[..700]), pipe(program, &whole[700..])].concat();
-    checked.map(|(wrapper, program)| (wrapper, program, twice(program), whole.clone())).collect()
+    checked.map(move |(wrapper, program)| {
+        let stored = [pipe(program, &whole[..first]), pipe(program, &whole[first..])].concat();
+        Small { wrapper, program, stored, whole: whole.clone(), first }
+    })
 }
 
 #[test]
 fn a_file_that_is_cut_anywhere_is_an_error_or_ends_at_a_member() {
-    for (wrapper, program, stored, whole) in small_files() {
-        let first = pipe(program, &whole[..700]).len();
+    for Small { wrapper, program, stored, whole, first } in small_files() {
+        let end = pipe(program, &whole[..first]).len();
         // pzstd puts a skippable frame of twelve bytes before each frame.
-        let ends = if program[0] == "pzstd" {
-            &[(12, 0), (first, 700), (first + 12, 700)][..]
-        } else {
-            &[(first, 700)]
+        let ends = match program[0] {
+            "pzstd" => vec![(12, 0), (end, first), (end + 12, first)],
+            _ => vec![(end, first)],
         };
         for len in 1..stored.len() {
             for workers in [1, 3] {
@@ -169,7 +183,7 @@ fn a_file_that_is_cut_anywhere_is_an_error_or_ends_at_a_member() {
 
 #[test]
 fn a_flipped_bit_is_an_error_or_changes_nothing() {
-    for (wrapper, program, mut stored, whole) in small_files() {
+    for Small { wrapper, program, mut stored, whole, .. } in small_files() {
         let mut accepted = Vec::new();
         for bit in 0..stored.len() * 8 {
             stored[bit / 8] ^= 1 << (bit % 8);
@@ -192,7 +206,7 @@ fn a_flipped_bit_is_an_error_or_changes_nothing() {
 
 #[test]
 fn a_failed_decoder_stays_failed() {
-    for (wrapper, program, mut stored, _) in small_files() {
+    for Small { wrapper, program, mut stored, .. } in small_files() {
         let at = stored.len() - 30;
         stored.truncate(at);
         for workers in [1, 3] {
