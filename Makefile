@@ -8,12 +8,10 @@ TOOLS := $(abspath $(CACHE)/tools)
 # How long `make fuzz` spends on each target, and on which; on all of them by default.
 SECONDS := 60
 TARGET :=
-# What `make bench` runs: registry, converter, or both.
-SUITES := registry converter
 
 .PHONY: help
 help: ## List the targets
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 .PHONY: demo
 demo: deps-demo ## Import a real Debian image and boot a disk made from it
@@ -33,11 +31,18 @@ lint: deps-lint $(TOOLS)/bin/cargo-deny ## Check format, lints, scripts, license
 	$(TOOLS)/bin/cargo-deny --locked check --hide-inclusion-graph bans licenses sources
 
 .PHONY: bench
-bench: deps-test tools ## Measure beside the peers; SUITES=registry runs one suite
+bench: bench-registry bench-converter ## Measure beside the peers: both of the following
+
+.PHONY: bench-registry
+bench-registry: deps-test tools ## Measure the registry beside CNCF distribution and Debian's docker-registry
 	cargo build --locked --release -p dvcr -p dvcr-benches
-	for suite in $(SUITES); do \
-	    $(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr $$suite || exit 1; \
-	done
+	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr registry
+
+.PHONY: bench-converter
+bench-converter: deps-test ## Measure the converter beside qemu-img, version 10 where Debian's can be had
+	tools/qemu10.sh || true
+	cargo build --locked --release -p dvcr -p dvcr-benches
+	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr converter
 
 .PHONY: fuzz
 fuzz: deps-build $(TOOLS)/bin/cargo-fuzz ## Fuzz, SECONDS=60 each, TARGET=vmdk for one; then hold the finds against qemu-img

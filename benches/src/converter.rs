@@ -3,114 +3,307 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
-use crate::table::{Better, Table};
+use crate::table::{Against, Better, Table};
 
 const DISK_BYTES: u64 = 10 << 30;
 const CONTENT_MIB_MAX: u64 = 1800;
 
-/// Converts each source in turn with each contestant and prints the table of seconds.
-pub fn run(dvcr: &Path, content: &Path, dir: &Path, rounds: usize) -> anyhow::Result<()> {
+/// Contestants that take longest run in so many rounds of [`SHARE_OF`] only.
+const SLOW_SHARE: usize = 3;
+const SHARE_OF: usize = 5;
+
+const RSS_POLL_MS: u64 = 20;
+
+const DVCR: &str = "dvcr";
+const BEST: &str = "qemu-img, best flags";
+/// How virtualization platforms call it.
+const USUAL: &str = "qemu-img -t writeback";
+
+/// A format of the test disk: what its rows are called, the file, and how qemu-img is told to write it.
+struct Shape {
+    name: &'static str,
+    file: &'static str,
+    arguments: &'static [&'static str],
+    /// What else qemu-img is given to be quickest when it writes this format, found by trial.
+    best: &'static [&'static str],
+    /// Whether qemu-img needs so long to write it that fewer rounds have to do.
+    slow: bool,
+}
+
+const DIRECT: &[&str] = &["-t", "none", "-W", "-m", "8"];
+/// Compressed clusters are written in odd pieces, which direct I/O makes slow.
+const BUFFERED: &[&str] = &["-W", "-m", "8"];
+
+const SHAPES: [Shape; 9] = [
+    Shape { name: "qcow2", file: "plain.qcow2", arguments: &["-O", "qcow2"], best: DIRECT, slow: false },
+    Shape {
+        name: "qcow2 zlib",
+        file: "zlib.qcow2",
+        arguments: &["-c", "-O", "qcow2"],
+        best: BUFFERED,
+        slow: true,
+    },
+    Shape {
+        name: "qcow2 zstd",
+        file: "zstd.qcow2",
+        arguments: &["-c", "-O", "qcow2", "-o", "compression_type=zstd"],
+        best: BUFFERED,
+        slow: false,
+    },
+    Shape {
+        name: "vmdk streamOptimized",
+        file: "stream.vmdk",
+        arguments: &["-O", "vmdk", "-o", "subformat=streamOptimized"],
+        best: &[],
+        slow: true,
+    },
+    Shape {
+        name: "vmdk sparse",
+        file: "sparse.vmdk",
+        arguments: &["-O", "vmdk", "-o", "subformat=monolithicSparse"],
+        best: DIRECT,
+        slow: false,
+    },
+    Shape { name: "vdi", file: "dynamic.vdi", arguments: &["-O", "vdi"], best: DIRECT, slow: false },
+    Shape {
+        name: "vhd",
+        file: "dynamic.vhd",
+        arguments: &["-O", "vpc", "-o", "subformat=dynamic,force_size=on"],
+        best: DIRECT,
+        slow: false,
+    },
+    Shape {
+        name: "vhdx",
+        file: "dynamic.vhdx",
+        arguments: &["-O", "vhdx", "-o", "subformat=dynamic"],
+        best: DIRECT,
+        slow: false,
+    },
+    Shape { name: RAW, file: "disk.raw", arguments: &["-O", "raw"], best: DIRECT, slow: false },
+];
+
+const RAW: &str = "raw";
+const TO_RAW: &str = " -> raw";
+
+/// Converts each source to raw, and the plain qcow2 source to each format, with each contestant in turn; prints tables
+/// of seconds, CPU seconds, peak memory and output bytes. `only` is a part of the names of rows that are wanted.
+pub fn run(
+    dvcr: &Path,
+    qemu_img: &Path,
+    content: &Path,
+    dir: &Path,
+    rounds: usize,
+    only: &str,
+) -> anyhow::Result<()> {
     ensure!(dvcr.exists(), "{} is not there: cargo build --release", dvcr.display());
-    let sources = sources(content, dir)?;
+    let version = version(qemu_img)?;
+    let sources = dir.join("sources");
+    make_sources(qemu_img, content, &sources)?;
     let out_dir = tempfile::tempdir_in(dir)?;
     let out = out_dir.path().join("out");
-    let mut table = Table::default();
+    let mut tables = Tables::default();
     for round in 0..rounds {
-        for (name, path) in &sources {
-            eprintln!("round {} of {rounds}: {name}", round + 1);
-            // Whoever comes first must not pay for the others' cached source.
-            std::io::copy(&mut File::open(path)?, &mut std::io::sink())?;
-            for (contestant, mut command) in in_turn(readers(dvcr, path, &out), round) {
-                let row = format!("{name} -> raw, s");
-                table.add(&row, Better::Lower, contestant, seconds(&mut command, &out)?);
+        for (row, source, contest) in rows(dvcr, qemu_img, &sources, &out) {
+            if !row.contains(only) {
+                continue;
             }
-        }
-        for compression in ["zlib", "zstd"] {
-            eprintln!("round {} of {rounds}: qcow2 -> qcow2 {compression}", round + 1);
-            for (contestant, mut command) in in_turn(writers(dvcr, &sources[0].1, &out, compression), round) {
-                let row = format!("qcow2 -> qcow2 {compression}, s");
-                table.add(&row, Better::Lower, contestant, seconds(&mut command, &out)?);
+            eprintln!("round {} of {rounds}: {row}", round + 1);
+            // Whoever comes first must not pay for the others' cached source.
+            std::io::copy(&mut File::open(&source)?, &mut std::io::sink())?;
+            for mut contestant in in_turn(contest, round) {
+                if contestant.slow && round >= (rounds * SLOW_SHARE).div_ceil(SHARE_OF) {
+                    continue;
+                }
+                tables.add(&row, contestant.name, &measure(&mut contestant.command, &out)?);
             }
         }
     }
-    table.print();
+    println!("{rounds} rounds (the slowest in {SLOW_SHARE} of {SHARE_OF}); {version}\n");
+    tables.print();
     Ok(())
 }
 
+/// One table for each thing that is measured.
+#[derive(Default)]
+struct Tables {
+    seconds: Table,
+    cpu: Table,
+    rss: Table,
+    output: Table,
+}
+
+impl Tables {
+    fn add(&mut self, row: &str, contestant: &str, sample: &Sample) {
+        self.seconds.add(row, Better::Lower, contestant, sample.seconds);
+        self.cpu.add(row, Better::Lower, contestant, sample.cpu_seconds);
+        self.rss.add(row, Better::Lower, contestant, sample.rss_mib);
+        if !row.ends_with(TO_RAW) {
+            self.output.add(row, Better::Lower, contestant, sample.output_mb);
+        }
+    }
+
+    fn print(&self) {
+        let tables = [
+            ("Seconds until the output is on the disk", &self.seconds),
+            ("CPU seconds, user and system", &self.cpu),
+            ("Peak RSS, MiB", &self.rss),
+            ("Length of the output, MB", &self.output),
+        ];
+        for (title, table) in tables {
+            println!("{title}:\n");
+            table.print(Against::Each);
+            println!();
+        }
+    }
+}
+
+struct Contestant {
+    name: &'static str,
+    command: Command,
+    slow: bool,
+}
+
+/// Every row: its name, what is read, and who competes, the first one being us.
+fn rows(dvcr: &Path, qemu_img: &Path, sources: &Path, out: &Path) -> Vec<(String, PathBuf, Vec<Contestant>)> {
+    let convert = |program: &Path, flags: &[&str], shape: &Shape, source: &Path| {
+        let mut command = Command::new(program);
+        command.arg("convert").args(flags).args(shape.arguments).arg(source).arg(out);
+        command
+    };
+    let contest = |shape: &Shape, source: &Path, usual: bool| {
+        let mut contest = vec![
+            Contestant { name: DVCR, command: convert(dvcr, &[], shape, source), slow: false },
+            Contestant {
+                name: BEST,
+                command: convert(qemu_img, shape.best, shape, source),
+                slow: shape.slow,
+            },
+        ];
+        if usual {
+            let command = convert(qemu_img, &["-t", "writeback"], shape, source);
+            contest.push(Contestant { name: USUAL, command, slow: true });
+        }
+        contest
+    };
+    let raw = SHAPES.iter().find(|shape| shape.name == RAW);
+    let readers = SHAPES.iter().zip(raw.into_iter().cycle()).map(|(shape, raw)| {
+        let source = sources.join(shape.file);
+        let contest = contest(raw, &source, true);
+        (format!("{}{TO_RAW}", shape.name), source, contest)
+    });
+    let writers = SHAPES.iter().filter(|shape| shape.name != RAW).map(|shape| {
+        let source = sources.join(SHAPES[0].file);
+        // Platforms write raw and plain qcow2 only.
+        let contest = contest(shape, &source, shape.name == SHAPES[0].name);
+        (format!("qcow2 -> {}", shape.name), source, contest)
+    });
+    readers.chain(writers).collect()
+}
+
 /// Lets another one begin in every round: whoever comes first finds the machine in another state.
-fn in_turn(mut contest: Contest, round: usize) -> Contest {
+fn in_turn(mut contest: Vec<Contestant>, round: usize) -> Vec<Contestant> {
     let first = round % contest.len();
     contest.rotate_left(first);
     contest
 }
 
-type Contest = Vec<(&'static str, Command)>;
-
-/// `-t writeback` is how virtualization platforms call it; the best flags write directly, out of order, eight at a time.
-fn readers(dvcr: &Path, source: &Path, out: &Path) -> Contest {
-    let mut ours = Command::new(dvcr);
-    ours.args(["convert", "-O", "raw"]).arg(source).arg(out);
-    let mut usual = Command::new("qemu-img");
-    usual.args(["convert", "-t", "writeback", "-O", "raw"]).arg(source).arg(out);
-    let mut best = Command::new("qemu-img");
-    best.args(["convert", "-t", "none", "-W", "-m", "8", "-O", "raw"]).arg(source).arg(out);
-    vec![("dvcr", ours), ("qemu-img", usual), ("qemu-img, best flags", best)]
-}
-
-/// Compressing takes no direct writes; the best flags are those that use all cores.
-fn writers(dvcr: &Path, source: &Path, out: &Path, compression: &str) -> Contest {
-    let mut ours = Command::new(dvcr);
-    let option = format!("compression_type={compression}");
-    ours.args(["convert", "-c", "-O", "qcow2", "-o", &option]).arg(source).arg(out);
-    let mut best = Command::new("qemu-img");
-    best.args(["convert", "-c", "-W", "-m", "8", "-O", "qcow2", "-o", &option]).arg(source).arg(out);
-    vec![("dvcr", ours), ("qemu-img, best flags", best)]
+/// What one run took and made.
+struct Sample {
+    seconds: f64,
+    cpu_seconds: f64,
+    rss_mib: f64,
+    output_mb: f64,
 }
 
 /// Runs the command and syncs what it wrote; the file is removed afterwards, outside the time.
-fn seconds(command: &mut Command, out: &Path) -> anyhow::Result<f64> {
+fn measure(command: &mut Command, out: &Path) -> anyhow::Result<Sample> {
+    let cpu_before = children_cpu_seconds()?;
     let begun = Instant::now();
-    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status()?;
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let (pid, done) = (child.id(), AtomicBool::new(false));
+    let (status, rss_mib) = std::thread::scope(|scope| {
+        let watch = scope.spawn(|| {
+            let mut rss_mib = 0.0f64;
+            while !done.load(Ordering::Relaxed) {
+                rss_mib = rss_mib.max(peak_rss_mib(pid).unwrap_or(0.0));
+                std::thread::sleep(Duration::from_millis(RSS_POLL_MS));
+            }
+            rss_mib
+        });
+        let status = child.wait();
+        done.store(true, Ordering::Relaxed);
+        let taken = begun.elapsed();
+        (status.map(|status| (status, taken)), watch.join().unwrap_or(0.0))
+    });
+    let (status, run) = status?;
     ensure!(status.success(), "{command:?} failed: run it by hand to see why");
+    let syncing = Instant::now();
     File::open(out)?.sync_all()?;
-    let taken = begun.elapsed().as_secs_f64();
+    let seconds = (run + syncing.elapsed()).as_secs_f64();
+    let sample = Sample {
+        seconds,
+        cpu_seconds: children_cpu_seconds()? - cpu_before,
+        rss_mib,
+        output_mb: std::fs::metadata(out)?.len() as f64 / 1e6,
+    };
     std::fs::remove_file(out)?;
-    Ok(taken)
+    Ok(sample)
 }
 
-/// The test disk, an ext4 filesystem of real files, in each format; made once and kept.
-fn sources(content: &Path, dir: &Path) -> anyhow::Result<Vec<(&'static str, PathBuf)>> {
-    let kept = dir.join("sources");
-    let plan: [(&str, &str, &[&str]); 4] = [
-        ("qcow2", "plain.qcow2", &["-O", "qcow2"]),
-        ("qcow2 zlib", "zlib.qcow2", &["-c", "-O", "qcow2"]),
-        ("qcow2 zstd", "zstd.qcow2", &["-c", "-O", "qcow2", "-o", "compression_type=zstd"]),
-        ("raw", "disk.raw", &["-O", "raw"]),
-    ];
-    if !kept.exists() {
-        let making = tempfile::tempdir_in(dir)?;
-        let raw = making.path().join("made.raw");
-        make_disk(content, &making.path().join("tree"), &raw)?;
-        for (_, file, options) in &plan {
-            let mut convert = Command::new("qemu-img");
-            convert.arg("convert").args(*options).arg(&raw).arg(making.path().join(file));
-            success(&mut convert)?;
-        }
-        std::fs::remove_file(&raw)?;
-        std::fs::rename(making.path(), &kept)?;
-        // The folder now has its final name; nothing is left to remove under the temporary one.
-        let _ = making.keep();
+/// User and system time of all children that have been waited for; clock ticks are 1/100 s on Linux.
+fn children_cpu_seconds() -> anyhow::Result<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let (_, fields) = stat.rsplit_once(") ").context("no command in stat")?;
+    let ticks: Vec<f64> = fields.split(' ').skip(13).take(2).flat_map(str::parse).collect();
+    Ok(ticks.iter().sum::<f64>() / 100.0)
+}
+
+fn peak_rss_mib(pid: u32) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<f64>().ok()? / 1024.0)
+}
+
+fn version(qemu_img: &Path) -> anyhow::Result<String> {
+    let output = Command::new(qemu_img).arg("--version").output();
+    let output = output.with_context(|| format!("starting {}", qemu_img.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().context("qemu-img tells no version")?.to_owned())
+}
+
+/// Makes what is missing of the test disk, an ext4 filesystem of real files, in each format. The files are kept.
+fn make_sources(qemu_img: &Path, content: &Path, kept: &Path) -> anyhow::Result<()> {
+    std::fs::create_dir_all(kept)?;
+    let disk = SHAPES.iter().find(|shape| shape.name == RAW).context("no raw shape")?;
+    let disk = kept.join(disk.file);
+    if !disk.exists() {
+        // The others are of another disk then.
+        std::fs::remove_dir_all(kept)?;
+        std::fs::create_dir_all(kept)?;
+        make_disk(content, kept, &disk)?;
     }
-    Ok(plan.iter().map(|(name, file, _)| (*name, kept.join(file))).collect())
+    for shape in &SHAPES {
+        let (file, part) = (kept.join(shape.file), kept.join("part"));
+        if !file.exists() {
+            eprintln!("making {} once", file.display());
+            success(Command::new(qemu_img).arg("convert").args(shape.arguments).arg(&disk).arg(&part))?;
+            File::open(&part)?.sync_all()?;
+            std::fs::rename(&part, &file)?;
+        }
+    }
+    Ok(())
 }
 
-/// Fills an ext4 disk with copies of real files, up to [`CONTENT_MIB_MAX`].
-fn make_disk(content: &Path, tree: &Path, raw: &Path) -> anyhow::Result<()> {
-    std::fs::create_dir_all(tree)?;
+/// Makes an ext4 disk with copies of real files, up to [`CONTENT_MIB_MAX`].
+fn make_disk(content: &Path, dir: &Path, disk: &Path) -> anyhow::Result<()> {
+    let making = tempfile::tempdir_in(dir)?;
+    let (tree, raw) = (making.path().join("tree"), making.path().join("raw"));
+    std::fs::create_dir_all(&tree)?;
     let list = format!(
         "cd '{}' && find . -xdev -type f -size -8192k -printf '%s %p\\n' 2>/dev/null | sort -k2 | awk '{{ s += $1; if (s > {}) exit; print $2 }}' | tar -cf - -T - | tar -C '{}' -xf -",
         content.display(),
@@ -118,9 +311,9 @@ fn make_disk(content: &Path, tree: &Path, raw: &Path) -> anyhow::Result<()> {
         tree.display()
     );
     success(Command::new("sh").args(["-c", &list]))?;
-    File::create(raw)?.set_len(DISK_BYTES)?;
-    success(Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(tree).arg(raw))?;
-    std::fs::remove_dir_all(tree)?;
+    File::create(&raw)?.set_len(DISK_BYTES)?;
+    success(Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&tree).arg(&raw))?;
+    std::fs::rename(&raw, disk)?;
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! registry.rs   servers (dvcr, CNCF distribution v3, Debian's docker-registry) x rows (push, pull, ...)
-//! converter.rs  converters (dvcr, qemu-img) x rows (qcow2 plain, zlib, zstd -> raw, and back)
+//! converter.rs  converters (dvcr, qemu-img) x rows (each format -> raw, qcow2 -> each format)
 //! http.rs       a load maker on plain sockets, cheaper than any server it measures
 //! table.rs      medians, spread and ratios as Markdown
 //! ```
@@ -52,6 +52,12 @@ enum Suite {
         /// Folder whose files fill the test disk
         #[arg(long, default_value = "/usr")]
         content: PathBuf,
+        /// The qemu-img to compete with; tools/qemu10.sh makes the default
+        #[arg(long, default_value = ".cache/tools/bin/qemu-img-10")]
+        qemu_img: PathBuf,
+        /// Run only the rows whose names contain this
+        #[arg(long, default_value = "")]
+        only: String,
     },
 }
 
@@ -63,6 +69,10 @@ fn main() -> anyhow::Result<()> {
         Suite::Registry { distribution, debian, blob_mib } => {
             registry::run(&cli.dvcr, &distribution, &debian, &dir, cli.rounds, blob_mib << 20)
         }
-        Suite::Converter { content } => converter::run(&cli.dvcr, &content, &dir, cli.rounds),
+        Suite::Converter { content, qemu_img, only } => {
+            // Where version 10 cannot be had, the machine's own has to do.
+            let qemu_img = if qemu_img.exists() { qemu_img } else { PathBuf::from("qemu-img") };
+            converter::run(&cli.dvcr, &qemu_img, &content, &dir, cli.rounds, &only)
+        }
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Context, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::http::Connection;
-use crate::table::{Better, Table};
+use crate::table::{Against, Better, Table};
 
 const CHUNK_BYTES: usize = 16 << 20;
 const SMALL_BLOB_BYTES: usize = 4096;
@@ -46,7 +46,7 @@ pub fn run(
                 .with_context(|| format!("measuring {name}"))?;
         }
     }
-    table.print();
+    table.print(Against::Best);
     Ok(())
 }
 

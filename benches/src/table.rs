@@ -9,6 +9,15 @@ pub enum Better {
     Lower,
 }
 
+/// Whom the first contestant is compared with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Against {
+    /// The best of the others, row by row.
+    Best,
+    /// Each of the others.
+    Each,
+}
+
 /// Samples by row and contestant, in the order they first came.
 #[derive(Default)]
 pub struct Table {
@@ -31,36 +40,53 @@ impl Table {
         self.samples.entry((at, who)).or_default().push(value);
     }
 
-    /// Prints medians (min-max) and, last, the ratio of the first contestant to the best of the others: above 1 means
-    /// the first is ahead, whatever the unit.
-    pub fn print(&self) {
-        println!("| | {} | ahead of the best peer |", self.contestants.join(" | "));
-        println!("| --- |{} --- |", " --- |".repeat(self.contestants.len()));
+    /// Prints medians (min-max) and, last, ratios of the first contestant to others: above 1 means the first is ahead,
+    /// whatever the unit.
+    pub fn print(&self, against: Against) {
+        let peers = self.contestants.get(1..).unwrap_or_default();
+        let ratios: Vec<String> = match against {
+            Against::Best => vec!["ahead of the best peer".to_owned()],
+            Against::Each => peers.iter().map(|peer| format!("ahead of {peer}")).collect(),
+        };
+        let columns: Vec<&str> = self.contestants.iter().chain(&ratios).map(String::as_str).collect();
+        println!("| | {} |", columns.join(" | "));
+        println!("| --- |{}", " --- |".repeat(columns.len()));
         for (at, (row, better)) in self.rows.iter().enumerate() {
-            let mut medians = Vec::new();
             let mut line = format!("| {row} |");
+            let mut medians = Vec::new();
             for who in 0..self.contestants.len() {
-                match self.samples.get(&(at, who)) {
-                    Some(samples) => {
-                        let (low, median, high) = spread(samples);
-                        line += &format!(" {} ({}-{}) |", number(median), number(low), number(high));
-                        medians.push((who, median));
+                let spread = self.samples.get(&(at, who)).map(|samples| spread(samples));
+                medians.push(spread.map(|(_, median, _)| median));
+                line += &match spread {
+                    Some((low, median, high)) => {
+                        format!(" {} ({}-{}) |", number(median), number(low), number(high))
                     }
-                    None => line += " - |",
-                }
+                    None => " - |".to_owned(),
+                };
             }
-            let ours = medians.iter().find(|(who, _)| *who == 0).map(|(_, median)| *median);
-            let peers = medians.iter().filter(|(who, _)| *who != 0).map(|(_, median)| *median);
-            let best = match better {
-                Better::Higher => peers.reduce(f64::max),
-                Better::Lower => peers.reduce(f64::min),
+            let ours = medians.first().copied().flatten();
+            let peers = medians.get(1..).unwrap_or_default();
+            let compared = match against {
+                Against::Best => vec![peers.iter().flatten().copied().reduce(|a, b| better.of(a, b))],
+                Against::Each => peers.to_vec(),
             };
-            line += &match (ours, best, better) {
-                (Some(ours), Some(best), Better::Higher) => format!(" {:.2}x |", ours / best),
-                (Some(ours), Some(best), Better::Lower) => format!(" {:.2}x |", best / ours),
-                _ => " |".to_owned(),
-            };
+            for peer in compared {
+                line += &match (ours, peer, better) {
+                    (Some(ours), Some(peer), Better::Higher) => format!(" {:.2}x |", ours / peer),
+                    (Some(ours), Some(peer), Better::Lower) => format!(" {:.2}x |", peer / ours),
+                    _ => " |".to_owned(),
+                };
+            }
             println!("{line}");
+        }
+    }
+}
+
+impl Better {
+    fn of(self, a: f64, b: f64) -> f64 {
+        match self {
+            Better::Higher => a.max(b),
+            Better::Lower => a.min(b),
         }
     }
 }
@@ -76,7 +102,7 @@ fn spread(samples: &[f64]) -> (f64, f64, f64) {
 
 fn number(value: f64) -> String {
     match value {
-        v if v >= 100.0 => format!("{v:.0}"),
+        v if v >= 1000.0 => format!("{v:.0}"),
         v if v >= 10.0 => format!("{v:.1}"),
         v => format!("{v:.2}"),
     }
