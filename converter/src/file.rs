@@ -12,6 +12,7 @@ use crate::forward::{ForwardReader, measure};
 use crate::io::{CreateOptions, Details, Finished};
 use crate::limits::Limits;
 use crate::local::{self, FileSource, RawTarget};
+use crate::plain::PlainReader;
 use crate::progress::Progress;
 use crate::sink::ImageTarget;
 use crate::wrapper::{self, Unwrapped, Wrapper};
@@ -59,9 +60,10 @@ pub fn inspect(path: &Path, limits: &Limits, progress: &Progress) -> Result<Insp
     }
     let format = format::probe(&head, None, limits)?.format;
     let info = if format.is_plain() {
-        let bytes = measure(reader, progress, |n| progress.advance(n))?;
+        let mut disk = PlainReader::new(reader);
+        let bytes = measure(Box::new(&mut disk), progress, |n| progress.advance(n))?;
         let virtual_size = format::probe(&head, Some(bytes), limits)?.virtual_size.unwrap_or(bytes);
-        Info { format, virtual_size, file_bytes, details: Details::default() }
+        Info { format: disk.format(format), virtual_size, file_bytes, details: Details::default() }
     } else {
         let image = open_wrapped(path, reader, limits, progress)?;
         Info { file_bytes, ..image.info }
@@ -101,24 +103,27 @@ pub fn convert(
         // A second worker would pull the stream to and fro.
         return convert_image(&image, output, kind, &Options { workers: 1, ..*options }, progress);
     }
+    let mut disk = PlainReader::new(reader);
     match kind {
         Output::Raw => {
             let target = RawTarget::create(output, 0)?;
-            let written = convert::stream_to_raw(reader, &target, options, progress)?;
-            finish_raw(target, format, written.data_bytes, progress)
+            let written = convert::stream_to_raw(Box::new(&mut disk), &target, options, progress)?;
+            finish_raw(target, disk.format(format), written.data_bytes, progress)
         }
         Output::Image(image) => {
-            let (reader, size) = if image.needs_size() {
-                let bytes = measure(reader, progress, |_| ())?;
+            let size = if image.needs_size() {
+                let bytes = measure(Box::new(disk), progress, |_| ())?;
                 progress.set_phase("convert");
-                (unwrap(input, limits)?.reader, format::probe(&head, Some(bytes), limits)?.virtual_size)
+                disk = PlainReader::new(unwrap(input, limits)?.reader);
+                format::probe(&head, Some(bytes), limits)?.virtual_size
             } else {
-                (reader, None)
+                None
             };
             let mut target = ImageTarget::create(output)?;
+            let reader = Box::new(&mut disk);
             let finished =
                 convert::stream_to_image(reader, size, &mut target, image.as_ref(), options, progress)?;
-            finish_image(target, format, &finished, progress)
+            finish_image(target, disk.format(format), &finished, progress)
         }
     }
 }

@@ -20,10 +20,11 @@ pub mod io;
 pub mod limits;
 pub mod local;
 mod pack;
+pub mod plain;
 pub mod progress;
 pub mod sink;
 pub mod wrapper;
 mod zeros;
 
 pub use error::{Error, ErrorKind, Result};
-pub use format::qcow2;
+pub use format::{qcow2, vdi, vpc};

@@ -236,9 +236,7 @@ fn formats_that_qemu_writes_and_we_cannot_read_are_named() {
         ("vmdk", "subformat=monolithicSparse"),
         ("vmdk", "subformat=streamOptimized"),
         ("vmdk", "subformat=monolithicFlat"),
-        ("vdi", "static=off"),
         ("vhdx", "subformat=dynamic"),
-        ("vpc", "subformat=dynamic"),
         ("qed", "cluster_size=65536"),
         ("parallels", "cluster_size=1048576"),
     ] {

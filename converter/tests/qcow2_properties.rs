@@ -8,7 +8,6 @@ use std::process::Command;
 
 use common::{assert_same_bytes, assert_sound_and_equal, noise, path, prose, qemu_img, qemu_io, temp_dir};
 use dvcr_converter::convert::Options;
-use dvcr_converter::io::ExtentKind;
 use dvcr_converter::qcow2::{Compression, Preallocation, WriteOptions};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;

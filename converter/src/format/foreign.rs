@@ -6,7 +6,6 @@ const DESCRIPTOR_HEAD_BYTES: usize = 512;
 /// Names the format of a file that begins with `head`, if it is one of the known ones.
 pub(super) fn recognise(head: &[u8]) -> Option<&'static str> {
     let starts = |magic: &[u8]| head.starts_with(magic);
-    let at = |offset: usize, magic: &[u8]| head.get(offset..).is_some_and(|rest| rest.starts_with(magic));
     if starts(b"QFI\xfb") {
         // Versions 2 and 3 were taken before.
         return Some("qcow (version 1, or newer than 3)");
@@ -14,14 +13,8 @@ pub(super) fn recognise(head: &[u8]) -> Option<&'static str> {
     if starts(b"KDMV") || starts(b"COWD") || is_vmdk_descriptor(head) {
         return Some("vmdk");
     }
-    if at(0x40, &0xbeda_107f_u32.to_le_bytes()) {
-        return Some("vdi");
-    }
     if starts(b"vhdxfile") {
         return Some("vhdx");
-    }
-    if starts(b"conectix") {
-        return Some("vpc (VHD)");
     }
     if starts(b"QED\0") {
         return Some("qed");
@@ -53,10 +46,6 @@ mod tests {
         assert_eq!(recognise(b"KDMV\x01\0\0\0"), Some("vmdk"));
         assert_eq!(recognise(b"\n# Disk DescriptorFile\r\nversion=1\n"), Some("vmdk"));
         assert_eq!(recognise(b"vhdxfile"), Some("vhdx"));
-        assert_eq!(recognise(b"conectix"), Some("vpc (VHD)"));
-        let mut vdi = vec![0; 512];
-        vdi[0x40..0x44].copy_from_slice(&[0x7f, 0x10, 0xda, 0xbe]);
-        assert_eq!(recognise(&vdi), Some("vdi"));
         assert_eq!(recognise(&[0; 4096]), None);
         assert_eq!(recognise(b""), None);
     }

@@ -2,11 +2,14 @@
 //!
 //! A new format is a folder with a [`Driver`], its `mod` line, and a line in [`formats!`](self).
 
+mod blocks;
 mod foreign;
 mod iso;
 mod options;
 pub mod qcow2;
 mod raw;
+pub mod vdi;
+pub mod vpc;
 
 use std::fmt;
 use std::str::FromStr;
@@ -97,6 +100,10 @@ macro_rules! formats {
 formats! {
     /// QEMU copy-on-write, version 2 and 3.
     Qcow2 = "qcow2", qcow2::Driver;
+    /// VirtualBox's disk image.
+    Vdi = "vdi", vdi::Driver;
+    /// VHD, of Virtual PC, Hyper-V and Azure. A fixed one is raw to those who only see its beginning.
+    Vpc = "vpc", vpc::Driver;
     /// A raw disk that holds an ISO 9660 or UDF file system.
     Iso = "iso", iso::Driver;
     /// The bytes of the disk themselves: whatever is nothing else.

@@ -41,13 +41,13 @@ fn virtual_size(file_bytes: u64, limits: &Limits) -> Result<u64> {
     }
 }
 
-struct RawDisk {
+pub(super) struct RawDisk {
     source: Arc<dyn ReadAt>,
     virtual_size: u64,
 }
 
 impl RawDisk {
-    fn new(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Self> {
+    pub(super) fn new(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Self> {
         let virtual_size = virtual_size(source.len(), limits)?;
         Ok(Self { source, virtual_size })
     }
