@@ -236,7 +236,6 @@ fn formats_that_qemu_writes_and_we_cannot_read_are_named() {
         ("vmdk", "subformat=monolithicSparse"),
         ("vmdk", "subformat=streamOptimized"),
         ("vmdk", "subformat=monolithicFlat"),
-        ("vhdx", "subformat=dynamic"),
         ("qed", "cluster_size=65536"),
         ("parallels", "cluster_size=1048576"),
     ] {

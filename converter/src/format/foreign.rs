@@ -13,9 +13,6 @@ pub(super) fn recognise(head: &[u8]) -> Option<&'static str> {
     if starts(b"KDMV") || starts(b"COWD") || is_vmdk_descriptor(head) {
         return Some("vmdk");
     }
-    if starts(b"vhdxfile") {
-        return Some("vhdx");
-    }
     if starts(b"QED\0") {
         return Some("qed");
     }
@@ -45,7 +42,6 @@ mod tests {
     fn formats_that_cannot_be_read_are_named() {
         assert_eq!(recognise(b"KDMV\x01\0\0\0"), Some("vmdk"));
         assert_eq!(recognise(b"\n# Disk DescriptorFile\r\nversion=1\n"), Some("vmdk"));
-        assert_eq!(recognise(b"vhdxfile"), Some("vhdx"));
         assert_eq!(recognise(&[0; 4096]), None);
         assert_eq!(recognise(b""), None);
     }

@@ -3,12 +3,14 @@
 //! A new format is a folder with a [`Driver`], its `mod` line, and a line in [`formats!`](self).
 
 mod blocks;
+mod cache;
 mod foreign;
 mod iso;
 mod options;
 pub mod qcow2;
 mod raw;
 pub mod vdi;
+mod vhdx;
 pub mod vpc;
 
 use std::fmt;
@@ -104,6 +106,8 @@ formats! {
     Vdi = "vdi", vdi::Driver;
     /// VHD, of Virtual PC, Hyper-V and Azure. A fixed one is raw to those who only see its beginning.
     Vpc = "vpc", vpc::Driver;
+    /// Hyper-V's second virtual hard disk, version 1.
+    Vhdx = "vhdx", vhdx::Driver;
     /// A raw disk that holds an ISO 9660 or UDF file system.
     Iso = "iso", iso::Driver;
     /// The bytes of the disk themselves: whatever is nothing else.

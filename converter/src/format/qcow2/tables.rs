@@ -1,9 +1,9 @@
 //! The L1 table and a bounded cache of L2 tables, shared by all workers.
 
-use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use super::{Header, OFFSET_MASK};
+use crate::format::cache::Cache;
 use crate::io::ReadAt;
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
@@ -23,20 +23,7 @@ pub(super) type Table = Arc<[u64]>;
 pub(super) struct Tables {
     l1: Vec<u64>,
     cluster_size: u64,
-    cache: Mutex<Cache>,
-}
-
-/// Tables by their L1 index, evicted by the clock algorithm: in order of age, but for those used meanwhile.
-struct Cache {
-    tables: HashMap<u64, Slot>,
-    /// Every index in `tables` once, the oldest first.
-    ring: VecDeque<u64>,
-    tables_max: usize,
-}
-
-struct Slot {
-    table: Table,
-    used: bool,
+    cache: Mutex<Cache<Table>>,
 }
 
 impl Tables {
@@ -122,41 +109,8 @@ impl Tables {
         Ok(wanted)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Cache> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Cache<Table>> {
         self.cache.lock().unwrap_or_else(|e| e.into_inner())
-    }
-}
-
-impl Cache {
-    fn new(tables_max: usize) -> Self {
-        Self { tables: HashMap::new(), ring: VecDeque::new(), tables_max }
-    }
-
-    fn get(&mut self, index: u64) -> Option<Table> {
-        let slot = self.tables.get_mut(&index)?;
-        slot.used = true;
-        Some(slot.table.clone())
-    }
-
-    fn put(&mut self, index: u64, table: Table) {
-        if let Some(slot) = self.tables.get_mut(&index) {
-            slot.table = table;
-            return;
-        }
-        while self.tables.len() >= self.tables_max
-            && let Some(oldest) = self.ring.pop_front()
-        {
-            match self.tables.get_mut(&oldest) {
-                // A second chance; after one round at the latest nobody has one left.
-                Some(slot) if slot.used => {
-                    slot.used = false;
-                    self.ring.push_back(oldest);
-                }
-                _ => _ = self.tables.remove(&oldest),
-            }
-        }
-        self.ring.push_back(index);
-        self.tables.insert(index, Slot { table, used: false });
     }
 }
 
@@ -198,25 +152,4 @@ fn check_l1(l1: &[u64], header: &Header, file_bytes: u64) -> Result<()> {
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     let (words, _) = bytes.as_chunks::<8>();
     words.iter().map(|w| u64::from_be_bytes(*w))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_cache_keeps_its_bound_and_the_tables_in_use() {
-        let mut cache = Cache::new(8);
-        let table: Table = Arc::from([0u64; 4]);
-        cache.put(1000, table.clone());
-        for index in 0..100 {
-            assert!(cache.get(1000).is_some(), "evicted before {index}");
-            cache.put(index, table.clone());
-            // Again: it is no second one.
-            cache.put(index, table.clone());
-            assert!(cache.tables.contains_key(&index));
-            assert!(cache.tables.len() <= 8);
-            assert_eq!(cache.tables.len(), cache.ring.len());
-        }
-    }
 }
