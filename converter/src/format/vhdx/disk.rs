@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::bat::{Bat, Place};
 use super::guid_text;
-use super::header::HeaderSection;
+use super::header::{HeaderSection, Regions};
 use super::log;
 use super::metadata::Metadata;
 use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
@@ -20,8 +20,16 @@ pub(super) struct VhdxDisk {
     dirty: bool,
 }
 
-impl VhdxDisk {
-    pub(super) fn open(mut source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Self> {
+/// All that has to be known of a file before its BAT is looked at.
+pub(super) struct Geometry {
+    source: Arc<dyn ReadAt>,
+    regions: Regions,
+    pub(super) metadata: Metadata,
+    dirty: bool,
+}
+
+impl Geometry {
+    pub(super) fn read(mut source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Self> {
         let mut section = HeaderSection::read(source.as_ref())?;
         let header = section.current_header()?;
         let dirty = header.log_guid().is_some();
@@ -32,6 +40,13 @@ impl VhdxDisk {
         }
         let regions = section.regions(header.log, source.len())?;
         let metadata = Metadata::read(source.as_ref(), regions.metadata, limits)?;
+        Ok(Self { source, regions, metadata, dirty })
+    }
+}
+
+impl VhdxDisk {
+    pub(super) fn open(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Self> {
+        let Geometry { source, regions, metadata, dirty } = Geometry::read(source, limits)?;
         let bat = Bat::load(source.as_ref(), regions, &metadata, limits)?;
         Ok(Self { source, metadata, bat, dirty })
     }

@@ -28,9 +28,16 @@ impl super::Driver for Driver {
         head.starts_with(FILE_SIGNATURE)
     }
 
-    /// Tells nothing: the size is in the metadata region, which may lie anywhere, and may be in the log.
-    fn virtual_size(&self, _head: &[u8], _file_bytes: Option<u64>, _limits: &Limits) -> Result<Option<u64>> {
-        Ok(None)
+    /// Tells the size if all that leads to it is in `head`: the headers, the log if it has to be replayed, and the
+    /// metadata, which writers put into the first few MiB.
+    fn virtual_size(&self, head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Option<u64>> {
+        let source = Arc::new(Head { bytes: head.to_vec(), len: file_bytes.unwrap_or(u64::MAX) });
+        match disk::Geometry::read(source, limits) {
+            Ok(geometry) => Ok(Some(geometry.metadata.virtual_size)),
+            // Nothing but a read beyond `head` can fail.
+            Err(e) if e.kind() == ErrorKind::Io => Ok(None),
+            Err(e) => Err(e),
+        }
     }
 
     fn open(
@@ -50,6 +57,24 @@ impl super::Driver for Driver {
         options: &[(&str, &str)],
     ) -> Option<Result<Box<dyn CreateOptions>>> {
         Some(options::WriteOptions::parse(compress, options).map(|options| Box::new(options) as _))
+    }
+}
+
+/// The beginning of a file of `len` bytes.
+struct Head {
+    bytes: Vec<u8>,
+    len: u64,
+}
+
+impl ReadAt for Head {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        let here = usize::try_from(offset).ok().and_then(|at| self.bytes.get(at..)?.get(..buf.len()));
+        buf.copy_from_slice(here.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+        Ok(())
     }
 }
 
