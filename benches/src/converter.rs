@@ -1,5 +1,6 @@
 //! Converters side by side, on files of one test disk, output synced.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -29,62 +30,71 @@ struct Shape {
     name: &'static str,
     file: &'static str,
     arguments: &'static [&'static str],
-    /// What else qemu-img is given to be quickest when it writes this format, found by trial.
-    best: &'static [&'static str],
+    /// What else qemu-img may be given to write this format; the first round finds out what is quickest.
+    flags: &'static [Flags],
     /// Whether qemu-img needs so long to write it that fewer rounds have to do.
     slow: bool,
 }
 
-const DIRECT: &[&str] = &["-t", "none", "-W", "-m", "8"];
-/// Compressed clusters are written in odd pieces, which direct I/O makes slow.
-const BUFFERED: &[&str] = &["-W", "-m", "8"];
+type Flags = &'static [&'static str];
+
+/// Past the page cache, out of order, eight at a time.
+const DIRECT: Flags = &["-t", "none", "-W", "-m", "8"];
+const BUFFERED: Flags = &["-W", "-m", "8"];
+const IN_ORDER: Flags = &["-t", "none"];
 
 const SHAPES: [Shape; 9] = [
-    Shape { name: "qcow2", file: "plain.qcow2", arguments: &["-O", "qcow2"], best: DIRECT, slow: false },
+    Shape { name: "qcow2", file: "plain.qcow2", arguments: &["-O", "qcow2"], flags: &[DIRECT], slow: false },
     Shape {
         name: "qcow2 zlib",
         file: "zlib.qcow2",
         arguments: &["-c", "-O", "qcow2"],
-        best: BUFFERED,
+        flags: &[BUFFERED, DIRECT],
         slow: true,
     },
     Shape {
         name: "qcow2 zstd",
         file: "zstd.qcow2",
         arguments: &["-c", "-O", "qcow2", "-o", "compression_type=zstd"],
-        best: BUFFERED,
+        flags: &[BUFFERED, DIRECT],
         slow: false,
     },
     Shape {
         name: "vmdk streamOptimized",
         file: "stream.vmdk",
         arguments: &["-O", "vmdk", "-o", "subformat=streamOptimized"],
-        best: &[],
+        flags: &[&[], IN_ORDER],
         slow: true,
     },
     Shape {
         name: "vmdk sparse",
         file: "sparse.vmdk",
         arguments: &["-O", "vmdk", "-o", "subformat=monolithicSparse"],
-        best: DIRECT,
+        flags: &[DIRECT, BUFFERED, IN_ORDER],
         slow: false,
     },
-    Shape { name: "vdi", file: "dynamic.vdi", arguments: &["-O", "vdi"], best: DIRECT, slow: false },
+    Shape {
+        name: "vdi",
+        file: "dynamic.vdi",
+        arguments: &["-O", "vdi"],
+        flags: &[DIRECT, BUFFERED, IN_ORDER],
+        slow: false,
+    },
     Shape {
         name: "vhd",
         file: "dynamic.vhd",
         arguments: &["-O", "vpc", "-o", "subformat=dynamic,force_size=on"],
-        best: DIRECT,
+        flags: &[DIRECT, BUFFERED, IN_ORDER],
         slow: false,
     },
     Shape {
         name: "vhdx",
         file: "dynamic.vhdx",
         arguments: &["-O", "vhdx", "-o", "subformat=dynamic"],
-        best: DIRECT,
+        flags: &[DIRECT, BUFFERED, IN_ORDER],
         slow: false,
     },
-    Shape { name: RAW, file: "disk.raw", arguments: &["-O", "raw"], best: DIRECT, slow: false },
+    Shape { name: RAW, file: "disk.raw", arguments: &["-O", "raw"], flags: &[DIRECT], slow: false },
 ];
 
 const RAW: &str = "raw";
@@ -107,6 +117,7 @@ pub fn run(
     let out_dir = tempfile::tempdir_in(dir)?;
     let out = out_dir.path().join("out");
     let mut tables = Tables::default();
+    let mut quickest = Quickest::new();
     for round in 0..rounds {
         for (row, source, contest) in rows(dvcr, qemu_img, &sources, &out) {
             if !row.contains(only) {
@@ -119,12 +130,18 @@ pub fn run(
                 if contestant.slow && round >= (rounds * SLOW_SHARE).div_ceil(SHARE_OF) {
                     continue;
                 }
-                tables.add(&row, contestant.name, &measure(&mut contestant.command, &out)?);
+                let sample = contestant.run(&row, &mut quickest, &out)?;
+                tables.add(&row, contestant.name, &sample);
             }
         }
     }
     println!("{rounds} rounds (the slowest in {SLOW_SHARE} of {SHARE_OF}); {version}\n");
     tables.print();
+    println!("Best flags, where several were tried:\n");
+    for ((row, _), flags) in quickest.iter().filter(|((row, who), _)| *who == BEST && !row.ends_with(TO_RAW))
+    {
+        println!("- {row}: `{}`", flags.join(" "));
+    }
     Ok(())
 }
 
@@ -164,29 +181,51 @@ impl Tables {
 
 struct Contestant {
     name: &'static str,
-    command: Command,
+    /// Ways to do it, each with its flags.
+    ways: Vec<(Flags, Command)>,
     slow: bool,
+}
+
+/// The flags that were the quickest in the first round, by row and contestant.
+type Quickest = BTreeMap<(String, &'static str), Flags>;
+
+impl Contestant {
+    /// Runs the quickest way; all of them if that is not known yet.
+    fn run(&mut self, row: &str, quickest: &mut Quickest, out: &Path) -> anyhow::Result<Sample> {
+        let key = (row.to_owned(), self.name);
+        if let Some(known) = quickest.get(&key) {
+            self.ways.retain(|(flags, _)| flags == known);
+        }
+        let mut best: Option<(Flags, Sample)> = None;
+        for (flags, command) in &mut self.ways {
+            let sample = measure(command, out)?;
+            if best.as_ref().is_none_or(|(_, best)| sample.seconds < best.seconds) {
+                best = Some((*flags, sample));
+            }
+        }
+        let (flags, sample) = best.context("a contestant without a command")?;
+        quickest.insert(key, flags);
+        Ok(sample)
+    }
 }
 
 /// Every row: its name, what is read, and who competes, the first one being us.
 fn rows(dvcr: &Path, qemu_img: &Path, sources: &Path, out: &Path) -> Vec<(String, PathBuf, Vec<Contestant>)> {
-    let convert = |program: &Path, flags: &[&str], shape: &Shape, source: &Path| {
+    let convert = |program: &Path, flags: Flags, shape: &Shape, source: &Path| {
         let mut command = Command::new(program);
         command.arg("convert").args(flags).args(shape.arguments).arg(source).arg(out);
-        command
+        (flags, command)
     };
     let contest = |shape: &Shape, source: &Path, usual: bool| {
+        let ours = vec![convert(dvcr, &[], shape, source)];
+        let best = shape.flags.iter().map(|flags| convert(qemu_img, flags, shape, source)).collect();
         let mut contest = vec![
-            Contestant { name: DVCR, command: convert(dvcr, &[], shape, source), slow: false },
-            Contestant {
-                name: BEST,
-                command: convert(qemu_img, shape.best, shape, source),
-                slow: shape.slow,
-            },
+            Contestant { name: DVCR, ways: ours, slow: false },
+            Contestant { name: BEST, ways: best, slow: shape.slow },
         ];
         if usual {
-            let command = convert(qemu_img, &["-t", "writeback"], shape, source);
-            contest.push(Contestant { name: USUAL, command, slow: true });
+            let usual = vec![convert(qemu_img, &["-t", "writeback"], shape, source)];
+            contest.push(Contestant { name: USUAL, ways: usual, slow: true });
         }
         contest
     };
