@@ -7,6 +7,7 @@ mod cache;
 mod foreign;
 mod iso;
 mod options;
+mod pieces;
 pub mod qcow2;
 mod raw;
 pub mod vdi;

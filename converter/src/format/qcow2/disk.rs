@@ -1,19 +1,14 @@
 //! Random access to the virtual disk.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use super::decode::Decoder;
 use super::tables::{Table, Tables};
 use super::{COMPRESSED, CompressedAt, Header, OFFSET_MASK, ZERO};
+use crate::format::pieces::{Piece, Pieces, Pool};
 use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
-
-/// Stored ranges at most this far apart are read at once: over a network a request costs more than the gap.
-const GAP_BYTES_MAX: u64 = 64 << 10;
-
-/// Most bytes read at once for several clusters.
-const GROUP_BYTES_MAX: u64 = 4 << 20;
 
 /// Subclusters of a cluster with extended L2 entries.
 const SUBCLUSTERS: u64 = 32;
@@ -23,9 +18,11 @@ pub(super) struct Qcow2Disk {
     source: Arc<dyn ReadAt>,
     header: Header,
     tables: Tables,
-    /// Decoders not in use; there are never more than threads that read.
-    decoders: Mutex<Vec<Decoder>>,
+    decoders: Pool<Decoder>,
 }
+
+/// How many decoded bytes of a compressed cluster come before the wanted ones.
+type Skip = usize;
 
 /// Where a run of the virtual disk is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,26 +47,11 @@ impl Place {
     }
 }
 
-/// A part of a request that is stored.
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    /// First byte in the request's buffer.
-    at: usize,
-    /// Bytes of the request.
-    len: usize,
-    /// First byte in the file.
-    host: u64,
-    /// Bytes in the file.
-    stored: u64,
-    /// For a compressed cluster: how many decoded bytes come before the wanted ones.
-    skip: Option<usize>,
-}
-
 impl Qcow2Disk {
     /// Opens the disk: reads and validates the L1 table; L2 tables follow when they are needed.
     pub(super) fn open(source: Arc<dyn ReadAt>, header: &Header, limits: &Limits) -> Result<Self> {
         let tables = Tables::load(source.as_ref(), header, limits)?;
-        Ok(Self { source, header: header.clone(), tables, decoders: Mutex::new(Vec::new()) })
+        Ok(Self { source, header: header.clone(), tables, decoders: Pool::new() })
     }
 
     fn entry_words(&self) -> u64 {
@@ -183,8 +165,8 @@ impl Qcow2Disk {
     }
 
     /// Fills the unstored parts of `buf` with zeros and lists the stored ones.
-    fn plan(&self, buf: &mut [u8], offset: u64) -> Result<Vec<Piece>> {
-        let mut pieces: Vec<Piece> = Vec::new();
+    fn plan(&self, buf: &mut [u8], offset: u64) -> Result<Pieces<Skip>> {
+        let mut pieces = Pieces::new();
         let end = offset + buf.len() as u64;
         let mut at = offset;
         while at < end {
@@ -214,86 +196,35 @@ impl Qcow2Disk {
                         let host = host + skip;
                         let stored = self.source.len().saturating_sub(host).min(len);
                         buf[start + stored as usize..start + len as usize].fill(0);
-                        Some(Piece { at: start, len: stored as usize, host, stored, skip: None })
+                        Some(Piece { at: start, len: stored as usize, host, stored, code: None })
                             .filter(|piece| piece.len > 0)
                     }
                     Place::Compressed(CompressedAt { host, len: stored }) => {
                         let stored = stored.min(self.source.len() - host);
-                        Some(Piece { at: start, len: len as usize, host, stored, skip: Some(skip as usize) })
+                        Some(Piece { at: start, len: len as usize, host, stored, code: Some(skip as usize) })
                     }
                 };
                 if let Some(piece) = piece {
-                    match pieces.last_mut() {
-                        Some(last) if last.continues_with(&piece) => {
-                            last.len += piece.len;
-                            last.stored += piece.stored;
-                        }
-                        _ => pieces.push(piece),
-                    }
+                    pieces.push(piece);
                 }
                 at += len;
             }
         }
-        pieces.sort_unstable_by_key(|piece| piece.host);
         Ok(pieces)
     }
 
-    /// Reads `pieces`, which lie close together in the file, with one request and puts each in its place.
-    fn read_group(&self, pieces: &[Piece], buf: &mut [u8], offset: u64, decoder: &mut Decoder) -> Result<()> {
-        let Some(first) = pieces.first() else { return Ok(()) };
-        let start = first.host;
-        let failed = |e| Error::io(format!("reading the image at file offset {start}"), e);
-        if let [Piece { skip: None, at, len, .. }] = *pieces {
-            return self.source.read_exact_at(&mut buf[at..at + len], start).map_err(failed);
+    /// Decodes a cluster whose stream is at the start of `stored`, and puts what comes after `skip` into `into`.
+    fn decode(&self, decoder: &mut Decoder, stored: &[u8], skip: Skip, into: &mut [u8]) -> bool {
+        let cluster_size = self.header.cluster_size() as usize;
+        if into.len() == cluster_size {
+            return decoder.decode(self.header.compression, stored, into);
         }
-        let end = pieces.iter().map(Piece::end).max().unwrap_or(start);
-        let mut stored = std::mem::take(&mut decoder.stored);
-        let bytes = (end - start) as usize;
-        if stored.len() < bytes {
-            stored.resize(bytes, 0);
-        }
-        self.source.read_exact_at(&mut stored[..bytes], start).map_err(failed)?;
-        for piece in pieces {
-            let from = (piece.host - start) as usize;
-            let from = &stored[from..from + piece.stored as usize];
-            let into = &mut buf[piece.at..piece.at + piece.len];
-            let Some(skip) = piece.skip else {
-                into.copy_from_slice(from);
-                continue;
-            };
-            let cluster_size = self.header.cluster_size() as usize;
-            let whole = if into.len() == cluster_size {
-                decoder.decode(self.header.compression, from, into)
-            } else {
-                let mut cluster = std::mem::take(&mut decoder.cluster);
-                cluster.resize(cluster_size, 0);
-                let whole = decoder.decode(self.header.compression, from, &mut cluster);
-                into.copy_from_slice(&cluster[skip..skip + into.len()]);
-                decoder.cluster = cluster;
-                whole
-            };
-            if !whole {
-                let compression = self.header.compression;
-                let why = format!("its {compression} stream at {:#x} cannot be decoded", piece.host);
-                return Err(self.corrupt(offset + piece.at as u64, why));
-            }
-        }
-        decoder.stored = stored;
-        Ok(())
-    }
-}
-
-impl Piece {
-    fn end(&self) -> u64 {
-        self.host + self.stored
-    }
-
-    fn continues_with(&self, next: &Piece) -> bool {
-        self.skip.is_none()
-            && next.skip.is_none()
-            && self.end() == next.host
-            && self.at + self.len == next.at
-            && self.stored == self.len as u64
+        let mut cluster = std::mem::take(&mut decoder.cluster);
+        cluster.resize(cluster_size, 0);
+        let whole = decoder.decode(self.header.compression, stored, &mut cluster);
+        into.copy_from_slice(&cluster[skip..skip + into.len()]);
+        decoder.cluster = cluster;
+        whole
     }
 }
 
@@ -348,27 +279,19 @@ impl Disk for Qcow2Disk {
         if pieces.is_empty() {
             return Ok(());
         }
-        let pool = || self.decoders.lock().unwrap_or_else(|e| e.into_inner());
-        let mut decoder = pool().pop().unwrap_or_else(Decoder::new);
-        let mut rest = pieces.as_slice();
-        let mut result = Ok(());
-        while let (Some(first), Ok(())) = (rest.first(), &result) {
-            let mut end = first.end();
-            let members = 1 + rest[1..]
-                .iter()
-                .take_while(|piece| {
-                    let near = piece.host <= end.saturating_add(GAP_BYTES_MAX);
-                    let fits = piece.end().max(end) - first.host <= GROUP_BYTES_MAX;
-                    end = end.max(piece.end());
-                    near && fits
-                })
-                .count();
-            let (group, others) = rest.split_at(members);
-            result = self.read_group(group, buf, offset, &mut decoder);
-            rest = others;
-        }
-        pool().push(decoder);
-        result
+        self.decoders.with(Decoder::new, |decoder| {
+            let mut scratch = std::mem::take(&mut decoder.stored);
+            let result = pieces.read(self.source.as_ref(), buf, &mut scratch, |piece, skip, stored, into| {
+                if self.decode(decoder, stored, *skip, into) {
+                    return Ok(());
+                }
+                let compression = self.header.compression;
+                let why = format!("its {compression} stream at {:#x} cannot be decoded", piece.host);
+                Err(self.corrupt(offset + piece.at as u64, why))
+            });
+            decoder.stored = scratch;
+            result
+        })
     }
 
     fn details(&self) -> Details {
