@@ -12,6 +12,7 @@ pub mod qcow2;
 mod raw;
 pub mod vdi;
 mod vhdx;
+pub mod vmdk;
 pub mod vpc;
 
 use std::fmt;
@@ -109,6 +110,8 @@ formats! {
     Vpc = "vpc", vpc::Driver;
     /// Hyper-V's second virtual hard disk, version 1.
     Vhdx = "vhdx", vhdx::Driver;
+    /// VMware's disk, in one file: a sparse extent, a stream, or flat behind its descriptor.
+    Vmdk = "vmdk", vmdk::Driver;
     /// A raw disk that holds an ISO 9660 or UDF file system.
     Iso = "iso", iso::Driver;
     /// The bytes of the disk themselves: whatever is nothing else.
