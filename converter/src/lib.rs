@@ -27,4 +27,4 @@ pub mod wrapper;
 mod zeros;
 
 pub use error::{Error, ErrorKind, Result};
-pub use format::{qcow2, vdi, vpc};
+pub use format::{qcow2, vdi, vmdk, vpc};

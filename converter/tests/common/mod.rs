@@ -9,13 +9,40 @@ use std::sync::Arc;
 
 use dvcr_converter::convert::{self, Options};
 use dvcr_converter::format::{self, Image};
-use dvcr_converter::io::Finished;
+use dvcr_converter::io::{CreateOptions, Finished, ReadAt};
 use dvcr_converter::limits::Limits;
 use dvcr_converter::local::{FileSource, RawTarget};
 use dvcr_converter::progress::Progress;
 use dvcr_converter::qcow2::WriteOptions;
 use dvcr_converter::sink::ImageTarget;
 use dvcr_converter::{Error, Result};
+
+/// An image file in memory.
+pub struct Bytes(pub Vec<u8>);
+
+impl ReadAt for Bytes {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+    fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        let bytes = usize::try_from(offset).ok().and_then(|at| self.0.get(at..)?.get(..buf.len()));
+        buf.copy_from_slice(bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+/// Opens the image and reads all of it, at most 64 MiB; returns what was read.
+pub fn read_through(bytes: Vec<u8>) -> Result<Vec<u8>> {
+    let disk = format::open(Arc::new(Bytes(bytes)), &Limits::default())?.disk;
+    let end = disk.virtual_size().min(64 << 20);
+    let mut read = vec![0xa5; end as usize];
+    for (start, piece) in (0..end).step_by(1 << 20).zip(read.chunks_mut(1 << 20)) {
+        let extent = disk.extent_at(start)?;
+        assert!(extent.start == start && extent.len > 0 && extent.end() <= disk.virtual_size(), "{extent:?}");
+        disk.read_at(piece, start)?;
+    }
+    Ok(read)
+}
 
 /// A directory on a real file system: direct I/O and holes behave there as in production.
 pub fn temp_dir() -> tempfile::TempDir {
@@ -98,6 +125,20 @@ pub fn to_qcow2(image: &Path, qcow2: &Path, write: &WriteOptions, options: &Opti
     let mut target = ImageTarget::create(qcow2)?;
     let finished = convert::to_image(image.disk.as_ref(), &mut target, write, options, &Progress::default())?;
     target.finish(&finished)?;
+    Ok(finished)
+}
+
+/// Converts with our engine to a file in the format of `image`.
+pub fn to_image(
+    source: &Path,
+    target: &Path,
+    image: &dyn CreateOptions,
+    options: &Options,
+) -> Result<Finished> {
+    let source = open(source)?;
+    let mut sink = ImageTarget::create(target)?;
+    let finished = convert::to_image(source.disk.as_ref(), &mut sink, image, options, &Progress::default())?;
+    sink.finish(&finished)?;
     Ok(finished)
 }
 

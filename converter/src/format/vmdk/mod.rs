@@ -21,6 +21,7 @@ use std::sync::Arc;
 
 pub use options::{AdapterType, Subformat, WriteOptions};
 
+use super::Tail;
 use crate::io::{CreateOptions, Disk, ReadAt, Value};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
@@ -97,7 +98,7 @@ mod marker {
 pub(super) struct Driver;
 
 impl super::Driver for Driver {
-    fn recognises(&self, head: &[u8], _tail: &[u8]) -> bool {
+    fn recognises(&self, head: &[u8], _tail: Option<Tail<'_>>) -> bool {
         let magics: [&[u8]; 3] = [&SPARSE_MAGIC, &COWD_MAGIC, &SESPARSE_MAGIC];
         magics.iter().any(|magic| head.starts_with(magic)) || descriptor::is_descriptor(head)
     }
