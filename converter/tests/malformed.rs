@@ -201,10 +201,7 @@ fn the_last_cluster_of_a_file_may_be_short() {
 #[test]
 fn formats_that_qemu_writes_and_we_cannot_read_are_named() {
     let dir = temp_dir();
-    for (name, options) in [
-        ("qed", "cluster_size=65536"),
-        ("parallels", "cluster_size=1048576"),
-    ] {
+    for (name, options) in [("qed", "cluster_size=65536"), ("parallels", "cluster_size=1048576")] {
         let image = dir.path().join("image");
         qemu_img(&["create", "-q", "-f", name, "-o", options, path(&image), "4M"]);
         let error = failure(common::open(&image));

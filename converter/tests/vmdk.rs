@@ -10,7 +10,7 @@ use common::{assert_same_bytes, failure, noise, path, prose, qemu_img, read_thro
 use dvcr_converter::convert::Options;
 use dvcr_converter::error::ErrorKind;
 use dvcr_converter::format::Format;
-use dvcr_converter::io::{ExtentKind, Value};
+use dvcr_converter::io::Value;
 use dvcr_converter::vmdk::{AdapterType, Subformat, WriteOptions};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
@@ -424,7 +424,16 @@ fn extents_in_other_files_are_refused_by_name() {
     for subformat in ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"] {
         let dir = temp_dir();
         let image = dir.path().join("disk.vmdk");
-        qemu_img(&["create", "-q", "-f", "vmdk", "-o", &format!("subformat={subformat}"), path(&image), "4M"]);
+        qemu_img(&[
+            "create",
+            "-q",
+            "-f",
+            "vmdk",
+            "-o",
+            &format!("subformat={subformat}"),
+            path(&image),
+            "4M",
+        ]);
         assert_eq!(failure(common::open(&image)).kind(), ErrorKind::ForeignFile, "{subformat}");
     }
 }
@@ -515,7 +524,11 @@ fn overlapping_shared_and_self_referencing_tables_are_refused() {
     let bytes = &flavours()[SPARSE];
     let (directory, table) = (directory(bytes), table(bytes));
     let sector = |at: usize| (at as u32 / 512).to_le_bytes();
-    assert_refused(patched(SPARSE, &[(directory, &sector(directory))]), ErrorKind::Corrupt, "the directory itself");
+    assert_refused(
+        patched(SPARSE, &[(directory, &sector(directory))]),
+        ErrorKind::Corrupt,
+        "the directory itself",
+    );
     let beyond = (bytes.len() as u32 / 512).to_le_bytes();
     assert_refused(patched(SPARSE, &[(directory, &beyond)]), ErrorKind::Corrupt, "beyond the end");
     // A disk of two tables in a file with a directory for one: the second entry is the padding after the first.
@@ -593,7 +606,7 @@ fn a_file_cut_short_anywhere_ends_in_an_error_or_the_same_disk() {
     for bytes in flavours() {
         let places = (0..64).map(|i| i * bytes.len() / 64).chain([0, 3, 4, 511, 512, 513, bytes.len() - 1]);
         for len in places {
-            // Less than a magic number is a raw disk; zeros at the end of the last grain may be missing.
+            // Less than a magic number is a raw disk; what no guest sees of the last grain may be missing.
             if let Ok(read) = read_through(bytes[..len].to_vec()) {
                 assert!(len < 4 || read == sample_disk(), "{len} of {}", bytes.len());
             }
@@ -628,7 +641,15 @@ fn a_stream_inside_gz_is_read_in_few_passes() {
 fn metadata(bytes: &[u8]) -> Vec<std::ops::Range<usize>> {
     let (directory, table, grain) = (directory(bytes), table(bytes), grain(bytes));
     let end = bytes.len();
-    vec![0..80, 512..1024, directory..directory + 8, table..table + 260, grain..grain + 32, end - 1536..end, 0..end]
+    vec![
+        0..80,
+        512..1024,
+        directory..directory + 8,
+        table..table + 260,
+        grain..grain + 32,
+        end - 1536..end,
+        0..end,
+    ]
 }
 
 proptest! {

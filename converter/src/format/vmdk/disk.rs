@@ -92,11 +92,17 @@ impl SparseDisk {
             sector => sector,
         };
         let host = u64::from(sector) * SECTOR_BYTES;
-        // Of the last grain of a file only the written part may be there; qemu reads the rest as zeros.
-        if host >= self.source.len() {
-            return Err(self.damaged(offset, format!("its sector {sector} is beyond the end of the file")));
+        // Unlike qemu, which reads zeros there: a file that was cut short would pass for a disk.
+        let start = offset / self.header.grain_bytes * self.header.grain_bytes;
+        let bytes = match self.header.compressed {
+            true => SECTOR_BYTES,
+            false => self.header.grain_bytes.min(self.header.virtual_size - start),
+        };
+        let needed = if self.header.compressed { 1 } else { bytes };
+        if host + needed > self.source.len() {
+            let why = format!("its bytes at sector {sector} are beyond the end of the file");
+            return Err(self.damaged(offset, why));
         }
-        let bytes = if self.header.compressed { SECTOR_BYTES } else { self.header.grain_bytes };
         self.check_overlap(host, bytes, offset)?;
         Ok(if self.header.compressed { Place::Compressed(host) } else { Place::Plain(host) })
     }
@@ -165,11 +171,7 @@ impl SparseDisk {
                     Place::Hole | Place::Zero => buf[start..start + len].fill(0),
                     Place::Plain(host) => {
                         let host = host + skip;
-                        let stored = self.source.len().saturating_sub(host).min(len as u64);
-                        buf[start + stored as usize..start + len].fill(0);
-                        if stored > 0 {
-                            pieces.push(Piece { at: start, len: stored as usize, host, stored, code: None });
-                        }
+                        pieces.push(Piece { at: start, len, host, stored: len as u64, code: None });
                     }
                     Place::Compressed(host) => {
                         let stored = self.stored_bytes(&table, at, host);
