@@ -74,10 +74,6 @@ impl Header {
                 fields.gtes_per_gt
             )));
         }
-        let bytes = |what: &str, sectors: u64| {
-            let bytes = sectors.checked_mul(SECTOR_BYTES);
-            bytes.ok_or_else(|| corrupt(format!("the VMDK {what} of {sectors} sectors is absurd")))
-        };
         let virtual_size = fields.capacity.saturating_mul(SECTOR_BYTES);
         if virtual_size > limits.virtual_size_max {
             return Err(limit(format!(
@@ -85,12 +81,12 @@ impl Header {
                 fields.capacity, limits.virtual_size_max
             )));
         }
-        let overhead = bytes("overhead", fields.overhead)?;
         if let Some(file_bytes) = file_bytes
-            && overhead > file_bytes.next_multiple_of(SECTOR_BYTES)
+            && fields.overhead > file_bytes.div_ceil(SECTOR_BYTES)
         {
             return Err(corrupt(format!(
-                "the VMDK tables need {overhead} bytes, the file has {file_bytes}: it is cut short"
+                "the VMDK tables need {} sectors, the file has {file_bytes} bytes: it is cut short",
+                fields.overhead
             )));
         }
         Ok(Self {
@@ -100,7 +96,9 @@ impl Header {
             descriptor: descriptor(&fields, file_bytes)?,
             gd_offset: match fields.gd_offset {
                 GD_AT_END => None,
-                sectors => Some(bytes("grain directory offset", sectors)?),
+                sectors => Some(sectors.checked_mul(SECTOR_BYTES).ok_or_else(|| {
+                    corrupt(format!("the VMDK grain directory offset of {sectors} sectors is absurd"))
+                })?),
             },
             compressed,
             markers: fields.flags & flag::MARKERS != 0,
