@@ -114,8 +114,8 @@ pub fn decoder<'a>(
 
 /// Does the same as [`decoder`] with up to `workers` threads, 1 to [`WORKERS_MAX`], which end with the reader.
 ///
-/// Files without independent blocks or frames of a modest size, and all gz and lz4 files, are decoded by the thread
-/// that reads; so is everything with one worker.
+/// Blocks of xz and frames of zst are decoded at the same time if they are of a modest size; all else is decoded by the
+/// thread that reads.
 pub fn decoder_with<'a>(
     wrapper: Wrapper,
     source: Box<dyn Read + Send + 'a>,

@@ -168,7 +168,9 @@ impl<R: BufRead> Read for Decoder<R> {
             match std::mem::replace(&mut self.next, Next::End) {
                 Next::Stream => self.start_stream()?,
                 Next::Failed(e) => return Err(e),
-                Next::Unknown | Next::End => return Ok(0),
+                Next::End => return Ok(0),
+                // The walk leaves a batch, or says why not; an end that was not seen must not look like one.
+                Next::Unknown => return Err(io::Error::other("the walk over the frames stopped")),
             }
         }
     }
