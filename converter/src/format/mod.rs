@@ -7,6 +7,7 @@ mod cache;
 mod foreign;
 mod iso;
 mod options;
+mod ova;
 mod pieces;
 pub mod qcow2;
 mod raw;
@@ -112,6 +113,8 @@ formats! {
     Vhdx = "vhdx", vhdx::Driver;
     /// VMware's disk, in one file: a sparse extent, a stream, or flat behind its descriptor.
     Vmdk = "vmdk", vmdk::Driver;
+    /// A disk in an archive of a virtual machine.
+    Ova = "ova", ova::Driver;
     /// A raw disk that holds an ISO 9660 or UDF file system.
     Iso = "iso", iso::Driver;
     /// The bytes of the disk themselves: whatever is nothing else.
