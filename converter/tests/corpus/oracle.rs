@@ -27,6 +27,22 @@ const STRICTER: &[(&str, &str, &str)] = &[
     ("qcow2", "share the L2 table", "one table for many places makes endless disks of small files"),
     ("qcow2", "the L1 table itself", "a table inside another one is an attack or damage"),
     ("qcow2", "contradicts", "qemu ignores what the specification forbids"),
+    ("vmdk", "overlap", "qemu reads headers and tables as data"),
+    ("vmdk", "the directory itself", "a table inside another one is an attack or damage"),
+    ("vmdk", "where the header is", "a directory inside the header is an attack or damage"),
+    (
+        "vmdk",
+        "beyond the end of the file",
+        "qemu reads zeros there, so that a file that was cut short passes for a disk",
+    ),
+    ("vmdk", "that of sector", "qemu does not look whose grain it reads"),
+    ("vmdk", "as text", "qemu does not look at the newline test"),
+    ("vmdk", "different disks", "qemu takes the footer's word"),
+    ("vmdk", "no power of two", "the specification asks for one"),
+    ("vmdk", "larger than", "grains of 1 GiB are an attack on memory"),
+    ("vmdk", "too large", "directories above the bound"),
+    ("vmdk", "more than the limit", "disks above the bound"),
+    ("vmdk", "descriptor", "qemu looks for its own fields only"),
 ];
 
 /// Where we read what qemu refuses: the format, words of its message, and why.
@@ -36,6 +52,9 @@ const LAXER: &[(&str, &str, &str)] = &[
     ("qcow2", "efcount", "reference counts are not needed to read"),
     ("qcow2", "bitmap", "bitmaps are passed over"),
     ("qcow2", "extension", "unknown extensions are passed over"),
+    ("vmdk", "escriptor", "the descriptor of a sparse extent is not needed to read"),
+    ("vmdk", "CID", "the descriptor of a sparse extent is not needed to read"),
+    ("vmdk", "backup l1 table", "the redundant directory is not read"),
 ];
 
 /// Whether both of us read inputs of this target.

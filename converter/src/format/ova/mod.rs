@@ -186,6 +186,11 @@ impl Disk for OvaDisk {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        // A raw disk reads as zeros there.
+        if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.disk.virtual_size()) {
+            let text = format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len());
+            return Err(Error::new(ErrorKind::Io, text));
+        }
         self.disk.read_at(buf, offset)
     }
 
