@@ -7,10 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::{assert_same_bytes, failure, noise, path, prose, qemu_img, read_through, run, temp_dir};
-use dvcr_converter::convert::Options;
+use dvcr_converter::convert::{self, Options};
 use dvcr_converter::error::ErrorKind;
 use dvcr_converter::format::Format;
-use dvcr_converter::io::Value;
+use dvcr_converter::io::{CreateOptions, Value};
+use dvcr_converter::progress::Progress;
+use dvcr_converter::sink::StreamTarget;
 use dvcr_converter::vmdk::{AdapterType, Subformat, WriteOptions};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
@@ -370,6 +372,44 @@ fn options_are_those_of_qemu_img() {
     }
 }
 
+#[test]
+fn a_stream_goes_down_a_pipe_and_a_sparse_file_does_not() {
+    let dir = temp_dir();
+    let raw = dir.path().join("disk.raw");
+    write_sparse(&raw, &sample_disk());
+    for (subformat, streams) in [(Subformat::StreamOptimized, true), (Subformat::MonolithicSparse, false)] {
+        let write = WriteOptions { subformat, ..WriteOptions::default() };
+        assert_eq!((write.is_stream(), write.needs_size()), (streams, true));
+        let (mut piped, options, progress) = (Vec::new(), Options::default(), Progress::default());
+        let mut target = StreamTarget::new(&mut piped, 0);
+        let source = common::open(&raw).unwrap();
+        let made = convert::to_image(source.disk.as_ref(), &mut target, &write, &options, &progress);
+        if !streams {
+            assert_eq!(failure(made).kind(), ErrorKind::Target);
+            continue;
+        }
+        target.finish().unwrap();
+        assert_eq!(piped.len() as u64, made.unwrap().file_bytes);
+        assert!(piped == flavours()[STREAM]);
+    }
+}
+
+#[test]
+fn disks_that_the_format_cannot_hold_are_refused() {
+    for subformat in [Subformat::StreamOptimized, Subformat::MonolithicSparse] {
+        let write = WriteOptions { subformat, ..WriteOptions::default() };
+        for (size, kind) in [
+            (Some(1 << 60), ErrorKind::Limit),
+            (Some(u64::MAX / 512 * 512), ErrorKind::Limit),
+            (Some(0), ErrorKind::Unsupported),
+            (None, ErrorKind::Unsupported),
+        ] {
+            let mut target = StreamTarget::new(Vec::new(), 0);
+            assert_eq!(failure(write.create(&mut target, size).map(|_| ())).kind(), kind, "{size:?}");
+        }
+    }
+}
+
 /// A disk that lies behind its descriptor in the same file, which qemu reads if the name is right.
 #[test]
 fn a_flat_extent_inside_the_same_file_is_read() {
@@ -629,7 +669,7 @@ fn a_stream_inside_gz_is_read_in_few_passes() {
         common::to_image(&raw, &image, &write, &Options::default()).unwrap();
         run("gzip", &["-1", "-k", "-f", path(&image)]);
         let packed = dir.path().join("disk.vmdk.gz");
-        let progress = dvcr_converter::progress::Progress::default();
+        let progress = Progress::default();
         let (options, limits) = (Options::default(), dvcr_converter::limits::Limits::default());
         let output = dvcr_converter::file::Output::Raw;
         dvcr_converter::file::convert(&packed, &back, output, &options, &limits, &progress).unwrap();

@@ -9,7 +9,7 @@
 //! in ascending order. So memory holds few of them, whatever the size of the disk. The header is written last.
 
 use super::options::{AdapterType, Subformat, WriteOptions};
-use super::{GTES_PER_GT_MAX, HEADER_BYTES, SPARSE_MAGIC, compression, corrupt, flag, limit};
+use super::{GTES_PER_GT_MAX, HEADER_BYTES, SPARSE_MAGIC, compression, corrupt, flag, limit, unsupported};
 use crate::Result;
 use crate::format::SECTOR_BYTES;
 use crate::io::{Block, Compression, Finished, Sink, Writer};
@@ -170,8 +170,12 @@ fn append_directory(sink: &mut dyn Sink, start: u64, layout: &Layout) -> Result<
     sink.append_zeros(padding + layout.tables * GT_BYTES as u64)
 }
 
-/// Grain tables of a disk. Fails with [`crate::ErrorKind::Limit`] if they are too many for a directory.
+/// Grain tables of a disk. Fails with [`crate::ErrorKind::Limit`] if they are too many for a directory, and with
+/// [`crate::ErrorKind::Unsupported`] for an empty disk: a capacity of 0 means something else.
 pub(super) fn table_count(virtual_size: u64) -> Result<u64> {
+    if virtual_size == 0 {
+        return Err(unsupported("a VMDK file cannot hold an empty disk; write qcow2 or raw"));
+    }
     let tables = virtual_size.div_ceil((GTES_PER_GT * GRAIN_BYTES) as u64);
     if tables * 4 > GD_BYTES_MAX {
         let text = format!("a VMDK file cannot hold a disk of {virtual_size} bytes; write qcow2 or raw");
