@@ -36,7 +36,7 @@ const UNIT_BYTES_MIN: usize = 64 << 10;
 const UNIT_BYTES_MAX: usize = 8 << 20;
 
 /// Longest run of zeros handed to a target in one piece, so that an interruption is noticed.
-const ZERO_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const ZERO_BYTES_MAX: u64 = 1 << 30;
 
 /// How the work is divided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,12 +57,12 @@ impl Default for Options {
 }
 
 impl Options {
-    fn workers(&self) -> usize {
+    pub(crate) fn workers(&self) -> usize {
         self.workers.clamp(1, WORKERS_MAX)
     }
 
     /// The unit as a whole number of `step`s, a power of two of at most 2 MiB.
-    fn unit(&self, step: usize) -> usize {
+    pub(crate) fn unit(&self, step: usize) -> usize {
         self.unit_bytes.clamp(UNIT_BYTES_MIN, UNIT_BYTES_MAX).next_multiple_of(step)
     }
 }
@@ -194,7 +194,7 @@ fn fill_rest(
 }
 
 /// A piece of work.
-enum Range {
+pub(crate) enum Range {
     Zero { start: u64, len: u64 },
     Data { start: u64, len: usize },
 }
@@ -416,7 +416,7 @@ fn encode(
 }
 
 /// What the threads of one piece of work share, and whether they are to stop.
-struct Team<T> {
+pub(crate) struct Team<T> {
     state: Mutex<TeamState<T>>,
     changed: Condvar,
 }
@@ -428,12 +428,12 @@ struct TeamState<T> {
 }
 
 impl<T> Team<T> {
-    fn new(shared: T) -> Self {
+    pub(crate) fn new(shared: T) -> Self {
         let state = TeamState { shared, stopped: false, failure: None };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         lock(&self.state).stopped
     }
 
@@ -478,7 +478,7 @@ impl<T> Drop for StopOnUnwind<'_, T> {
 }
 
 /// Runs `work` on so many threads, the caller's among them, each with its number; returns the first failure.
-fn run_team<T: Send>(
+pub(crate) fn run_team<T: Send>(
     team: &Team<T>,
     threads: usize,
     work: impl Fn(usize) -> Result<()> + Sync,
@@ -503,6 +503,6 @@ fn run_team<T: Send>(
     failure.map_or(Ok(()), Err)
 }
 
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

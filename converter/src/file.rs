@@ -6,10 +6,11 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::compare::{self, Comparison};
 use crate::convert::{self, Options};
 use crate::format::{self, Format, Image, Info};
 use crate::forward::{ForwardReader, measure};
-use crate::io::{CreateOptions, Details, Finished};
+use crate::io::{CreateOptions, Details, Disk, Finished, ReadAt};
 use crate::limits::Limits;
 use crate::local::{self, FileSource, RawTarget};
 use crate::plain::PlainReader;
@@ -100,8 +101,7 @@ pub fn convert(
     if !format.is_plain() {
         let image = open_wrapped(input, reader, limits, progress)?;
         progress.set_phase("convert");
-        // A second worker would pull the stream to and fro.
-        return convert_image(&image, output, kind, &Options { workers: 1, ..*options }, progress);
+        return convert_image(&image, output, kind, &in_order_if(true, options), progress);
     }
     let mut disk = PlainReader::new(reader);
     match kind {
@@ -128,6 +128,61 @@ pub fn convert(
     }
 }
 
+/// A local image file, to be read at random.
+pub struct Opened {
+    /// Compression around the image, outermost first.
+    pub wrappers: Vec<Wrapper>,
+    /// The image inside.
+    pub image: Image,
+}
+
+/// Opens the image file at `path`. One in wrappers is decoded once to measure it, and again as it is read: in order, or
+/// it is begun again and again.
+pub fn open(path: &Path, limits: &Limits, progress: &Progress) -> Result<Opened> {
+    let (wrappers, source) = open_source(path, limits, progress)?;
+    Ok(Opened { wrappers, image: format::open(source, limits)? })
+}
+
+/// Compares the disks in two image files; see [`compare::compare`]. If they differ in size and `strict` is set, that
+/// is all that is told.
+pub fn compare(
+    paths: [&Path; 2],
+    strict: bool,
+    options: &Options,
+    limits: &Limits,
+    progress: &Progress,
+) -> Result<Comparison> {
+    let a = open(paths[0], limits, progress)?;
+    let b = open(paths[1], limits, progress)?;
+    let disks = [a.image.disk.as_ref(), b.image.disk.as_ref()];
+    let virtual_sizes = disks.map(Disk::virtual_size);
+    if strict && virtual_sizes[0] != virtual_sizes[1] {
+        return Ok(Comparison { virtual_sizes, first_difference: None });
+    }
+    progress.set_phase("compare");
+    let wrapped = !a.wrappers.is_empty() || !b.wrappers.is_empty();
+    compare::compare(disks, &in_order_if(wrapped, options), progress)
+}
+
+/// One worker where a second would pull a stream to and fro.
+fn in_order_if(wrapped: bool, options: &Options) -> Options {
+    if wrapped { Options { workers: 1, ..*options } } else { *options }
+}
+
+/// Opens the bytes of the image at `path`, inside its wrappers.
+fn open_source(
+    path: &Path,
+    limits: &Limits,
+    progress: &Progress,
+) -> Result<(Vec<Wrapper>, Arc<dyn ReadAt>)> {
+    let source = FileSource::open(path)?;
+    let Unwrapped { wrappers, reader, .. } = unwrap(path, limits)?;
+    match wrappers.is_empty() {
+        true => Ok((wrappers, Arc::new(source))),
+        false => Ok((wrappers, open_stream(path, reader, limits, progress)?)),
+    }
+}
+
 /// Opens an image in wrappers, of which `reader` is the inside. Decodes it once to measure it; the image is then read in
 /// order, and begun again where it goes far back.
 fn open_wrapped(
@@ -136,13 +191,22 @@ fn open_wrapped(
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Image> {
+    format::open(open_stream(path, reader, limits, progress)?, limits)
+}
+
+fn open_stream(
+    path: &Path,
+    reader: Box<dyn Read + Send>,
+    limits: &Limits,
+    progress: &Progress,
+) -> Result<Arc<dyn ReadAt>> {
     // Only decoding it tells the length, and that the wrapper is whole to its end.
     let file_bytes = measure(reader, progress, |_| ())?;
     let (owned, stream_limits) = (path.to_owned(), limits.clone());
     let open = move || -> io::Result<Box<dyn Read + Send>> { Ok(unwrap(&owned, &stream_limits)?.reader) };
     let source = ForwardReader::new(file_bytes, open)
         .map_err(|e| Error::io(format!("opening {}", path.display()), e))?;
-    format::open(Arc::new(source), limits)
+    Ok(Arc::new(source))
 }
 
 /// Converts an image that is read at random.

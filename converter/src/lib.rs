@@ -11,6 +11,7 @@
 //! [`sink`] are the adapters that touch files and block devices. Nothing here opens a socket.
 
 mod buffer;
+pub mod compare;
 pub mod convert;
 pub mod error;
 pub mod file;
@@ -19,6 +20,7 @@ pub mod forward;
 pub mod io;
 pub mod limits;
 pub mod local;
+pub mod map;
 mod pack;
 pub mod plain;
 pub mod progress;
