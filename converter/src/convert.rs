@@ -200,7 +200,7 @@ pub(crate) enum Range {
 }
 
 /// Walks the extents of a disk and cuts them on a grid of units.
-struct Ranges<'a> {
+pub(crate) struct Ranges<'a> {
     disk: &'a dyn Disk,
     unit: u64,
     at: u64,
@@ -208,11 +208,19 @@ struct Ranges<'a> {
 }
 
 impl<'a> Ranges<'a> {
-    fn new(disk: &'a dyn Disk, unit: u64) -> Self {
+    pub(crate) fn new(disk: &'a dyn Disk, unit: u64) -> Self {
         Self { disk, unit, at: 0, extent: None }
     }
 
-    fn next(&mut self) -> Result<Option<Range>> {
+    /// Goes on behind `error` as if there was data up to the end of the unit; fails with one that is no damage.
+    pub(crate) fn next_in_spite_of(&mut self, error: Error) -> Result<Option<Range>> {
+        if !matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io) {
+            return Err(error);
+        }
+        Ok(self.next_data())
+    }
+
+    pub(crate) fn next(&mut self) -> Result<Option<Range>> {
         let size = self.disk.virtual_size();
         if self.at >= size {
             return Ok(None);
@@ -231,10 +239,14 @@ impl<'a> Ranges<'a> {
                 return Ok(Some(Range::Zero { start, len }));
             }
         }
-        // Holes inside a unit read as zeros; one request for all of it costs less than one per extent.
-        let end = (start / self.unit + 1).saturating_mul(self.unit).min(size);
-        self.at = end;
-        Ok(Some(Range::Data { start, len: (end - start) as usize }))
+        Ok(self.next_data())
+    }
+
+    /// The rest of a unit: holes inside it read as zeros, and one request for all costs less than one per extent.
+    fn next_data(&mut self) -> Option<Range> {
+        let start = self.at;
+        self.at = (start / self.unit + 1).saturating_mul(self.unit).min(self.disk.virtual_size());
+        Some(Range::Data { start, len: (self.at - start) as usize })
     }
 }
 

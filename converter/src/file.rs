@@ -6,6 +6,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::check::{self, Report};
 use crate::compare::{self, Comparison};
 use crate::convert::{self, Options};
 use crate::format::{self, Format, Image, Info};
@@ -143,6 +144,33 @@ pub fn open(path: &Path, limits: &Limits, progress: &Progress) -> Result<Opened>
     Ok(Opened { wrappers, image: format::open(source, limits)? })
 }
 
+/// Checks the image file at `path`: its metadata, and `with_data` also that all data can be read and decoded.
+///
+/// Fails only if nothing can be told. `progress` counts bytes of the disk when its data is read.
+pub fn check(
+    path: &Path,
+    with_data: bool,
+    options: &Options,
+    limits: &Limits,
+    progress: &Progress,
+) -> Result<(Format, Report)> {
+    let (wrappers, source) = open_source(path, limits, progress)?;
+    progress.set_phase("check");
+    let (format, mut report) = format::check(&source, limits, progress)?;
+    if with_data {
+        progress.set_phase("read");
+        match format::open(source, limits) {
+            Ok(image) => {
+                let options = in_order_if(!wrappers.is_empty(), options);
+                check::read_data(image.disk.as_ref(), &mut report, &options, progress)?;
+            }
+            // Damage that the check of the metadata went on behind.
+            Err(e) => report.failure(e)?,
+        }
+    }
+    Ok((format, report))
+}
+
 /// Compares the disks in two image files; see [`compare::compare`]. If they differ in size and `strict` is set, that
 /// is all that is told.
 pub fn compare(
@@ -170,11 +198,7 @@ fn in_order_if(wrapped: bool, options: &Options) -> Options {
 }
 
 /// Opens the bytes of the image at `path`, inside its wrappers.
-fn open_source(
-    path: &Path,
-    limits: &Limits,
-    progress: &Progress,
-) -> Result<(Vec<Wrapper>, Arc<dyn ReadAt>)> {
+fn open_source(path: &Path, limits: &Limits, progress: &Progress) -> Result<(Vec<Wrapper>, Arc<dyn ReadAt>)> {
     let source = FileSource::open(path)?;
     let Unwrapped { wrappers, reader, .. } = unwrap(path, limits)?;
     match wrappers.is_empty() {

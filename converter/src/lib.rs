@@ -11,6 +11,7 @@
 //! [`sink`] are the adapters that touch files and block devices. Nothing here opens a socket.
 
 mod buffer;
+pub mod check;
 pub mod compare;
 pub mod convert;
 pub mod error;

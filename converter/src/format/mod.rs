@@ -20,8 +20,10 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::check::{self, Report};
 use crate::io::{CreateOptions, Details, Disk, ReadAt};
 use crate::limits::Limits;
+use crate::progress::Progress;
 use crate::{Error, ErrorKind, Result};
 
 /// First bytes of a file that are enough to probe it.
@@ -51,6 +53,22 @@ trait Driver: Sync {
         member: Option<&str>,
         limits: &Limits,
     ) -> Result<Box<dyn Disk>>;
+
+    /// Checks the metadata of the file in `source`, whose beginning is `head`, and goes on behind damage as far as that
+    /// makes sense. Fails only if nothing can be told, because the file cannot be opened or crosses a limit.
+    ///
+    /// By default all extents have to be inside the file, and none on another.
+    fn check(
+        &self,
+        source: &Arc<dyn ReadAt>,
+        head: &[u8],
+        limits: &Limits,
+        report: &mut Report,
+        progress: &Progress,
+    ) -> Result<()> {
+        let disk = self.open(source.clone(), head, None, limits)?;
+        check::walk(disk.as_ref(), source.len(), limits, report, progress)
+    }
 
     /// Understands the `options` to write this format with, names and values as `qemu-img convert -o` has them;
     /// `compress` is its `-c`. `None` if the format is not written.
@@ -200,6 +218,40 @@ pub fn open(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Image> {
 
 /// Opens like [`open`] the disk named `member` of an archive; the first one if no name is given.
 pub fn open_member(source: Arc<dyn ReadAt>, member: Option<&str>, limits: &Limits) -> Result<Image> {
+    let (head, format) = recognise_source(source.as_ref())?;
+    let file_bytes = source.len();
+    let disk = format.driver().open(source, &head, member, limits)?;
+    let info = Info { format, virtual_size: disk.virtual_size(), file_bytes, details: disk.details() };
+    Ok(Image { info, disk })
+}
+
+/// Checks the image stored in `source`: all of its metadata, and no data.
+///
+/// Damage is counted and not an error, unless the image cannot be opened for it. A raw disk has nothing to be checked.
+pub fn check(source: &Arc<dyn ReadAt>, limits: &Limits, progress: &Progress) -> Result<(Format, Report)> {
+    let (head, format) = recognise_source(source.as_ref())?;
+    let mut report = Report::default();
+    if !format.is_plain() {
+        format.driver().check(source, &head, limits, &mut report, progress)?;
+    }
+    Ok((format, report))
+}
+
+/// Understands the options to write `format` with, as `qemu-img convert -o` names them; `compress` is its `-c`.
+///
+/// Fails with [`ErrorKind::Unsupported`] for a format that is not written, and for options that it does not have.
+pub fn create_options(
+    format: Format,
+    compress: bool,
+    options: &[(&str, &str)],
+) -> Result<Box<dyn CreateOptions>> {
+    format.driver().create_options(compress, options).unwrap_or_else(|| {
+        Err(Error::new(ErrorKind::Unsupported, format!("format {format} is read, but not written")))
+    })
+}
+
+/// Reads the beginning of a file and tells its format by that, and by its end.
+fn recognise_source(source: &dyn ReadAt) -> Result<(Vec<u8>, Format)> {
     let file_bytes = source.len();
     let mut head = vec![0; file_bytes.min(PROBE_BYTES as u64) as usize];
     source.read_exact_at(&mut head, 0).map_err(|e| Error::io("reading the first bytes of the image", e))?;
@@ -216,22 +268,7 @@ pub fn open_member(source: Arc<dyn ReadAt>, member: Option<&str>, limits: &Limit
         }
     };
     let format = recognise(&head, tail)?;
-    let disk = format.driver().open(source, &head, member, limits)?;
-    let info = Info { format, virtual_size: disk.virtual_size(), file_bytes, details: disk.details() };
-    Ok(Image { info, disk })
-}
-
-/// Understands the options to write `format` with, as `qemu-img convert -o` names them; `compress` is its `-c`.
-///
-/// Fails with [`ErrorKind::Unsupported`] for a format that is not written, and for options that it does not have.
-pub fn create_options(
-    format: Format,
-    compress: bool,
-    options: &[(&str, &str)],
-) -> Result<Box<dyn CreateOptions>> {
-    format.driver().create_options(compress, options).unwrap_or_else(|| {
-        Err(Error::new(ErrorKind::Unsupported, format!("format {format} is read, but not written")))
-    })
+    Ok((head, format))
 }
 
 fn recognise(head: &[u8], tail: Option<Tail<'_>>) -> Result<Format> {

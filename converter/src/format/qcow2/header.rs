@@ -17,12 +17,16 @@ const V3_HEADER_BYTES_MIN: usize = 104;
 /// Longest name of a backing file.
 const BACKING_NAME_BYTES_MAX: usize = 1023;
 
-/// Header extensions looked through for a feature name; qemu writes five kinds.
+/// Header extensions looked through for one; qemu writes five kinds.
 const EXTENSIONS_MAX: usize = 64;
 
 const EXTENSION_END: u32 = 0;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const FEATURE_NAME_ENTRY_BYTES: usize = 48;
+
+/// Autoclear feature bit: the bitmaps are as valid as the rest.
+const AUTOCLEAR_BITMAPS: u64 = 1;
 
 /// A validated header: what readers need, and what people ask for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,12 +49,22 @@ pub(super) struct Header {
     pub lazy_refcounts: bool,
     /// Bits of one reference count.
     pub refcount_bits: u32,
-    /// Internal snapshots; they are not read.
+    /// Internal snapshots; their disks are not read.
     pub snapshots: u32,
+    /// Where the table of snapshots is, bytes; checked by nobody before it is read.
+    pub snapshots_offset: u64,
+    /// Where the refcount table is, bytes; a multiple of the cluster size, inside the file.
+    pub refcount_table_offset: u64,
+    /// Length of the refcount table.
+    pub refcount_table_clusters: u32,
+    /// Where the directory of persistent bitmaps is, and its length, bytes; checked by nobody before it is read.
+    pub bitmap_directory: Option<(u64, u64)>,
     /// Where the active L1 table is, bytes; a multiple of the cluster size.
     pub l1_offset: u64,
     /// L1 entries that the virtual size needs.
     pub l1_entries: u64,
+    /// L1 entries that the file has; as many or more.
+    pub l1_stored_entries: u64,
 }
 
 /// Whether `head` begins a qcow2 file of version 2 or 3.
@@ -150,8 +164,13 @@ impl Header {
             lazy_refcounts: fields.compatible & LAZY_REFCOUNTS != 0,
             refcount_bits: 1 << fields.refcount_order,
             snapshots: fields.snapshots,
+            snapshots_offset: fields.snapshots_offset,
+            refcount_table_offset: fields.refcount_table_offset,
+            refcount_table_clusters: fields.refcount_table_clusters,
+            bitmap_directory: bitmap_directory(head, &fields),
             l1_offset: fields.l1_offset,
             l1_entries,
+            l1_stored_entries: u64::from(fields.l1_entries),
         })
     }
 
@@ -174,8 +193,10 @@ struct Fields {
     refcount_table_offset: u64,
     refcount_table_clusters: u32,
     snapshots: u32,
+    snapshots_offset: u64,
     incompatible: u64,
     compatible: u64,
+    autoclear: u64,
     refcount_order: u32,
     header_bytes: u64,
     compression_type: u8,
@@ -195,8 +216,10 @@ impl Fields {
             refcount_table_offset: be64(head, 48)?,
             refcount_table_clusters: be32(head, 56)?,
             snapshots: be32(head, 60)?,
+            snapshots_offset: be64(head, 64)?,
             incompatible: 0,
             compatible: 0,
+            autoclear: 0,
             refcount_order: 4,
             header_bytes: V2_HEADER_BYTES as u64,
             compression_type: compression_type::ZLIB,
@@ -205,6 +228,7 @@ impl Fields {
         if fields.version >= 3 {
             fields.incompatible = be64(head, 72)?;
             fields.compatible = be64(head, 80)?;
+            fields.autoclear = be64(head, 88)?;
             fields.refcount_order = be32(head, 96)?;
             fields.header_bytes = u64::from(be32(head, 100)?);
             if fields.header_bytes > V3_HEADER_BYTES_MIN as u64 {
@@ -261,6 +285,24 @@ fn refuse_unsupported(fields: &Fields, head: &[u8]) -> Result<()> {
 
 /// The name that the image itself gives to an incompatible feature bit.
 fn feature_name(head: &[u8], fields: &Fields, bit: u32) -> Option<String> {
+    let names = extension(head, fields, EXTENSION_FEATURE_NAMES)?;
+    let mut entries = names.chunks_exact(FEATURE_NAME_ENTRY_BYTES);
+    let entry = entries.find(|entry| entry[0] == 0 && u32::from(entry[1]) == bit)?;
+    let name = entry[2..].split(|&b| b == 0).next()?;
+    Some(String::from_utf8_lossy(name).into_owned())
+}
+
+/// Where the directory of bitmaps is, if the image says that they are valid.
+fn bitmap_directory(head: &[u8], fields: &Fields) -> Option<(u64, u64)> {
+    if fields.autoclear & AUTOCLEAR_BITMAPS == 0 {
+        return None;
+    }
+    let body = extension(head, fields, EXTENSION_BITMAPS)?;
+    (be32(body, 0)? > 0).then_some((be64(body, 16)?, be64(body, 8)?))
+}
+
+/// The body of the first header extension of one kind.
+fn extension<'a>(head: &'a [u8], fields: &Fields, wanted: u32) -> Option<&'a [u8]> {
     let mut at = usize::try_from(fields.header_bytes).ok()?;
     for _ in 0..EXTENSIONS_MAX {
         let kind = be32(head, at)?;
@@ -268,13 +310,7 @@ fn feature_name(head: &[u8], fields: &Fields, bit: u32) -> Option<String> {
         let body = head.get(at.checked_add(8)?..)?.get(..bytes)?;
         match kind {
             EXTENSION_END => return None,
-            EXTENSION_FEATURE_NAMES => {
-                let entry = body
-                    .chunks_exact(FEATURE_NAME_ENTRY_BYTES)
-                    .find(|e| e[0] == 0 && u32::from(e[1]) == bit)?;
-                let name = entry[2..].split(|&b| b == 0).next()?;
-                return Some(String::from_utf8_lossy(name).into_owned());
-            }
+            _ if kind == wanted => return Some(body),
             _ => at = at.checked_add(8)?.checked_add(bytes.checked_next_multiple_of(8)?)?,
         }
     }

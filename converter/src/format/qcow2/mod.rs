@@ -2,9 +2,11 @@
 //!
 //! ```text
 //!  header ──> disk ──> tables (L1, bounded cache of L2) ──> decode (zlib, zstd)      read
+//!    └──────> check (reference counts)                                               check
 //!                                    options ──> write (append only, header last)    write
 //! ```
 
+mod check;
 mod decode;
 mod disk;
 mod header;
@@ -18,8 +20,10 @@ pub use options::{Compression, Preallocation, WriteOptions};
 
 use super::Tail;
 use crate::Result;
+use crate::check::Report;
 use crate::io::{CreateOptions, Disk, ReadAt};
 use crate::limits::Limits;
+use crate::progress::Progress;
 use header::Header;
 
 pub(super) struct Driver;
@@ -43,6 +47,18 @@ impl super::Driver for Driver {
         super::refuse_member(member)?;
         let header = Header::parse(head, Some(source.len()), limits)?;
         Ok(Box::new(disk::Qcow2Disk::open(source, &header, limits)?))
+    }
+
+    fn check(
+        &self,
+        source: &Arc<dyn ReadAt>,
+        head: &[u8],
+        limits: &Limits,
+        report: &mut Report,
+        progress: &Progress,
+    ) -> Result<()> {
+        let header = Header::parse(head, Some(source.len()), limits)?;
+        check::check(source.as_ref(), &header, limits, report, progress)
     }
 
     fn create_options(
