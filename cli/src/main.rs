@@ -4,7 +4,8 @@
 //! main ──> cmd::<command>::run ──> work::run (runtime, signals, progress bar) ──> a room's function
 //! ```
 //!
-//! Exit codes: 0 done; 1 failed; 2 wrong usage; 130 and 143 stopped by SIGINT and SIGTERM.
+//! Exit codes: 0 done; 1 failed; 2 wrong usage; 130 and 143 stopped by SIGINT and SIGTERM. `check` and `compare` have
+//! their own, told in their help.
 
 mod cmd;
 mod logging;
@@ -18,8 +19,6 @@ use clap::Parser;
 fn main() -> ExitCode {
     let cli = cmd::Cli::parse();
     logging::init(&cli.log);
-    match cmd::run(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => work::report(&error),
-    }
+    let failure_code = cli.command.failure_code();
+    cmd::run(cli.command).unwrap_or_else(|error| work::report(&error, failure_code))
 }

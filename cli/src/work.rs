@@ -59,9 +59,24 @@ pub fn run<T, F>(title: &str, work: impl FnOnce(Arc<Progress>) -> F) -> anyhow::
 where
     F: Future<Output = anyhow::Result<T>>,
 {
+    supervise(Some(title), work)
+}
+
+/// Runs `work` like [`run`], but shows nothing: for work that prints its answer as it goes.
+pub fn run_quietly<T, F>(work: impl FnOnce(Arc<Progress>) -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = anyhow::Result<T>>,
+{
+    supervise(None, work)
+}
+
+fn supervise<T, F>(title: Option<&str>, work: impl FnOnce(Arc<Progress>) -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = anyhow::Result<T>>,
+{
     let runtime = runtime()?;
     let progress = Arc::new(Progress::default());
-    let display = Display::start(title, progress.clone());
+    let display = title.map(|title| Display::start(title, progress.clone()));
     let result = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let mut work = std::pin::pin!(work(progress.clone()));
@@ -81,7 +96,9 @@ where
         }
         Err(interrupted.into())
     });
-    display.end(result.is_ok());
+    if let Some(display) = display {
+        display.end(result.is_ok());
+    }
     // Blocking threads notice the cancellation on their own; they must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_millis(WIND_DOWN_MS / 10));
     result
@@ -116,8 +133,9 @@ impl Signals {
     }
 }
 
-/// Prints an error with its chain of causes and gives the exit code that belongs to it.
-pub fn report(error: &anyhow::Error) -> ExitCode {
+/// Prints an error with its chain of causes and gives the exit code that belongs to it: `failure_code`, unless it has
+/// another reason than the work itself.
+pub fn report(error: &anyhow::Error, failure_code: u8) -> ExitCode {
     eprintln!("dvcr: {error}");
     for cause in error.chain().skip(1) {
         eprintln!("  because: {cause}");
@@ -128,7 +146,7 @@ pub fn report(error: &anyhow::Error) -> ExitCode {
     match error.downcast_ref::<Interrupted>() {
         Some(Interrupted { signal, .. }) if *signal == SignalKind::terminate() => ExitCode::from(143),
         Some(_) => ExitCode::from(130),
-        None => ExitCode::FAILURE,
+        None => ExitCode::from(failure_code),
     }
 }
 

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use clap::ValueEnum;
 use dvcr_converter::file::{self, Inspection};
 use dvcr_converter::io::Value;
 use dvcr_converter::limits::Limits;
 use serde_json::json;
 
+use super::Output;
 use crate::size::Human;
 use crate::work;
 
@@ -22,12 +22,6 @@ pub struct Args {
     /// How to print the answer; json names its fields as `qemu-img info` does.
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Output {
-    Human,
-    Json,
 }
 
 /// Runs the command.

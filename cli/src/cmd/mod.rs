@@ -1,12 +1,17 @@
 //! The commands, one file each.
 
+mod check;
+mod compare;
 mod convert;
 mod import;
 mod info;
+mod map;
 mod populate;
 mod registry;
 
-use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::logging;
 
@@ -26,18 +31,43 @@ pub enum Command {
     Import(import::Args),
     Populate(populate::Args),
     Info(info::Args),
+    Map(map::Args),
+    Check(check::Args),
+    Compare(compare::Args),
     Convert(convert::Args),
 }
 
-/// Runs one command to its end.
-pub fn run(command: Command) -> anyhow::Result<()> {
+impl Command {
+    /// The exit code that says that the command failed.
+    pub fn failure_code(&self) -> u8 {
+        match self {
+            // 1 is the answer that the disks differ.
+            Command::Compare(_) => 2,
+            _ => 1,
+        }
+    }
+}
+
+/// How a command prints its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Human,
+    Json,
+}
+
+/// Runs one command to its end; most succeed or fail, some have more to say by their exit code.
+pub fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
+        Command::Check(args) => return check::run(args),
+        Command::Compare(args) => return compare::run(args),
         Command::Registry(args) => registry::run(args),
         Command::Import(args) => import::run(args),
         Command::Populate(args) => populate::run(args),
         Command::Info(args) => info::run(args),
+        Command::Map(args) => map::run(args),
         Command::Convert(args) => convert::run(args),
     }
+    .map(|()| ExitCode::SUCCESS)
 }
 
 #[cfg(test)]

@@ -1,0 +1,77 @@
+//! `dvcr compare`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use dvcr_converter::compare::Comparison;
+use dvcr_converter::convert::Options;
+use dvcr_converter::file;
+use dvcr_converter::limits::Limits;
+use serde_json::json;
+
+use super::Output;
+use crate::work;
+
+/// Tells whether two image files hold the same disk.
+///
+/// Formats and compression may differ, and one disk may be larger if it has only zeros there. Exit codes: 0 identical, 1
+/// different, 2 they could not be compared (and wrong usage).
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// An image file or block device.
+    a: PathBuf,
+    /// Another one.
+    b: PathBuf,
+    /// Disks of different sizes are different.
+    #[arg(long)]
+    strict: bool,
+    /// How to print the answer.
+    #[arg(long, value_enum, default_value_t = Output::Human)]
+    output: Output,
+    /// Threads that read and decode; by default one per core, from 2 to 8.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
+    workers: Option<u8>,
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let Args { a, b, strict, output, workers } = args;
+    let names = [a.display().to_string(), b.display().to_string()];
+    let mut options = Options::default();
+    if let Some(workers) = workers {
+        options.workers = workers.into();
+    }
+    let comparison = work::run(&names[0], |progress| async move {
+        let compare = move || file::compare([&a, &b], strict, &options, &Limits::default(), &progress);
+        Ok(tokio::task::spawn_blocking(compare).await??)
+    })
+    .with_context(|| format!("cannot compare {} and {}", names[0], names[1]))?;
+    let identical = comparison.is_identical(strict);
+    match output {
+        Output::Human => println!("{}", human(&comparison, identical)),
+        Output::Json => println!("{:#}", json(&names, &comparison, identical)),
+    }
+    Ok(ExitCode::from(u8::from(!identical)))
+}
+
+fn human(comparison: &Comparison, identical: bool) -> String {
+    let [a, b] = comparison.virtual_sizes;
+    match comparison.first_difference {
+        Some(at) => format!("the disks differ at offset {at}"),
+        None if !identical => format!("the disks differ in size: {a} and {b} bytes"),
+        None if a != b => {
+            format!("the disks are identical, but for the zeros at the end of one: {a} and {b} bytes")
+        }
+        None => "the disks are identical".to_owned(),
+    }
+}
+
+fn json(names: &[String; 2], comparison: &Comparison, identical: bool) -> serde_json::Value {
+    json!({
+        "filenames": names,
+        "virtual-sizes": comparison.virtual_sizes,
+        "identical": identical,
+        "first-difference": comparison.first_difference,
+    })
+}
