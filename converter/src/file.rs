@@ -1,7 +1,7 @@
 //! Work on whole local files: what one is, and another made from it.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,14 +11,14 @@ use crate::compare::{self, Comparison};
 use crate::convert::{self, Options};
 use crate::format::{self, Format, Image, Info};
 use crate::forward::{ForwardReader, measure};
-use crate::io::{CreateOptions, Details, Disk, Finished, ReadAt};
+use crate::io::{CreateOptions, Details, Disk, Finished, ReadAt, Sink};
 use crate::limits::Limits;
-use crate::local::{self, FileSource, RawTarget};
+use crate::local::{self, FileSource, Preallocation, RawTarget};
 use crate::plain::PlainReader;
 use crate::progress::Progress;
-use crate::sink::ImageTarget;
+use crate::sink::{ImageTarget, StreamTarget};
 use crate::wrapper::{self, Unwrapped, Wrapper};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// What a local image file is.
 #[derive(Clone, Debug)]
@@ -37,6 +37,20 @@ pub enum Output {
     Raw,
     /// A file in the format that these options are for.
     Image(Box<dyn CreateOptions>),
+}
+
+/// Where an image goes.
+pub enum Destination<'a> {
+    /// A file, new or replaced; for a raw disk also a block device.
+    Path(&'a Path, Preallocation),
+    /// A stream, such as standard output: for raw disks, and formats that are written from front to end.
+    Stream(Box<dyn Write + Send + 'a>),
+}
+
+impl<'a, P: AsRef<Path> + ?Sized> From<&'a P> for Destination<'a> {
+    fn from(path: &'a P) -> Self {
+        Destination::Path(path.as_ref(), Preallocation::Off)
+    }
 }
 
 /// What a conversion did.
@@ -73,58 +87,53 @@ pub fn inspect(path: &Path, limits: &Limits, progress: &Progress) -> Result<Insp
     Ok(Inspection { wrappers, info, allocated_bytes })
 }
 
-/// Converts the image file `input` to `output`, which is complete and synced when this returns, and is not there
-/// (a block device: begins with zeros) otherwise.
+/// Converts the image file `input` to `output`, a path or a [`Destination`]. A file or block device is complete and
+/// synced when this returns, and is not there (a block device: begins with zeros) otherwise.
 ///
 /// A wrapped raw or iso image is converted as it is decoded. An image in another format is decoded several times: to
 /// measure it, to read it in order, and again where it goes far back; one whose parts are so scattered that this
-/// never ends is [`ErrorKind::Unsupported`]. An input that is the output device itself is [`ErrorKind::Target`].
-pub fn convert(
+/// never ends is [`ErrorKind::Unsupported`]. An input that lies on the output device, and a destination that cannot take
+/// the format, are [`ErrorKind::Target`].
+pub fn convert<'a>(
     input: &Path,
-    output: &Path,
+    output: impl Into<Destination<'a>>,
     kind: Output,
     options: &Options,
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Converted> {
-    // A file is replaced by a new one, a device is overwritten while the source is read.
-    if output.metadata().is_ok_and(|target| target.file_type().is_block_device()) {
-        local::refuse_same_storage(input, output)?;
-    }
+    let target = Target::of(output.into(), kind, input)?;
     progress.set_phase("convert");
     let Unwrapped { wrappers, head, reader } = unwrap(input, limits)?;
     if wrappers.is_empty() {
         drop(reader);
-        let image = format::open(Arc::new(FileSource::open(input)?), limits)?;
-        return convert_image(&image, output, kind, options, progress);
+        let source = Arc::new(FileSource::open(input)?);
+        let image = format::open(source.clone(), limits)?;
+        return convert_image(&image, Some(&source), target, options, progress);
     }
     let format = format::probe(&head, None, limits)?.format;
     if !format.is_plain() {
         let image = open_wrapped(input, reader, limits, progress)?;
         progress.set_phase("convert");
-        return convert_image(&image, output, kind, &in_order_if(true, options), progress);
+        return convert_image(&image, None, target, &in_order_if(true, options), progress);
     }
-    let mut disk = PlainReader::new(reader);
-    match kind {
-        Output::Raw => {
-            let target = RawTarget::create(output, 0)?;
-            let written = convert::stream_to_raw(Box::new(&mut disk), &target, options, progress)?;
-            finish_raw(target, disk.format(format), written.data_bytes, progress)
+    match target {
+        Target::Raw(output, preallocation) => {
+            let target = RawTarget::create_with(output, 0, preallocation)?;
+            let written = convert::stream_to_raw(reader, &target, options, progress)?;
+            finish_raw(target, format, written.data_bytes, progress)
         }
-        Output::Image(image) => {
-            let size = if image.needs_size() {
-                let bytes = measure(Box::new(disk), progress, |_| ())?;
+        Target::Image(output, image) => {
+            let (reader, size) = if image.needs_size() {
+                let bytes = measure(reader, progress, |_| ())?;
                 progress.set_phase("convert");
-                disk = PlainReader::new(unwrap(input, limits)?.reader);
-                format::probe(&head, Some(bytes), limits)?.virtual_size
+                (unwrap(input, limits)?.reader, format::probe(&head, Some(bytes), limits)?.virtual_size)
             } else {
-                None
+                (reader, None)
             };
-            let mut target = ImageTarget::create(output)?;
-            let reader = Box::new(&mut disk);
-            let finished =
-                convert::stream_to_image(reader, size, &mut target, image.as_ref(), options, progress)?;
-            finish_image(target, disk.format(format), &finished, progress)
+            write_image(output, format, progress, |sink| {
+                convert::stream_to_image(reader, size, sink, image.as_ref(), options, progress)
+            })
         }
     }
 }
@@ -233,27 +242,101 @@ fn open_stream(
     Ok(Arc::new(source))
 }
 
-/// Converts an image that is read at random.
+/// What to write, and where: the pairs that go together.
+enum Target<'a> {
+    /// A raw file or block device, written at random.
+    Raw(&'a Path, Preallocation),
+    Image(Destination<'a>, Box<dyn CreateOptions>),
+}
+
+impl<'a> Target<'a> {
+    fn of(output: Destination<'a>, kind: Output, input: &Path) -> Result<Self> {
+        let refused = |text: String| Err(Error::new(ErrorKind::Target, text));
+        match (output, kind) {
+            (Destination::Stream(out), Output::Raw) => {
+                let raw = format::create_options(Format::Raw, false, &[])?;
+                Ok(Target::Image(Destination::Stream(out), raw))
+            }
+            (Destination::Stream(_), Output::Image(image)) if !image.is_stream() => refused(format!(
+                "{} with these options is not written from front to end, so that a stream cannot take it; name a file",
+                image.format()
+            )),
+            (output @ Destination::Stream(_), Output::Image(image)) => Ok(Target::Image(output, image)),
+            (Destination::Path(path, preallocation), kind) => {
+                let device = path.metadata().is_ok_and(|target| target.file_type().is_block_device());
+                match kind {
+                    // A file is replaced by a new one, a device is overwritten while the source is read.
+                    Output::Raw if device => local::refuse_same_storage(input, path)?,
+                    Output::Raw => {}
+                    Output::Image(image) if device => {
+                        return refused(format!(
+                            "{} is a block device: a guest would see the bytes of the {} file there and not its disk; \
+                             write raw, or name a file",
+                            path.display(),
+                            image.format()
+                        ));
+                    }
+                    Output::Image(image) => {
+                        return Ok(Target::Image(Destination::Path(path, preallocation), image));
+                    }
+                }
+                Ok(Target::Raw(path, preallocation))
+            }
+        }
+    }
+}
+
+/// Converts an image that is read at random; `file` is the one that it is, if it is not wrapped.
 fn convert_image(
     image: &Image,
-    output: &Path,
-    kind: Output,
+    file: Option<&FileSource>,
+    target: Target<'_>,
     options: &Options,
     progress: &Progress,
 ) -> Result<Converted> {
     let (disk, format) = (image.disk.as_ref(), image.info.format);
-    match kind {
-        Output::Raw => {
-            let target = RawTarget::create(output, disk.virtual_size())?;
+    match target {
+        Target::Raw(output, preallocation) => {
+            let target = RawTarget::create_with(output, disk.virtual_size(), preallocation)?;
+            if let Some(file) = file.filter(|_| format.is_plain())
+                && target.reflink(file)?
+            {
+                progress.set_total(disk.virtual_size());
+                progress.advance(disk.virtual_size());
+                return finish_raw(target, format, file.allocated_bytes()?, progress);
+            }
             let written = convert::to_raw(disk, &target, options, progress)?;
             finish_raw(target, format, written.data_bytes, progress)
         }
-        Output::Image(image) => {
-            let mut target = ImageTarget::create(output)?;
-            let finished = convert::to_image(disk, &mut target, image.as_ref(), options, progress)?;
-            finish_image(target, format, &finished, progress)
-        }
+        Target::Image(output, image) => write_image(output, format, progress, |sink| {
+            convert::to_image(disk, sink, image.as_ref(), options, progress)
+        }),
     }
+}
+
+/// Lets `write` fill what the image goes to, and completes it. `format` is that of the source.
+fn write_image(
+    output: Destination<'_>,
+    format: Format,
+    progress: &Progress,
+    write: impl FnOnce(&mut dyn Sink) -> Result<Finished>,
+) -> Result<Converted> {
+    let finished = match output {
+        Destination::Path(path, preallocation) => {
+            let mut target = ImageTarget::create_with(path, preallocation)?;
+            let finished = write(&mut target)?;
+            progress.set_phase("sync");
+            target.finish(&finished)?;
+            finished
+        }
+        Destination::Stream(out) => {
+            let mut target = StreamTarget::new(out, 0);
+            let finished = write(&mut target)?;
+            target.finish()?;
+            finished
+        }
+    };
+    Ok(Converted { format, virtual_size: finished.virtual_size, stored_bytes: finished.file_bytes })
 }
 
 fn finish_raw(
@@ -266,17 +349,6 @@ fn finish_raw(
     let virtual_size = target.size();
     target.finish()?;
     Ok(Converted { format, virtual_size, stored_bytes })
-}
-
-fn finish_image(
-    target: ImageTarget,
-    format: Format,
-    finished: &Finished,
-    progress: &Progress,
-) -> Result<Converted> {
-    progress.set_phase("sync");
-    target.finish(finished)?;
-    Ok(Converted { format, virtual_size: finished.virtual_size, stored_bytes: finished.file_bytes })
 }
 
 fn unwrap(path: &Path, limits: &Limits) -> Result<Unwrapped<'static>> {

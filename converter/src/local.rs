@@ -4,9 +4,11 @@
 //! zeros (its real first MiB comes last, after everything else is on stable storage, and of that its first page).
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, Metadata, OpenOptions, Permissions};
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -37,6 +39,34 @@ const DEVICE_ZERO_BYTES_MIN: usize = 64 << 10;
 /// Bits of a file's mode that a new file takes over from the one it replaces, and the owner's right to write.
 const PERMISSION_BITS: u32 = 0o777;
 const OWNER_WRITES: u32 = 0o600;
+
+/// When a new file gets its room on the file system.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preallocation {
+    /// With the data: zeros are holes.
+    #[default]
+    Off,
+    /// All of it, at once, without being written: no later write fails for want of room.
+    Falloc,
+    /// All of it, by zeros being written as data is.
+    Full,
+}
+
+impl FromStr for Preallocation {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name {
+            "off" => Ok(Preallocation::Off),
+            "falloc" => Ok(Preallocation::Falloc),
+            "full" => Ok(Preallocation::Full),
+            other => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("unknown preallocation {other:?}; known are off, falloc, full"),
+            )),
+        }
+    }
+}
 
 /// A regular file or block device that is read at random.
 #[derive(Debug)]
@@ -102,14 +132,13 @@ impl ReadAt for FileSource {
     }
 }
 
-/// Refuses to write over the storage that is read: the same block device under any name, or the same file.
+/// Refuses to write over the storage that is read: the same block device under any name, a partition of it or the disk
+/// around it, the file behind it, or the same file.
 ///
 /// Fails with [`ErrorKind::Target`]. Only a target that is overwritten in place needs this; a new file does not.
 pub fn refuse_same_storage(source: &Path, target: &Path) -> Result<()> {
     let (Ok(from), Ok(to)) = (source.metadata(), target.metadata()) else { return Ok(()) };
-    // Two nodes of one device have different inodes.
-    let same_device = from.file_type().is_block_device() && to.file_type().is_block_device();
-    if (same_device && from.rdev() == to.rdev()) || (from.dev(), from.ino()) == (to.dev(), to.ino()) {
+    if same_storage(&from, &to) {
         return Err(Error::new(
             ErrorKind::Target,
             format!(
@@ -120,6 +149,55 @@ pub fn refuse_same_storage(source: &Path, target: &Path) -> Result<()> {
         ));
     }
     Ok(())
+}
+
+fn same_storage(from: &Metadata, to: &Metadata) -> bool {
+    if (from.dev(), from.ino()) == (to.dev(), to.ino()) {
+        return true;
+    }
+    if !to.file_type().is_block_device() {
+        return false;
+    }
+    let target = BlockDevice::find(to.rdev());
+    if !from.file_type().is_block_device() {
+        let backing = target.backing_file().and_then(|file| file.metadata().ok());
+        return backing.is_some_and(|file| (file.dev(), file.ino()) == (from.dev(), from.ino()));
+    }
+    // Two nodes of one device have different inodes; two partitions of one disk have nothing in common.
+    let source = BlockDevice::find(from.rdev());
+    let whole = |device: &BlockDevice| device.number == device.disk;
+    source.number == target.number || source.disk == target.disk && (whole(&source) || whole(&target))
+}
+
+/// A block device, as sysfs tells of it.
+struct BlockDevice {
+    number: u64,
+    /// The disk that it is, or is a partition of.
+    disk: u64,
+}
+
+impl BlockDevice {
+    fn find(number: u64) -> Self {
+        let disk = || {
+            let directory = Self::directory(number).canonicalize().ok()?;
+            directory.join("partition").try_exists().ok()?.then_some(())?;
+            let parent = std::fs::read_to_string(directory.parent()?.join("dev")).ok()?;
+            let (major, minor) = parent.trim().split_once(':')?;
+            Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
+        };
+        Self { number, disk: disk().unwrap_or(number) }
+    }
+
+    /// The file that a loop device stands for.
+    fn backing_file(&self) -> Option<PathBuf> {
+        let file = std::fs::read(Self::directory(self.disk).join("loop/backing_file")).ok()?;
+        Some(PathBuf::from(OsString::from_vec(file.trim_ascii_end().to_vec())))
+    }
+
+    fn directory(number: u64) -> PathBuf {
+        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+        PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+    }
 }
 
 /// A raw disk under construction: a sparse file or a block device, written by any number of threads.
@@ -134,7 +212,7 @@ pub struct RawTarget {
 #[derive(Debug)]
 enum Kind {
     /// A new file, renamed when it is complete; it is zero where nothing was written.
-    Fresh(Partial),
+    Fresh(Partial, Preallocation),
     /// Storage that exists and may hold old bytes. Its first bytes are kept here until the end.
     InPlace { capacity: u64, head: Mutex<Vec<u8>> },
 }
@@ -145,8 +223,20 @@ impl RawTarget {
     ///
     /// Fails with [`ErrorKind::Target`] if `path` is a device smaller than `size`, or nothing to write a disk to.
     pub fn create(path: &Path, size: u64) -> Result<Self> {
+        Self::create_with(path, size, Preallocation::Off)
+    }
+
+    /// Starts a raw disk like [`RawTarget::create`]; a file gets its room as told. A block device has it already, and
+    /// anything but [`Preallocation::Off`] fails with [`ErrorKind::Target`].
+    pub fn create_with(path: &Path, size: u64, preallocation: Preallocation) -> Result<Self> {
         match std::fs::metadata(path) {
-            Ok(metadata) if metadata.file_type().is_block_device() => Self::in_place(path, size),
+            Ok(metadata) if metadata.file_type().is_block_device() => {
+                if preallocation != Preallocation::Off {
+                    let text = format!("{} is a block device: there is no room to allocate", path.display());
+                    return Err(Error::new(ErrorKind::Target, text));
+                }
+                Self::in_place(path, size)
+            }
             _ => {
                 let partial = Partial::create(path)?;
                 let buffered = partial
@@ -155,8 +245,8 @@ impl RawTarget {
                     .map_err(|e| Error::io(format!("opening {}", partial.temporary.display()), e))?;
                 // Not through a link that took the name meanwhile.
                 let file = DirectFile::new(buffered, &partial.temporary, OFlags::NOFOLLOW);
-                let target =
-                    Self { path: path.to_owned(), file, size: AtomicU64::new(0), kind: Kind::Fresh(partial) };
+                let kind = Kind::Fresh(partial, preallocation);
+                let target = Self { path: path.to_owned(), file, size: AtomicU64::new(0), kind };
                 target.grow(size)?;
                 Ok(target)
             }
@@ -203,9 +293,14 @@ impl RawTarget {
             return Ok(());
         }
         match &self.kind {
-            Kind::Fresh(partial) => self.file.buffered.set_len(size).map_err(|e| {
-                Error::io(format!("making {} {size} bytes long", partial.temporary.display()), e)
-            })?,
+            Kind::Fresh(partial, preallocation) => {
+                self.file.buffered.set_len(size).map_err(|e| {
+                    Error::io(format!("making {} {size} bytes long", partial.temporary.display()), e)
+                })?;
+                if *preallocation == Preallocation::Falloc {
+                    allocate(&self.file.buffered, self.size(), size, &partial.temporary)?;
+                }
+            }
             Kind::InPlace { capacity, .. } if size > *capacity => {
                 return Err(Error::new(
                     ErrorKind::Target,
@@ -226,7 +321,11 @@ impl RawTarget {
     /// Fast when both begin at multiples of 4096.
     pub fn write_sparse(&self, bytes: &[u8], offset: u64) -> Result<u64> {
         let zero_bytes_min = match self.kind {
-            Kind::Fresh(_) => SPARSE_BYTES_MIN,
+            Kind::Fresh(_, Preallocation::Full) => {
+                self.write_data(bytes, offset)?;
+                return Ok(bytes.len() as u64);
+            }
+            Kind::Fresh(..) => SPARSE_BYTES_MIN,
             Kind::InPlace { .. } => DEVICE_ZERO_BYTES_MIN,
         };
         let mut data_bytes = 0;
@@ -246,9 +345,13 @@ impl RawTarget {
 
     /// Makes `len` bytes at `offset` zero.
     pub fn write_zeros(&self, offset: u64, len: u64) -> Result<()> {
-        let Kind::InPlace { head, .. } = &self.kind else { return Ok(()) };
         let end = offset.saturating_add(len);
         let mut at = offset;
+        let head = match &self.kind {
+            Kind::Fresh(_, Preallocation::Full) => return self.write_zero_bytes(offset, end),
+            Kind::Fresh(..) => return Ok(()),
+            Kind::InPlace { head, .. } => head,
+        };
         {
             let mut head = lock(head);
             if let Some(kept) = head.get_mut(at.min(DEVICE_HEAD_BYTES) as usize..) {
@@ -260,12 +363,19 @@ impl RawTarget {
         if at >= end {
             return Ok(());
         }
+        // On a block device the first is what BLKZEROOUT does without its fallback to writing: the device unmaps the
+        // range and promises zeros, which a discard (BLKDISCARD) does not promise. The second keeps the range allocated,
+        // and writes in the kernel where the device can do neither.
         for flags in [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE] {
             let flags = flags | FallocateFlags::KEEP_SIZE;
             if rustix::fs::fallocate(&self.file.buffered, flags, at, end - at).is_ok() {
                 return Ok(());
             }
         }
+        self.write_zero_bytes(at, end)
+    }
+
+    fn write_zero_bytes(&self, mut at: u64, end: u64) -> Result<()> {
         let zeros = crate::buffer::AlignedBuf::new(ZERO_BYTES);
         while at < end {
             let n = (end - at).min(ZERO_BYTES as u64);
@@ -273,6 +383,23 @@ impl RawTarget {
             at += n;
         }
         Ok(())
+    }
+
+    /// Makes the whole target a copy of `source` that shares its blocks, where the file system can do that; tells whether
+    /// it did. A target that is longer is zero behind the copy.
+    pub fn reflink(&self, source: &FileSource) -> Result<bool> {
+        let Kind::Fresh(partial, Preallocation::Off) = &self.kind else { return Ok(false) };
+        if !source.sparse {
+            return Ok(false);
+        }
+        let (file, size) = (&self.file.buffered, self.size());
+        // The last block of a file is only shared where the copy ends too. A refusal, whatever its reason, leaves the file
+        // empty, and its bytes to be copied.
+        let shared = file.set_len(0).and_then(|()| {
+            let shared = rustix::fs::ioctl_ficlone(file, &source.file).is_ok();
+            file.set_len(size).map(|()| shared)
+        });
+        shared.map_err(|e| Error::io(format!("making {} {size} bytes long", partial.temporary.display()), e))
     }
 
     /// Completes the disk: everything is on stable storage, and under its name, when this returns.
@@ -293,8 +420,8 @@ impl RawTarget {
                 }
                 Ok(())
             }
-            Kind::Fresh(_) => {
-                let Kind::Fresh(partial) = self.kind else { return Ok(()) };
+            Kind::Fresh(..) => {
+                let Kind::Fresh(partial, _) = self.kind else { return Ok(()) };
                 partial.commit()
             }
         }
@@ -450,6 +577,17 @@ impl Drop for Partial {
             let _ = std::fs::remove_file(&self.temporary);
         }
     }
+}
+
+/// Gives `from..to` of a file its room on the file system; what is there stays.
+pub(crate) fn allocate(file: &File, from: u64, to: u64, path: &Path) -> Result<()> {
+    if from >= to {
+        return Ok(());
+    }
+    rustix::fs::fallocate(file, FallocateFlags::empty(), from, to - from).map_err(|e| {
+        let way_out = if e == Errno::OPNOTSUPP { " (this file system needs preallocation full)" } else { "" };
+        Error::io(format!("allocating {} bytes for {}{way_out}", to - from, path.display()), e.into())
+    })
 }
 
 fn device_bytes(file: &File, path: &Path) -> Result<u64> {

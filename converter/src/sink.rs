@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 
 use crate::buffer::{ALIGN_BYTES, AlignedBuf};
 use crate::io::{Finished, Sink};
-use crate::local::{DirectFile, Partial};
+use crate::local::{DirectFile, Partial, Preallocation, allocate};
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes written at a time.
@@ -39,6 +39,7 @@ pub struct ImageTarget {
     // Dropped first: nobody writes to the file when it is removed.
     writers: Writers,
     partial: Partial,
+    preallocation: Preallocation,
     buffer: AlignedBuf,
     /// Where `buffer` belongs in the file, a multiple of [`ALIGN_BYTES`], and how much of it is filled.
     start: u64,
@@ -48,6 +49,12 @@ pub struct ImageTarget {
 impl ImageTarget {
     /// Starts a file for `path`, which replaces an existing one when it is finished.
     pub fn create(path: &Path) -> Result<Self> {
+        Self::create_with(path, Preallocation::Off)
+    }
+
+    /// Starts a file like [`ImageTarget::create`], which gets its room as told: [`Preallocation::Falloc`] in the end,
+    /// when its length is known.
+    pub fn create_with(path: &Path, preallocation: Preallocation) -> Result<Self> {
         let partial = Partial::create(path)?;
         let context = |e| Error::io(format!("opening {}", partial.temporary.display()), e);
         let buffered = partial.file.try_clone().map_err(context)?;
@@ -55,7 +62,8 @@ impl ImageTarget {
         let file = DirectFile::new(buffered, &partial.temporary, OFlags::NOFOLLOW);
         let name = partial.temporary.display().to_string();
         let writers = Writers::start(file, name)?;
-        Ok(Self { writers, partial, buffer: AlignedBuf::new(BUFFER_BYTES), start: 0, filled: 0 })
+        let buffer = AlignedBuf::new(BUFFER_BYTES);
+        Ok(Self { writers, partial, preallocation, buffer, start: 0, filled: 0 })
     }
 
     /// Completes the file: it is on stable storage, and has its name, when this returns.
@@ -66,6 +74,9 @@ impl ImageTarget {
         let context = |e| Error::io(format!("syncing {}", self.partial.temporary.display()), e);
         // Makes a hole at the end, and takes away what the last buffer was padded with.
         self.partial.file.set_len(finished.file_bytes).map_err(context)?;
+        if self.preallocation == Preallocation::Falloc {
+            allocate(&self.partial.file, 0, finished.file_bytes, &self.partial.temporary)?;
+        }
         self.partial.file.sync_data().map_err(context)?;
         drop(self.writers);
         self.partial.commit()
@@ -120,7 +131,7 @@ impl Sink for ImageTarget {
 
     fn append_zeros(&mut self, len: u64) -> Result<()> {
         let mut left = len;
-        if left >= HOLE_BYTES_MIN {
+        if left >= HOLE_BYTES_MIN && self.preallocation != Preallocation::Full {
             left -= self.pad()?;
             self.push()?;
             let hole = left / ALIGN_BYTES as u64 * ALIGN_BYTES as u64;
@@ -129,7 +140,12 @@ impl Sink for ImageTarget {
             })?;
             left -= hole;
         }
-        self.fill(left as usize, |into, _| into.fill(0))
+        while left > 0 {
+            let n = left.min(BUFFER_BYTES as u64);
+            self.fill(n as usize, |into, _| into.fill(0))?;
+            left -= n;
+        }
+        Ok(())
     }
 
     fn rewrite(&mut self, bytes: &[u8], offset: u64) -> Result<()> {

@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use common::{assert_same_bytes, noise, path, prose, qemu_img, temp_dir};
 use dvcr_converter::convert::{self, Options};
 use dvcr_converter::error::ErrorKind;
-use dvcr_converter::file::{self, Output};
+use dvcr_converter::file::{self, Destination, Output};
 use dvcr_converter::io::{Disk, Extent, ExtentKind};
 use dvcr_converter::limits::Limits;
-use dvcr_converter::local::{self, RawTarget};
+use dvcr_converter::local::{self, Preallocation, RawTarget};
 use dvcr_converter::progress::Progress;
 use dvcr_converter::qcow2::WriteOptions;
 use dvcr_converter::sink::{ImageTarget, StreamTarget};
@@ -317,6 +317,34 @@ impl LoopDevice {
     }
 }
 
+/// A file system of its own, where this machine allows one.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    /// `mkfs` is the program that makes it.
+    fn make(dir: &Path, mkfs: &str) -> Option<Self> {
+        let (storage, at) = (dir.join("storage"), dir.join("mounted"));
+        std::fs::File::create(&storage).unwrap().set_len(512 << 20).unwrap();
+        std::fs::create_dir(&at).unwrap();
+        common::run(mkfs, &["-q", path(&storage)]);
+        let mut mount = std::process::Command::new("mount");
+        let status = mount.args(["-o", "loop", path(&storage), path(&at)]).status().ok()?;
+        status.success().then_some(Self(at))
+    }
+
+    fn free_bytes(&self) -> u64 {
+        rustix::fs::sync();
+        let space = rustix::fs::statvfs(&self.0).unwrap();
+        space.f_bfree * space.f_frsize
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        common::run("umount", &[path(&self.0)]);
+    }
+}
+
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         common::run("losetup", &["--detach", &self.0]);
@@ -334,8 +362,150 @@ fn a_block_device_holds_the_disk() {
         return;
     };
     common::to_raw(&image, Path::new(&device.0), &Options::default()).unwrap();
+
+    let convert = |output: Output, preallocation| {
+        let to = Destination::Path(Path::new(&device.0), preallocation);
+        let (limits, progress) = (Limits::default(), Progress::default());
+        file::convert(&image, to, output, &Options::default(), &limits, &progress)
+    };
+    let qcow2 = || Output::Image(Box::new(WriteOptions::default()));
+    let refused = [(qcow2(), Preallocation::Off), (Output::Raw, Preallocation::Full)];
+    for (output, preallocation) in refused {
+        assert_eq!(convert(output, preallocation).unwrap_err().kind(), ErrorKind::Target);
+    }
     drop(device);
     assert!(std::fs::read(&backing).unwrap() == disk);
+    // Zeros were unmapped and not written: the file behind the device has holes there.
+    assert!(allocated_bytes(&backing) < 8 << 20, "{} bytes are allocated", allocated_bytes(&backing));
+}
+
+#[test]
+fn a_partition_lies_on_its_disk_and_a_disk_on_its_file() {
+    let dir = temp_dir();
+    let backing = dir.path().join("backing");
+    std::fs::File::create(&backing).unwrap().set_len(16 << 20).unwrap();
+    let script = dir.path().join("script");
+    std::fs::write(&script, "start=2048, size=4096\nstart=8192, size=4096\n").unwrap();
+    common::run("sh", &["-c", &format!("sfdisk -q {} < {}", path(&backing), path(&script))]);
+    let Some(device) = LoopDevice::attach(&backing) else {
+        eprintln!("no loop devices here: the check on files stands for this one");
+        return;
+    };
+    common::run("partx", &["--add", &device.0]);
+    let whole = Path::new(&device.0);
+    let nodes = [1, 2].map(|n| {
+        let name = format!("{}p{n}", whole.file_name().unwrap().to_str().unwrap());
+        let number = std::fs::read_to_string(format!("/sys/class/block/{name}/dev")).unwrap();
+        let (major, minor) = number.trim().split_once(':').unwrap();
+        let node = dir.path().join(&name);
+        common::run("mknod", &[path(&node), "b", major, minor]);
+        node
+    });
+    for (source, target) in [
+        (whole, nodes[0].as_path()),
+        (&nodes[1], whole),
+        (&nodes[0], &nodes[0]),
+        (&backing, whole),
+        (&backing, &nodes[1]),
+    ] {
+        let error = local::refuse_same_storage(source, target).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Target, "{source:?} {target:?}");
+    }
+    local::refuse_same_storage(&nodes[0], &nodes[1]).unwrap();
+    local::refuse_same_storage(&script, whole).unwrap();
+    common::run("partx", &["--delete", &device.0]);
+}
+
+#[test]
+fn a_raw_file_shares_its_blocks_with_the_copy_where_the_file_system_can() {
+    let dir = temp_dir();
+    let Some(mounted) = Mounted::make(dir.path(), "mkfs.xfs") else {
+        eprintln!("nothing can be mounted here: a copy on any file system stands for this one");
+        return;
+    };
+    let (raw, out) = (mounted.0.join("raw"), mounted.0.join("out"));
+    let mut disk = noise((40 << 20) + 100, 17);
+    std::fs::write(&raw, &disk).unwrap();
+    disk.resize(disk.len().next_multiple_of(512), 0);
+    let before = mounted.free_bytes();
+    let (limits, progress) = (Limits::default(), Progress::default());
+    let convert = |preallocation| {
+        let to = Destination::Path(&out, preallocation);
+        file::convert(&raw, to, Output::Raw, &Options::default(), &limits, &progress).unwrap();
+        assert!(std::fs::read(&out).unwrap() == disk);
+        before.saturating_sub(mounted.free_bytes())
+    };
+    assert!(convert(Preallocation::Off) < 4 << 20);
+    assert_eq!((progress.done(), progress.total()), (disk.len() as u64, disk.len() as u64));
+    assert!(convert(Preallocation::Falloc) >= 40 << 20, "its own room was asked for");
+}
+
+fn allocated_bytes(file: &Path) -> u64 {
+    std::fs::metadata(file).unwrap().blocks() * 512
+}
+
+#[test]
+fn a_file_gets_its_room_when_it_is_asked_for() {
+    let dir = temp_dir();
+    let (image, disk) = sample(dir.path());
+    let (raw, out) = (dir.path().join("sample.raw"), dir.path().join("out"));
+    let packed = dir.path().join("raw.gz");
+    std::fs::write(&packed, common::pipe(&["gzip", "-1"], &disk)).unwrap();
+    let size = disk.len() as u64;
+    let convert = |input: &Path, output: Output, preallocation| {
+        let to = Destination::Path(&out, preallocation);
+        let (limits, progress) = (Limits::default(), Progress::default());
+        file::convert(input, to, output, &Options::default(), &limits, &progress).unwrap()
+    };
+    for preallocation in [Preallocation::Falloc, Preallocation::Full] {
+        for input in [&image, &raw, &packed] {
+            convert(input, Output::Raw, preallocation);
+            assert!(std::fs::read(&out).unwrap() == disk);
+            assert!(allocated_bytes(&out) >= size, "{preallocation:?} {input:?}: {}", allocated_bytes(&out));
+        }
+        let write = WriteOptions {
+            compression: dvcr_converter::qcow2::Compression::None,
+            preallocation: dvcr_converter::qcow2::Preallocation::Metadata,
+            ..WriteOptions::default()
+        };
+        let made = convert(&image, Output::Image(Box::new(write)), preallocation);
+        common::assert_sound_and_equal(&out, &raw, "raw");
+        assert!(made.stored_bytes > size);
+        assert!(allocated_bytes(&out) >= made.stored_bytes, "{preallocation:?}: {}", allocated_bytes(&out));
+    }
+}
+
+#[test]
+fn a_stream_gets_the_whole_disk_in_order() {
+    let dir = temp_dir();
+    let (image, disk) = sample(dir.path());
+    // Its last sector is cut, and filled up with zeros.
+    let (raw, packed) = (dir.path().join("cut.raw"), dir.path().join("cut.raw.gz"));
+    std::fs::write(&raw, &disk[..disk.len() - 100]).unwrap();
+    std::fs::write(&packed, common::pipe(&["gzip", "-1"], &disk[..disk.len() - 100])).unwrap();
+    let mut cut = disk.clone();
+    cut[disk.len() - 100..].fill(0);
+    for (input, expected) in [(&image, &disk), (&raw, &cut), (&packed, &cut)] {
+        for workers in [1, 4] {
+            let mut out = Vec::new();
+            let (limits, progress) = (Limits::default(), Progress::default());
+            let options = Options { workers, ..Options::default() };
+            let to = Destination::Stream(Box::new(&mut out));
+            let made = file::convert(input, to, Output::Raw, &options, &limits, &progress).unwrap();
+            assert!(&out == expected, "{input:?}");
+            assert_eq!((made.virtual_size, made.stored_bytes), (out.len() as u64, out.len() as u64));
+        }
+    }
+}
+
+#[test]
+fn a_stream_refuses_what_is_not_written_in_order_before_anything_is_read() {
+    let missing = Path::new("/nonexistent/image");
+    let to = Destination::Stream(Box::new(std::io::sink()));
+    let output = Output::Image(Box::new(WriteOptions::default()));
+    let (limits, progress) = (Limits::default(), Progress::default());
+    let error = file::convert(missing, to, output, &Options::default(), &limits, &progress).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Target, "{error}");
 }
 
 #[test]

@@ -1,13 +1,17 @@
 //! `dvcr convert`.
 
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use dvcr_converter::convert::Options;
-use dvcr_converter::file::{self, Output};
+use dvcr_converter::file::{self, Destination, Output};
 use dvcr_converter::format::{Format, create_options};
 use dvcr_converter::limits::Limits;
+use dvcr_converter::local::Preallocation;
 
 use crate::size::Human;
 use crate::work;
@@ -20,7 +24,7 @@ use crate::work;
 pub struct Args {
     /// The image file or block device to read.
     input: PathBuf,
-    /// The file or, for raw, block device to write.
+    /// The file or, for raw, block device to write; - is standard output, for formats written from front to end.
     output: PathBuf,
     /// Format to write: raw or qcow2.
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
@@ -33,6 +37,10 @@ pub struct Args {
     /// qcow2: cluster_size=64K (512 to 2M), compression_type=zlib|zstd, preallocation=off|metadata.
     #[arg(short, long = "option", value_name = "NAME=VALUE,...", value_delimiter = ',', value_parser = pair)]
     options: Vec<(String, String)>,
+    /// When a new file gets its room: off as it is written, with holes for zeros; falloc all at once; full by writing
+    /// the zeros too.
+    #[arg(long, value_name = "WHEN", default_value = "off")]
+    preallocation: Preallocation,
     /// Threads that read and code; by default one per core, from 2 to 8.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     workers: Option<u8>,
@@ -56,12 +64,23 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(workers) = args.workers {
         options.workers = workers.into();
     }
-    let (from, to) = (args.input.clone(), args.output.clone());
+    let (from, to, preallocation) = (args.input.clone(), args.output.clone(), args.preallocation);
+    let to_stdout = args.output.as_os_str() == "-";
+    let stdout = to_stdout.then(|| stdout_for_bytes(preallocation)).transpose()?;
     let converted = work::run(&args.input.display().to_string(), |progress| async move {
-        let convert = move || file::convert(&from, &to, output, &options, &Limits::default(), &progress);
+        let convert = move || {
+            let destination = match stdout {
+                Some(stdout) => Destination::Stream(Box::new(stdout)),
+                None => Destination::Path(&to, preallocation),
+            };
+            file::convert(&from, destination, output, &options, &Limits::default(), &progress)
+        };
         Ok(tokio::task::spawn_blocking(convert).await??)
     })
     .with_context(|| format!("cannot convert {} to {}", args.input.display(), args.output.display()))?;
+    if to_stdout {
+        return Ok(());
+    }
     println!(
         "{}: {} converted, virtual size {}, stored {}, in {:.1?}",
         args.output.display(),
@@ -71,4 +90,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         begun.elapsed()
     );
     Ok(())
+}
+
+/// Standard output without the buffer that looks for ends of lines.
+fn stdout_for_bytes(preallocation: Preallocation) -> anyhow::Result<File> {
+    let stdout = io::stdout();
+    if stdout.is_terminal() {
+        bail!("standard output is a terminal, which cannot show a disk; redirect it, or name a file");
+    }
+    if preallocation != Preallocation::Off {
+        bail!("standard output gets no room in advance; leave out --preallocation, or name a file");
+    }
+    Ok(stdout.as_fd().try_clone_to_owned().context("opening standard output")?.into())
 }

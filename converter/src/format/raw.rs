@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{SECTOR_BYTES, Tail};
-use crate::io::{Disk, Extent, ExtentKind, ReadAt};
+use super::{Format, SECTOR_BYTES, Tail, options};
+use crate::io::{
+    Block, Compression, CreateOptions, Disk, Extent, ExtentKind, Finished, ReadAt, Sink, Writer,
+};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
 
@@ -27,6 +29,21 @@ impl super::Driver for Driver {
     ) -> Result<Box<dyn Disk>> {
         super::refuse_member(member)?;
         Ok(Box::new(RawDisk::new(source, limits)?))
+    }
+
+    fn create_options(
+        &self,
+        compress: bool,
+        options: &[(&str, &str)],
+    ) -> Option<Result<Box<dyn CreateOptions>>> {
+        Some(match options.first() {
+            Some((name, _)) => Err(options::unknown(Format::Raw, name, "none")),
+            None if compress => Err(Error::new(
+                ErrorKind::Unsupported,
+                "a raw disk is not compressed; leave out the compression, or write another format",
+            )),
+            None => Ok(Box::new(RawOptions)),
+        })
     }
 }
 
@@ -83,5 +100,66 @@ impl Disk for RawDisk {
         self.source.read_exact_at(stored, offset).map_err(|e| {
             Error::io(format!("reading {} bytes of the disk at offset {offset}", stored.len()), e)
         })
+    }
+}
+
+/// A raw disk written from front to end; [`crate::local::RawTarget`] is the faster way into a file.
+struct RawOptions;
+
+impl CreateOptions for RawOptions {
+    fn format(&self) -> Format {
+        Format::Raw
+    }
+
+    fn create<'a>(&self, sink: &'a mut dyn Sink, _virtual_size: Option<u64>) -> Result<Box<dyn Writer + 'a>> {
+        Ok(Box::new(RawWriter { sink, at: 0 }))
+    }
+
+    fn needs_size(&self) -> bool {
+        false
+    }
+
+    fn is_stream(&self) -> bool {
+        true
+    }
+}
+
+struct RawWriter<'a> {
+    sink: &'a mut dyn Sink,
+    /// Bytes appended so far.
+    at: u64,
+}
+
+impl RawWriter<'_> {
+    fn zeros_until(&mut self, end: u64) -> Result<()> {
+        if end > self.at {
+            self.sink.append_zeros(end - self.at)?;
+            self.at = end;
+        }
+        Ok(())
+    }
+}
+
+impl Writer for RawWriter<'_> {
+    fn block_bytes(&self) -> usize {
+        // A sector, so that a disk never ends inside a block.
+        SECTOR_BYTES as usize
+    }
+
+    fn compression(&self) -> Compression {
+        Compression::None
+    }
+
+    fn put(&mut self, index: u64, block: Block<'_>) -> Result<()> {
+        let (Block::Plain(bytes) | Block::Packed(bytes)) = block;
+        self.zeros_until(index.saturating_mul(SECTOR_BYTES))?;
+        self.sink.append(bytes)?;
+        self.at += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn finish(mut self: Box<Self>, virtual_size: u64) -> Result<Finished> {
+        self.zeros_until(virtual_size)?;
+        Ok(Finished { file_bytes: self.at, virtual_size })
     }
 }
