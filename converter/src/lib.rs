@@ -5,6 +5,7 @@
 //!  ReadAt ──> format::open ──> dyn Disk ──> convert (workers) ──> local: a raw file or device
 //!  Read   ──> wrapper ───────────────────────^     └──> dyn Writer (a format) ──> sink: a file, a stream
 //!                └──> forward: ReadAt, for an image in a wrapper
+//!                            └──> map, check, compare: what is known of a disk
 //! ```
 //!
 //! The core is synchronous and does no I/O but through [`io::ReadAt`], [`std::io::Read`] and [`io::Sink`]; [`local`] and
