@@ -61,6 +61,8 @@ pub(super) struct Decoder<R> {
     frame: Option<Frame>,
     stored: Vec<u8>,
     decoded: Vec<u8>,
+    /// Whether there was a frame at all.
+    begun: bool,
     /// What of `decoded` is still to be read.
     ready: Range<usize>,
     /// The last bytes of the frame before this block, if its blocks are linked.
@@ -91,6 +93,7 @@ impl<R: BufRead> Decoder<R> {
             frame: None,
             stored: Vec::new(),
             decoded: Vec::new(),
+            begun: false,
             ready: 0..0,
             window: Vec::new(),
         }
@@ -99,7 +102,12 @@ impl<R: BufRead> Decoder<R> {
     /// Takes one step: the beginning of a frame, a block, or the end of a frame. False at the end of the file.
     fn advance(&mut self) -> io::Result<bool> {
         match self.frame.take() {
-            None if ended(&mut self.input)? => return Ok(false),
+            None if ended(&mut self.input)? => {
+                if !self.begun {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "there is no frame"));
+                }
+                return Ok(false);
+            }
             None => {
                 let magic = u32::from_le_bytes(take(&mut self.input)?);
                 self.begin(magic)?;
@@ -123,6 +131,7 @@ impl<R: BufRead> Decoder<R> {
 
     /// Begins the frame behind `magic`, or skips it.
     fn begin(&mut self, magic: u32) -> io::Result<()> {
+        self.begun = true;
         if magic & SKIPPABLE_MASK == SKIPPABLE_MAGIC {
             let len = u64::from(u32::from_le_bytes(take(&mut self.input)?));
             if io::copy(&mut Read::by_ref(&mut self.input).take(len), &mut io::sink())? != len {

@@ -62,7 +62,7 @@ impl<R: BufRead> Decoder<R> {
     /// that needs a larger window is an error.
     pub(super) fn new(input: R, memory_bytes_max: u64, workers: usize) -> io::Result<Self> {
         let mut decoder = Self {
-            input: Some(Replay { ahead: Vec::new(), at: 0, inner: input }),
+            input: Some(Replay { ahead: Vec::new(), at: 0, inner: input, begun: false }),
             stream: None,
             pool: Pool::new(workers, Batch::decode),
             workers,
@@ -168,7 +168,8 @@ impl<R: BufRead> Read for Decoder<R> {
             match std::mem::replace(&mut self.next, Next::End) {
                 Next::Stream => self.start_stream()?,
                 Next::Failed(e) => return Err(e),
-                Next::End => return Ok(0),
+                Next::End if self.input.as_ref().is_none_or(|input| input.begun) => return Ok(0),
+                Next::End => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "there is no frame")),
                 // The walk leaves a batch, or says why not; an end that was not seen must not look like one.
                 Next::Unknown => return Err(io::Error::other("the walk over the frames stopped")),
             }
@@ -337,6 +338,8 @@ struct Replay<R> {
     ahead: Vec<u8>,
     at: usize,
     inner: R,
+    /// Whether anything was read at all.
+    begun: bool,
 }
 
 impl<R: BufRead> Replay<R> {
@@ -415,6 +418,7 @@ impl<R: BufRead> BufRead for Replay<R> {
     }
 
     fn consume(&mut self, n: usize) {
+        self.begun |= n > 0;
         if self.ahead.is_empty() {
             return self.inner.consume(n);
         }
