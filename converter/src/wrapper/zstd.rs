@@ -271,7 +271,8 @@ impl Walk {
             let (stored, most) = match (block >> 1) & 3 {
                 0 => (size, size),
                 1 => (1, size),
-                2 => (size, header.block_bytes_max),
+                // libzstd takes a compressed block of no bytes in a stream, and refuses it in a whole frame.
+                2 if size > 0 => (size, header.block_bytes_max),
                 _ => return Ok(Found::Odd),
             };
             decoded += most;
