@@ -56,7 +56,8 @@ pub fn vhdx(file: &mut [u8]) {
                 continue;
             }
             entries += 1;
-            let len = log[start + 8..].first_chunk().map_or(0, |n| u32::from_le_bytes(*n)) as usize;
+            let len = log.get(start + 8..).and_then(<[u8]>::first_chunk).map_or(0, |n| u32::from_le_bytes(*n))
+                as usize;
             // An entry that goes round the end of the log is left alone.
             if let Some(entry) = log[start..].get_mut(..len).filter(|entry| entry.len() >= 64) {
                 crc32c(entry);

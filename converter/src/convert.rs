@@ -313,10 +313,12 @@ fn write_raw(
     let feed = Mutex::new(feed);
     let written = Mutex::new(Written::default());
     let count = |data: u64, len: u64| {
+        progress.store(data)?;
         let mut written = lock(&written);
         written.data_bytes += data;
         written.zero_bytes += len - data;
         progress.advance(len);
+        Ok::<_, Error>(())
     };
     let work = |team: &Team<Buffers>| {
         while let Some(mut buf) = team.wait(|buffers| buffers.free.pop()) {
@@ -326,7 +328,7 @@ fn write_raw(
                 None => break,
                 Some(Range::Zero { start, len }) => {
                     target.write_zeros(start, len)?;
-                    count(0, len);
+                    count(0, len)?;
                     team.update(|buffers| buffers.free.push(buf));
                 }
                 Some(Range::Data { start, len }) => {
@@ -345,7 +347,7 @@ fn write_raw(
         };
         while let Some(Filled { buf, start, len }) = team.wait(next).flatten() {
             progress.check()?;
-            count(target.write_sparse(buf.first(len), start)?, len as u64);
+            count(target.write_sparse(buf.first(len), start)?, len as u64)?;
             team.update(|buffers| buffers.free.push(buf));
         }
         Ok(())
@@ -417,6 +419,7 @@ fn encode(
                     Some(bytes) => Block::Packed(&packed[at..at + bytes]),
                     None => Block::Plain(&buf[at..at + block_bytes]),
                 };
+                progress.store(compressed.unwrap_or(block_bytes) as u64)?;
                 writer.put(first + i as u64, block)?;
             }
             drop(writer);

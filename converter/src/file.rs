@@ -67,6 +67,7 @@ pub struct Converted {
 /// Tells what the file at `path` is. Of a wrapped raw disk only decoding all of it tells the size; `progress`
 /// counts those bytes.
 pub fn inspect(path: &Path, limits: &Limits, progress: &Progress) -> Result<Inspection> {
+    progress.bound(limits);
     let source = FileSource::open(path)?;
     let (file_bytes, allocated_bytes) = (source.file_bytes(), source.allocated_bytes()?);
     let Unwrapped { wrappers, head, reader } = unwrap(path, limits)?;
@@ -81,7 +82,7 @@ pub fn inspect(path: &Path, limits: &Limits, progress: &Progress) -> Result<Insp
         let virtual_size = format::probe(&head, Some(bytes), limits)?.virtual_size.unwrap_or(bytes);
         Info { format: disk.format(format), virtual_size, file_bytes, details: Details::default() }
     } else {
-        let image = open_wrapped(path, reader, limits, progress)?;
+        let image = open_wrapped(path, reader, wrappers.len(), limits, progress)?;
         Info { file_bytes, ..image.info }
     };
     Ok(Inspection { wrappers, info, allocated_bytes })
@@ -103,6 +104,7 @@ pub fn convert<'a>(
     progress: &Progress,
 ) -> Result<Converted> {
     let target = Target::of(output.into(), kind, input)?;
+    progress.bound(limits);
     progress.set_phase("convert");
     let Unwrapped { wrappers, head, reader } = unwrap(input, limits)?;
     if wrappers.is_empty() {
@@ -113,27 +115,32 @@ pub fn convert<'a>(
     }
     let format = format::probe(&head, None, limits)?.format;
     if !format.is_plain() {
-        let image = open_wrapped(input, reader, limits, progress)?;
+        let image = open_wrapped(input, reader, wrappers.len(), limits, progress)?;
         progress.set_phase("convert");
         return convert_image(&image, None, target, &in_order_if(true, options), progress);
     }
+    // Without the footer that makes it a fixed VHD, if it has one.
+    let mut disk = PlainReader::new(reader);
     match target {
         Target::Raw(output, preallocation) => {
             let target = RawTarget::create_with(output, 0, preallocation)?;
-            let written = convert::stream_to_raw(reader, &target, options, progress)?;
-            finish_raw(target, format, written.data_bytes, progress)
+            let written = convert::stream_to_raw(Box::new(&mut disk), &target, options, progress)?;
+            finish_raw(target, disk.format(format), written.data_bytes, progress)
         }
         Target::Image(output, image) => {
-            let (reader, size) = if image.needs_size() {
-                let bytes = measure(reader, progress, |_| ())?;
+            let size = if image.needs_size() {
+                let bytes = measure(Box::new(disk), progress, |_| ())?;
                 progress.set_phase("convert");
-                (unwrap(input, limits)?.reader, format::probe(&head, Some(bytes), limits)?.virtual_size)
+                disk = PlainReader::new(unwrap(input, limits)?.reader);
+                format::probe(&head, Some(bytes), limits)?.virtual_size
             } else {
-                (reader, None)
+                None
             };
-            write_image(output, format, progress, |sink| {
+            let converted = write_image(output, format, progress, |sink| {
+                let reader = Box::new(&mut disk);
                 convert::stream_to_image(reader, size, sink, image.as_ref(), options, progress)
-            })
+            })?;
+            Ok(Converted { format: disk.format(format), ..converted })
         }
     }
 }
@@ -150,7 +157,8 @@ pub struct Opened {
 /// it is begun again and again.
 pub fn open(path: &Path, limits: &Limits, progress: &Progress) -> Result<Opened> {
     let (wrappers, source) = open_source(path, limits, progress)?;
-    Ok(Opened { wrappers, image: format::open(source, limits)? })
+    let image = format::open(source, &limits.inside(wrappers.len()))?;
+    Ok(Opened { wrappers, image })
 }
 
 /// Checks the image file at `path`: its metadata, and `with_data` also that all data can be read and decoded.
@@ -168,7 +176,7 @@ pub fn check(
     let (format, mut report) = format::check(&source, limits, progress)?;
     if with_data {
         progress.set_phase("read");
-        match format::open(source, limits) {
+        match format::open(source, &limits.inside(wrappers.len())) {
             Ok(image) => {
                 let options = in_order_if(!wrappers.is_empty(), options);
                 check::read_data(image.disk.as_ref(), &mut report, &options, progress)?;
@@ -208,6 +216,7 @@ fn in_order_if(wrapped: bool, options: &Options) -> Options {
 
 /// Opens the bytes of the image at `path`, inside its wrappers.
 fn open_source(path: &Path, limits: &Limits, progress: &Progress) -> Result<(Vec<Wrapper>, Arc<dyn ReadAt>)> {
+    progress.bound(limits);
     let source = FileSource::open(path)?;
     let Unwrapped { wrappers, reader, .. } = unwrap(path, limits)?;
     match wrappers.is_empty() {
@@ -216,15 +225,16 @@ fn open_source(path: &Path, limits: &Limits, progress: &Progress) -> Result<(Vec
     }
 }
 
-/// Opens an image in wrappers, of which `reader` is the inside. Decodes it once to measure it; the image is then read in
+/// Opens an image in wrappers, of which there are so many and `reader` is the inside. Decodes it once to measure it; the image is then read in
 /// order, and begun again where it goes far back.
 fn open_wrapped(
     path: &Path,
     reader: Box<dyn Read + Send>,
+    wrappers: usize,
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Image> {
-    format::open(open_stream(path, reader, limits, progress)?, limits)
+    format::open(open_stream(path, reader, limits, progress)?, &limits.inside(wrappers))
 }
 
 fn open_stream(

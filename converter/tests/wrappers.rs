@@ -62,7 +62,7 @@ fn every_pair_of_wrappers_is_peeled_off() {
 fn a_third_wrapper_is_refused() {
     let thrice = compress(Wrapper::Xz, &compress(Wrapper::Gzip, &compress(Wrapper::Zstd, b"disk")));
     let error = decode(&thrice, &Limits::default()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    assert_eq!(error.kind(), ErrorKind::Limit, "{error}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 mod blocks;
 mod cache;
+mod expansion;
 mod foreign;
 mod iso;
 mod options;

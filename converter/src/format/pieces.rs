@@ -2,6 +2,7 @@
 
 use std::sync::Mutex;
 
+use super::expansion::{Expansion, Stored};
 use crate::io::ReadAt;
 use crate::{Error, Result};
 
@@ -48,6 +49,18 @@ impl<C> Pieces<C> {
 
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Notes that these are read for the disk from `start` to `end`; fails with [`crate::ErrorKind::Limit`] if too few bytes
+    /// of the file are too much of the disk.
+    pub(super) fn record(&self, expansion: &Expansion, start: u64, end: u64) -> Result<()> {
+        let stored = |piece: &Piece<C>| Stored {
+            host: piece.host,
+            bytes: piece.stored,
+            disk_bytes: piece.len as u64,
+            packed: piece.code.is_some(),
+        };
+        expansion.record(start, end, self.0.iter().map(stored))
     }
 
     /// Fills the pieces' places in `buf`: neighbours in the file are read with one request, and `decode` puts the

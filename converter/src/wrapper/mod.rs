@@ -27,9 +27,6 @@ use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
 use bounded::{Bounded, Counted, Origin};
 
-/// Most wrappers peeled off one file: a wrapper nested once.
-pub const WRAPPERS_MAX: usize = 2;
-
 /// Most threads that decode one wrapper; more than that only hold memory.
 pub const WORKERS_MAX: usize = 16;
 
@@ -166,7 +163,7 @@ impl fmt::Debug for Unwrapped<'_> {
     }
 }
 
-/// Peels at most [`WRAPPERS_MAX`] wrappers off `source`; one more is [`ErrorKind::Unsupported`].
+/// Peels at most [`Limits::chain_depth_max`] wrappers off `source`.
 ///
 /// All decoders together stay inside [`Limits::decoder_memory_bytes_max`]. An outer one gets all of it when no wrapper
 /// is inside, else two thirds, and the inner one what is left.
@@ -194,14 +191,16 @@ pub fn unwrap_with<'a>(
             reader = Box::new(Cursor::new(head.clone()).chain(reader));
             return Ok(Unwrapped { wrappers, head, reader });
         };
-        if wrappers.len() == WRAPPERS_MAX {
+        if wrappers.len() as u64 >= limits.chain_depth_max.into() {
             return Err(Error::new(
-                ErrorKind::Unsupported,
+                ErrorKind::Limit,
                 format!(
-                    "the file is compressed more than {WRAPPERS_MAX} times ({wrapper} inside {wrappers:?}); decompress it first"
+                    "the file is compressed more than {} times ({wrapper} inside {wrappers:?}); decompress it first",
+                    limits.chain_depth_max
                 ),
             ));
         }
+        let may_be_nested = wrappers.len() as u64 + 1 < limits.chain_depth_max.into();
         let inner_limits = |memory| Limits { decoder_memory_bytes_max: memory, ..limits.clone() };
         // What the outer decoder will use is not known before it has; two thirds let it read all of `xz -9`.
         let share = match wrapper {
@@ -209,7 +208,7 @@ pub fn unwrap_with<'a>(
             Wrapper::Bzip2 => BZIP2_MEMORY_BYTES.min(memory),
             Wrapper::Lz4 => lz4::MEMORY_BYTES.min(memory),
             Wrapper::Xz | Wrapper::Zstd if wraps_a_disk(wrapper, &head, &inner_limits(memory)) => memory,
-            Wrapper::Xz | Wrapper::Zstd if wrappers.is_empty() => memory / 3 * 2,
+            Wrapper::Xz | Wrapper::Zstd if may_be_nested => memory / 3 * 2,
             Wrapper::Xz | Wrapper::Zstd => memory,
         };
         let source = Box::new(Cursor::new(head).chain(reader));

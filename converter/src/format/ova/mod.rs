@@ -112,6 +112,11 @@ fn open_disk(
     envelope: &Envelope,
     limits: &Limits,
 ) -> Result<Box<dyn Disk>> {
+    if limits.chain_depth_max == 0 {
+        return Err(limit(
+            "the image is in too many wrappers and archives, one inside the other; unpack it first",
+        ));
+    }
     let window: Arc<dyn ReadAt> = Arc::new(Window::new(source, member.start, member.len));
     let mut head = vec![0; member.len.min(super::PROBE_BYTES as u64) as usize];
     window
@@ -130,7 +135,7 @@ fn open_disk(
             member.name
         )));
     }
-    let image = super::open(window, limits)?;
+    let image = super::open(window, &limits.inside(1))?;
     if entry.is_vmdk() && image.info.format != super::Format::Vmdk {
         return Err(corrupt(format!(
             "the archive member {:?} is said to be vmdk, but is {}",

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::decode::Decoder;
 use super::tables::{Table, Tables};
 use super::{COMPRESSED, CompressedAt, Header, OFFSET_MASK, ZERO};
+use crate::format::expansion::Expansion;
 use crate::format::pieces::{Piece, Pieces, Pool};
 use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
 use crate::limits::Limits;
@@ -18,6 +19,7 @@ pub(super) struct Qcow2Disk {
     source: Arc<dyn ReadAt>,
     header: Header,
     tables: Tables,
+    expansion: Expansion,
     decoders: Pool<Decoder>,
 }
 
@@ -51,7 +53,8 @@ impl Qcow2Disk {
     /// Opens the disk: reads and validates the L1 table; L2 tables follow when they are needed.
     pub(super) fn open(source: Arc<dyn ReadAt>, header: &Header, limits: &Limits) -> Result<Self> {
         let tables = Tables::load(source.as_ref(), header, limits)?;
-        Ok(Self { source, header: header.clone(), tables, decoders: Pool::new() })
+        let expansion = Expansion::new(source.len(), limits);
+        Ok(Self { source, header: header.clone(), tables, expansion, decoders: Pool::new() })
     }
 
     fn entry_words(&self) -> u64 {
@@ -279,6 +282,7 @@ impl Disk for Qcow2Disk {
         if pieces.is_empty() {
             return Ok(());
         }
+        pieces.record(&self.expansion, offset, offset + buf.len() as u64)?;
         self.decoders.with(Decoder::new, |decoder| {
             let mut scratch = std::mem::take(&mut decoder.stored);
             let result = pieces.read(self.source.as_ref(), buf, &mut scratch, |piece, skip, stored, into| {

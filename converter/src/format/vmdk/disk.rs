@@ -7,6 +7,7 @@ use super::header::Header;
 use super::tables::{Table, Tables};
 use super::{GTE_ZEROED, HEADER_BYTES, corrupt, details, marker};
 use crate::format::SECTOR_BYTES;
+use crate::format::expansion::Expansion;
 use crate::format::pieces::{Piece, Pieces, Pool};
 use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
 use crate::limits::Limits;
@@ -22,6 +23,7 @@ pub(super) struct SparseDisk {
     header: Header,
     descriptor: Option<Descriptor>,
     tables: Tables,
+    expansion: Expansion,
     decoders: Pool<Decoder>,
 }
 
@@ -80,7 +82,8 @@ impl SparseDisk {
     ) -> Result<Self> {
         let gd_offset = header.gd_offset.ok_or_else(|| corrupt("the VMDK file has no grain directory"))?;
         let tables = Tables::load(source.as_ref(), &header, gd_offset, limits)?;
-        Ok(Self { source, header, descriptor, tables, decoders: Pool::new() })
+        let expansion = Expansion::new(source.len(), limits);
+        Ok(Self { source, header, descriptor, tables, expansion, decoders: Pool::new() })
     }
 
     /// Finds the grain at `offset` in its `table`.
@@ -304,6 +307,7 @@ impl Disk for SparseDisk {
         if pieces.is_empty() {
             return Ok(());
         }
+        pieces.record(&self.expansion, offset, offset + buf.len() as u64)?;
         self.decoders.with(Decoder::new, |decoder| {
             let mut scratch = std::mem::take(&mut decoder.stored);
             let decode = |piece: &Piece<Wanted>, wanted: &Wanted, stored: &[u8], into: &mut [u8]| {
