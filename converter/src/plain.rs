@@ -5,6 +5,9 @@ use std::io::{self, Read};
 use crate::format::Format;
 use crate::format::vpc::{FOOTER_TAIL_BYTES, is_fixed_footer};
 
+/// Bytes held back until the end of the stream.
+pub const HELD_BYTES: u64 = FOOTER_TAIL_BYTES as u64;
+
 /// Room for reads of a few bytes.
 const SMALL_BYTES: usize = 8 << 10;
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use dvcr_converter::convert::{Options, stream_to_image};
 use dvcr_converter::format::{self, Format};
 use dvcr_converter::limits::Limits;
+use dvcr_converter::plain::PlainReader;
 use dvcr_converter::progress::Progress;
 use dvcr_converter::sink::StreamTarget;
 use dvcr_converter::{qcow2, wrapper};
@@ -345,7 +346,8 @@ impl Producer {
             let uncounted = Progress::default();
             let form = qcow2::WriteOptions::default();
             let mut target = StreamTarget::new(&mut self.writer, form.cluster_size as usize);
-            let finished = stream_to_image(reader, None, &mut target, &form, &Options::default(), &uncounted);
+            let disk = Box::new(PlainReader::new(reader));
+            let finished = stream_to_image(disk, None, &mut target, &form, &Options::default(), &uncounted);
             let finished = finished.map_err(image)?;
             (finished.file_bytes, finished.virtual_size, target.finish().map_err(image)?)
         } else {

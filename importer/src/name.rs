@@ -24,7 +24,7 @@ pub(crate) fn file_name(own: Option<&str>, wrappers: &[Wrapper], stored: Format,
     }
     let mut extension = String::new();
     if re_encoded {
-        strip_extension(&mut name, &[".raw", ".img", ".bin", ".qcow2"]);
+        strip_extension(&mut name, &[".raw", ".img", ".bin", ".vhd", ".qcow2"]);
         extension = ".qcow2".to_owned();
     } else if let Some(at) = name.rfind('.').filter(|at| name.len() - at <= 8) {
         extension = name.split_off(at);
@@ -70,6 +70,7 @@ mod tests {
         let gz = [Wrapper::Gzip];
         assert_eq!(file_name(Some("a.qcow2.GZ"), &gz, Format::Qcow2, false), "a.qcow2");
         assert_eq!(file_name(Some("a.raw.gz"), &gz, Format::Qcow2, true), "a.qcow2");
+        assert_eq!(file_name(Some("a.vhd.gz"), &gz, Format::Qcow2, true), "a.qcow2");
         assert_eq!(file_name(Some("a.img"), &[], Format::Qcow2, true), "a.qcow2");
         assert_eq!(file_name(Some("sda"), &[], Format::Qcow2, true), "sda.qcow2");
         assert_eq!(file_name(Some(".raw"), &[], Format::Qcow2, true), "raw.qcow2");

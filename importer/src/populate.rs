@@ -21,6 +21,7 @@ use dvcr_converter::forward::{ForwardReader, measure};
 use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
 use dvcr_converter::local::RawTarget;
+use dvcr_converter::plain::{self, PlainReader};
 use dvcr_converter::progress::Progress;
 use dvcr_converter::sink::ImageTarget;
 use dvcr_converter::{qcow2, wrapper};
@@ -251,11 +252,15 @@ impl Work {
         let wanted = match len {
             Some(len) => {
                 self.progress.set_total(len);
-                self.final_size(len.next_multiple_of(format::SECTOR_BYTES))?
+                // The disk may turn out to be a fixed VHD; the target grows if it is not.
+                let len = len.saturating_sub(plain::HELD_BYTES).next_multiple_of(format::SECTOR_BYTES);
+                self.final_size(len)?
             }
             None => self.request.size.unwrap_or(self.capacity),
         };
         let options = Options::default();
+        let mut disk = PlainReader::new(reader);
+        let reader = Box::new(&mut disk);
         match self.request.format {
             TargetFormat::Raw => {
                 let raw = RawTarget::create(target, wanted).map_err(|e| self.converting(e))?;
@@ -263,7 +268,11 @@ impl Work {
                     stream_to_raw(reader, &raw, &options, &self.progress).map_err(|e| self.converting(e))?;
                 let size = self.final_size(raw.size())?;
                 self.commit_raw(raw)?;
-                Ok(Made { source, virtual_size: size, written_bytes: written.data_bytes })
+                Ok(Made {
+                    source: disk.format(source),
+                    virtual_size: size,
+                    written_bytes: written.data_bytes,
+                })
             }
             TargetFormat::Qcow2 => {
                 let mut file = ImageTarget::create(target).map_err(|e| self.converting(e))?;
@@ -273,7 +282,11 @@ impl Work {
                 let size = self.final_size(finished.virtual_size)?;
                 self.progress.set_phase("commit");
                 file.finish(&finished).map_err(|e| self.converting(e))?;
-                Ok(Made { source, virtual_size: size, written_bytes: finished.file_bytes })
+                Ok(Made {
+                    source: disk.format(source),
+                    virtual_size: size,
+                    written_bytes: finished.file_bytes,
+                })
             }
         }
     }

@@ -173,3 +173,33 @@ async fn a_cancelled_populate_leaves_no_target() {
     assert_eq!(error.kind(), ErrorKind::Cancelled);
     assert!(!files.path("out.raw").exists());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vdi_and_vhd_become_the_same_disk_and_a_fixed_vhd_without_its_footer() {
+    let (registry, files) = (Registry::ours().await, Files::new());
+    let mut images = Vec::new();
+    for (format, options, name) in [
+        ("vdi", "static=off", "disk.vdi"),
+        ("vpc", "subformat=dynamic,force_size=on", "dynamic.vhd"),
+        ("vpc", "subformat=fixed,force_size=on", "fixed.vhd"),
+    ] {
+        let (raw, image) = (files.path("disk.raw"), files.path(name));
+        run("qemu-img", &["convert", "-O", format, "-o", options, path(&raw), path(&image)]);
+        images.push(files.wrap(&image, "gz"));
+        images.push(image);
+    }
+    for (n, image) in images.iter().enumerate() {
+        let tar = layer(files.dir.path(), image);
+        push_image(&registry.repository(&format!("plain{n}")), media_type::OCI_LAYER, tar.clone()).await;
+        push_image(&registry.repository(&format!("gz{n}")), GZIP, gzip(&tar)).await;
+        import_one(path(image), &registry.reference(&format!("import{n}"))).await.unwrap();
+        for name in ["plain", "gz", "import"] {
+            let target = files.path("out.raw");
+            let case = format!("{} by {name}", image.display());
+            let done = populate_one(&registry.reference(&format!("{name}{n}")), &target).await;
+            let done = done.unwrap_or_else(|e| panic!("{case}: {}", chain(&e)));
+            assert_eq!(done.virtual_size, files.raw.len() as u64, "{case}");
+            assert!(std::fs::read(&target).unwrap() == files.raw, "{case}");
+        }
+    }
+}
