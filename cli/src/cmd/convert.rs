@@ -26,7 +26,7 @@ pub struct Args {
     input: PathBuf,
     /// The file or, for raw, block device to write; - is standard output, for formats written from front to end.
     output: PathBuf,
-    /// Format to write: raw or qcow2.
+    /// Format to write: raw, qcow2, vdi or vpc (VHD).
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
     format: Format,
     /// Compress, for formats that can.
@@ -35,6 +35,10 @@ pub struct Args {
     /// Options of the format, named as qemu-img does.
     ///
     /// qcow2: cluster_size=64K (512 to 2M), compression_type=zlib|zstd, preallocation=off|metadata.
+    ///
+    /// vdi: static=off|on.
+    ///
+    /// vpc: subformat=dynamic|fixed, force_size=on|off (off rounds up to whole cylinders).
     #[arg(short, long = "option", value_name = "NAME=VALUE,...", value_delimiter = ',', value_parser = pair)]
     options: Vec<(String, String)>,
     /// When a new file gets its room: off as it is written, with holes for zeros; falloc all at once; full by writing
