@@ -243,10 +243,13 @@ fn open_stream(
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Arc<dyn ReadAt>> {
-    // Only decoding it tells the length, and that the wrapper is whole to its end.
-    let file_bytes = measure(reader, progress, |_| ())?;
+    // Only decoding it tells the length, and that the wrapper is whole to its end. A fixed VHD is the disk before its
+    // footer: nobody looks for one at the end of a stream.
+    let file_bytes = measure(Box::new(PlainReader::new(reader)), progress, |_| ())?;
     let (owned, stream_limits) = (path.to_owned(), limits.clone());
-    let open = move || -> io::Result<Box<dyn Read + Send>> { Ok(unwrap(&owned, &stream_limits)?.reader) };
+    let open = move || -> io::Result<Box<dyn Read + Send>> {
+        Ok(Box::new(PlainReader::new(unwrap(&owned, &stream_limits)?.reader)))
+    };
     let source = ForwardReader::new(file_bytes, open)
         .map_err(|e| Error::io(format!("opening {}", path.display()), e))?;
     Ok(Arc::new(source))

@@ -547,6 +547,11 @@ fn wrapped_images_convert_like_bare_ones() {
         let (limits, progress) = (Limits::default(), Progress::default());
         let info = file::inspect(&image, &limits, &progress).unwrap().info;
         assert_eq!((info.format.name(), info.virtual_size), (FLAVOURS[flavour].0, raw.len() as u64));
+        let bare = image_path(&dir, "raw");
+        std::fs::write(&bare, raw).unwrap();
+        let same = file::compare([&image, &bare], true, &Options::default(), &limits, &progress).unwrap();
+        assert_eq!(same.first_difference, None, "{flavour}");
+        assert_eq!(same.virtual_sizes, [raw.len() as u64; 2], "{flavour}");
         for (name, options) in [("raw", ""), ("qcow2", "cluster_size=4096"), ("vdi", "static=off")] {
             let output = match name {
                 "raw" => Output::Raw,
