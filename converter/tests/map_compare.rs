@@ -79,6 +79,30 @@ fn the_map_is_that_of_qemu_img() {
     }
 }
 
+/// What is stored of a disk, and where; runs that go on are one, whatever lies between them says of itself.
+fn stored(runs: &[Run]) -> Vec<(u64, u64, Option<u64>)> {
+    runs.iter().filter(|run| run.data).map(|run| (run.start, run.len, run.offset)).collect()
+}
+
+#[test]
+fn data_is_where_qemu_img_finds_it_in_other_formats() {
+    let dir = temp_dir();
+    let raw = dir.path().join("raw");
+    let mut disk = noise(3 << 20, 1);
+    disk.resize(20 << 20, 0);
+    disk.extend(noise(4 << 20, 2));
+    std::fs::write(&raw, disk).unwrap();
+    for (format, options) in [
+        ("vdi", "static=off"),
+        ("vmdk", "subformat=monolithicSparse"),
+        ("vpc", "subformat=dynamic,force_size=on"),
+    ] {
+        let image = dir.path().join(format);
+        qemu_img(&["convert", "-f", "raw", "-O", format, "-o", options, path(&raw), path(&image)]);
+        assert_eq!(stored(&our_map(&image)), stored(&their_map(&image, format)), "{format}");
+    }
+}
+
 #[test]
 fn the_map_of_a_wrapped_image_is_that_of_the_image() {
     let dir = temp_dir();

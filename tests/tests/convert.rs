@@ -139,3 +139,22 @@ fn check_and_compare_answer_by_their_exit_codes() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_disk_goes_down_standard_output() -> Result<()> {
+    let dir = temp_dir();
+    let (image, out) = (dir.path().join("disk.img"), dir.path().join("out"));
+    fixture::noise_qcow2(&image, VIRTUAL_BYTES, DATA_BYTES)?;
+    let shell = |options: &str| -> Result<_> {
+        let (dvcr, image, out) = (dvcr()?, utf8(&image), utf8(&out));
+        run_output(&cmd("sh", ["-c", &format!("{} convert {options} {image} - > {out}", dvcr.display())]))
+    };
+    let output = shell("")?;
+    assert!(output.status.success(), "{}", output.stderr);
+    qemu::assert_same_disk(&image, "qcow2", &out, "raw")?;
+    let output = shell("-O qcow2")?;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stderr.contains("front to end"), "{}", output.stderr);
+    assert_eq!(std::fs::metadata(&out)?.len(), 0);
+    Ok(())
+}

@@ -56,7 +56,7 @@ trait Driver: Sync {
     ) -> Result<Box<dyn Disk>>;
 
     /// Checks the metadata of the file in `source`, whose beginning is `head`, and goes on behind damage as far as that
-    /// makes sense. Fails only if nothing can be told, because the file cannot be opened or crosses a limit.
+    /// makes sense. Fails if it makes none at all, or a limit is crossed.
     ///
     /// By default all extents have to be inside the file, and none on another.
     fn check(
@@ -228,12 +228,15 @@ pub fn open_member(source: Arc<dyn ReadAt>, member: Option<&str>, limits: &Limit
 
 /// Checks the image stored in `source`: all of its metadata, and no data.
 ///
-/// Damage is counted and not an error, unless the image cannot be opened for it. A raw disk has nothing to be checked.
+/// Damage is counted and not an error. A raw disk has nothing to be checked.
 pub fn check(source: &Arc<dyn ReadAt>, limits: &Limits, progress: &Progress) -> Result<(Format, Report)> {
     let (head, format) = recognise_source(source.as_ref())?;
     let mut report = Report::default();
-    if !format.is_plain() {
-        format.driver().check(source, &head, limits, &mut report, progress)?;
+    if !format.is_plain()
+        && let Err(e) = format.driver().check(source, &head, limits, &mut report, progress)
+    {
+        // Too damaged to go on is damaged.
+        report.failure(e)?;
     }
     Ok((format, report))
 }
