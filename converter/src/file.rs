@@ -173,10 +173,11 @@ pub fn check(
 ) -> Result<(Format, Report)> {
     let (wrappers, source) = open_source(path, limits, progress)?;
     progress.set_phase("check");
-    let (format, mut report) = format::check(&source, limits, progress)?;
+    let limits = limits.inside(wrappers.len());
+    let (format, mut report) = format::check(&source, &limits, progress)?;
     if with_data {
         progress.set_phase("read");
-        match format::open(source, &limits.inside(wrappers.len())) {
+        match format::open(source, &limits) {
             Ok(image) => {
                 let options = in_order_if(!wrappers.is_empty(), options);
                 check::read_data(image.disk.as_ref(), &mut report, &options, progress)?;

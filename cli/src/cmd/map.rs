@@ -46,6 +46,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
 /// Prints each run as soon as it is known: there may be more of them than memory holds.
 fn print(image: &Image, name: &str, output: Output, progress: &Progress) -> anyhow::Result<()> {
+    progress.bound(&Limits::default());
     let mut out = BufWriter::new(io::stdout().lock());
     match output {
         Output::Human => writeln!(out, "{:<15} {:<15} {:<15} File", "Offset", "Length", "Mapped to")?,
