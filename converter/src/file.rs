@@ -31,6 +31,21 @@ pub struct Inspection {
     pub allocated_bytes: u64,
 }
 
+/// An image file, and which of its disks.
+#[derive(Clone, Copy, Debug)]
+pub struct Input<'a> {
+    /// Where the file is.
+    pub path: &'a Path,
+    /// The disk of an archive, by its id or its file; the first one if there is no name.
+    pub disk: Option<&'a str>,
+}
+
+impl<'a, P: AsRef<Path> + ?Sized> From<&'a P> for Input<'a> {
+    fn from(path: &'a P) -> Self {
+        Input { path: path.as_ref(), disk: None }
+    }
+}
+
 /// What to make of an image.
 pub enum Output {
     /// A sparse raw file, or a block device.
@@ -64,45 +79,48 @@ pub struct Converted {
     pub stored_bytes: u64,
 }
 
-/// Tells what the file at `path` is. Of a wrapped raw disk only decoding all of it tells the size; `progress`
-/// counts those bytes.
-pub fn inspect(path: &Path, limits: &Limits, progress: &Progress) -> Result<Inspection> {
+/// Tells what `input`, a path or an [`Input`], is. Of a wrapped raw disk only decoding all of it tells the size;
+/// `progress` counts those bytes.
+pub fn inspect<'a>(input: impl Into<Input<'a>>, limits: &Limits, progress: &Progress) -> Result<Inspection> {
+    let Input { path, disk: name } = input.into();
     progress.bound(limits);
     let source = FileSource::open(path)?;
     let (file_bytes, allocated_bytes) = (source.file_bytes(), source.allocated_bytes()?);
     let Unwrapped { wrappers, head, reader } = unwrap(path, limits)?;
     if wrappers.is_empty() {
-        let info = format::open(Arc::new(source), limits)?.info;
+        let info = format::open_member(Arc::new(source), name, limits)?.info;
         return Ok(Inspection { wrappers, info, allocated_bytes });
     }
     let format = format::probe(&head, None, limits)?.format;
     let info = if format.is_plain() {
+        format::refuse_member(name)?;
         let mut disk = PlainReader::new(reader);
         let bytes = measure(Box::new(&mut disk), progress, |n| progress.advance(n))?;
         let virtual_size = format::probe(&head, Some(bytes), limits)?.virtual_size.unwrap_or(bytes);
         Info { format: disk.format(format), virtual_size, file_bytes, details: Details::default() }
     } else {
-        let image = open_wrapped(path, reader, wrappers.len(), limits, progress)?;
+        let image = open_wrapped(path, name, reader, wrappers.len(), limits, progress)?;
         Info { file_bytes, ..image.info }
     };
     Ok(Inspection { wrappers, info, allocated_bytes })
 }
 
-/// Converts the image file `input` to `output`, a path or a [`Destination`]. A file or block device is complete and
-/// synced when this returns, and is not there (a block device: begins with zeros) otherwise.
+/// Converts `input`, a path or an [`Input`], to `output`, a path or a [`Destination`]. A file or block device is
+/// complete and synced when this returns, and is not there (a block device: begins with zeros) otherwise.
 ///
 /// A wrapped raw or iso image is converted as it is decoded. An image in another format is decoded several times: to
 /// measure it, to read it in order, and again where it goes far back; one whose parts are so scattered that this
 /// never ends is [`ErrorKind::Unsupported`]. An input that lies on the output device, and a destination that cannot take
 /// the format, are [`ErrorKind::Target`].
 pub fn convert<'a>(
-    input: &Path,
+    input: impl Into<Input<'a>>,
     output: impl Into<Destination<'a>>,
     kind: Output,
     options: &Options,
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Converted> {
+    let Input { path: input, disk: name } = input.into();
     let target = Target::of(output.into(), kind, input)?;
     progress.bound(limits);
     progress.set_phase("convert");
@@ -110,15 +128,16 @@ pub fn convert<'a>(
     if wrappers.is_empty() {
         drop(reader);
         let source = Arc::new(FileSource::open(input)?);
-        let image = format::open(source.clone(), limits)?;
+        let image = format::open_member(source.clone(), name, limits)?;
         return convert_image(&image, Some(&source), target, options, progress);
     }
     let format = format::probe(&head, None, limits)?.format;
     if !format.is_plain() {
-        let image = open_wrapped(input, reader, wrappers.len(), limits, progress)?;
+        let image = open_wrapped(input, name, reader, wrappers.len(), limits, progress)?;
         progress.set_phase("convert");
         return convert_image(&image, None, target, &in_order_if(true, options), progress);
     }
+    format::refuse_member(name)?;
     // Without the footer that makes it a fixed VHD, if it has one.
     let mut disk = PlainReader::new(reader);
     match target {
@@ -231,12 +250,13 @@ fn open_source(path: &Path, limits: &Limits, progress: &Progress) -> Result<(Vec
 /// order, and begun again where it goes far back.
 fn open_wrapped(
     path: &Path,
+    name: Option<&str>,
     reader: Box<dyn Read + Send>,
     wrappers: usize,
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Image> {
-    format::open(open_stream(path, reader, limits, progress)?, &limits.inside(wrappers))
+    format::open_member(open_stream(path, reader, limits, progress)?, name, &limits.inside(wrappers))
 }
 
 fn open_stream(

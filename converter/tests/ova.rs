@@ -9,7 +9,7 @@ use std::sync::Arc;
 use common::{Bytes, assert_same_bytes, failure, noise, path, prose, qemu_img, read_through, run, temp_dir};
 use dvcr_converter::convert::Options;
 use dvcr_converter::error::ErrorKind;
-use dvcr_converter::file::{self, Output};
+use dvcr_converter::file::{self, Input, Output};
 use dvcr_converter::format::{self, Format, Image};
 use dvcr_converter::io::Value;
 use dvcr_converter::limits::Limits;
@@ -296,6 +296,10 @@ fn an_archive_cut_short_anywhere_ends_in_an_error_or_the_same_disk() {
     }
 }
 
+fn named<'a>(path: &'a Path, disk: &'a str) -> Input<'a> {
+    Input { path, disk: Some(disk) }
+}
+
 #[test]
 fn an_archive_inside_gz_is_read() {
     let dir = temp_dir();
@@ -309,6 +313,20 @@ fn an_archive_inside_gz_is_read() {
     let packed = dir.path().join("vm.ova.gz");
     file::convert(&packed, &back, Output::Raw, &options, &limits, &progress).unwrap();
     assert_same_bytes(&back, &raw);
+
+    std::fs::write(&raw, disk(2)).unwrap();
+    file::convert(named(&packed, "b.vmdk"), &back, Output::Raw, &options, &limits, &progress).unwrap();
+    assert_same_bytes(&back, &raw);
+    let told = file::inspect(named(&packed, "disk2"), &limits, &progress).unwrap();
+    assert_eq!(told.info.format, Format::Ova);
+    assert!(told.info.details.specific.contains(&("file", Value::Text("b.vmdk".to_owned()))));
+    // A plain disk has no others inside, whether it is compressed or not.
+    run("gzip", &["-1", "-k", path(&raw)]);
+    for file in [dir.path().join("raw.gz"), raw] {
+        let told = failure(file::inspect(named(&file, "disk2"), &limits, &progress));
+        let made = file::convert(named(&file, "disk2"), &back, Output::Raw, &options, &limits, &progress);
+        assert_eq!((told.kind(), failure(made).kind()), (ErrorKind::Unsupported, ErrorKind::Unsupported));
+    }
 }
 
 proptest! {

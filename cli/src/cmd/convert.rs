@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use dvcr_converter::convert::Options;
-use dvcr_converter::file::{self, Destination, Output};
+use dvcr_converter::file::{self, Destination, Input, Output};
 use dvcr_converter::format::{Format, create_options};
 use dvcr_converter::limits::Limits;
 use dvcr_converter::local::Preallocation;
@@ -26,7 +26,10 @@ pub struct Args {
     input: PathBuf,
     /// The file or, for raw, block device to write; - is standard output, for formats written from front to end.
     output: PathBuf,
-    /// Format to write: raw, qcow2, vdi or vpc (VHD).
+    /// The disk of an OVA to convert, by its id or its file; by default the first one.
+    #[arg(long, value_name = "NAME")]
+    disk: Option<String>,
+    /// Format to write: raw, qcow2, vmdk, vdi, vpc (VHD) or vhdx.
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
     format: Format,
     /// Compress, for formats that can.
@@ -35,6 +38,9 @@ pub struct Args {
     /// Options of the format, named as qemu-img does.
     ///
     /// qcow2: cluster_size=64K (512 to 2M), compression_type=zlib|zstd, preallocation=off|metadata.
+    ///
+    /// vmdk: subformat=monolithicSparse|streamOptimized (the latter with -c), adapter_type=ide|lsilogic|buslogic|legacyESX,
+    /// hwversion=4, toolsversion=2147483647.
     ///
     /// vdi: static=off|on.
     ///
@@ -68,7 +74,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(workers) = args.workers {
         options.workers = workers.into();
     }
-    let (from, to, preallocation) = (args.input.clone(), args.output.clone(), args.preallocation);
+    let (from, disk, to) = (args.input.clone(), args.disk, args.output.clone());
+    let preallocation = args.preallocation;
     let to_stdout = args.output.as_os_str() == "-";
     let stdout = to_stdout.then(|| stdout_for_bytes(preallocation)).transpose()?;
     let converted = work::run(&args.input.display().to_string(), |progress| async move {
@@ -77,7 +84,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 Some(stdout) => Destination::Stream(Box::new(stdout)),
                 None => Destination::Path(&to, preallocation),
             };
-            file::convert(&from, destination, output, &options, &Limits::default(), &progress)
+            let source = Input { path: &from, disk: disk.as_deref() };
+            file::convert(source, destination, output, &options, &Limits::default(), &progress)
         };
         Ok(tokio::task::spawn_blocking(convert).await??)
     })

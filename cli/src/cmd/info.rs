@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
-use dvcr_converter::file::{self, Inspection};
+use dvcr_converter::file::{self, Input, Inspection};
 use dvcr_converter::io::Value;
 use dvcr_converter::limits::Limits;
 use serde_json::json;
@@ -19,6 +19,9 @@ use crate::work;
 pub struct Args {
     /// The image file or block device.
     file: PathBuf,
+    /// The disk of an OVA to tell about, by its id or its file; by default the first one.
+    #[arg(long, value_name = "NAME")]
+    disk: Option<String>,
     /// How to print the answer; json names its fields as `qemu-img info` does.
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
@@ -26,10 +29,13 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let path = args.file.clone();
+    let (path, disk) = (args.file.clone(), args.disk);
     let name = path.display().to_string();
     let inspection = work::run(&name, |progress| async move {
-        let inspect = move || file::inspect(&path, &Limits::default(), &progress);
+        let inspect = move || {
+            let input = Input { path: &path, disk: disk.as_deref() };
+            file::inspect(input, &Limits::default(), &progress)
+        };
         Ok(tokio::task::spawn_blocking(inspect).await??)
     })
     .with_context(|| format!("cannot tell what {name} is"))?;

@@ -287,7 +287,7 @@ fn recognise(head: &[u8], tail: Option<Tail<'_>>) -> Result<Format> {
 }
 
 /// Refuses the name of a member where there are none.
-fn refuse_member(member: Option<&str>) -> Result<()> {
+pub(crate) fn refuse_member(member: Option<&str>) -> Result<()> {
     match member {
         None => Ok(()),
         Some(name) => Err(Error::new(
