@@ -11,6 +11,7 @@ use dvcr_converter::plain::PlainReader;
 use dvcr_converter::progress::Progress;
 use dvcr_converter::sink::StreamTarget;
 use dvcr_converter::{qcow2, wrapper};
+use dvcr_image::client::{RangedBlob, Window};
 use dvcr_image::digest::{self, Digest, Hasher};
 use dvcr_image::layout::DiskLabels;
 use dvcr_image::{ClientOptions, Reference, Repository, tar};
@@ -119,7 +120,11 @@ enum Route {
 
 /// What the source thread tells at its end.
 struct Produced {
-    labels: DiskLabels,
+    /// Bytes of the stored file, and its format.
+    size: u64,
+    format: Format,
+    /// Bytes a guest sees; `None` if the beginning of the file does not tell.
+    virtual_size: Option<u64>,
     file_name: String,
     source_size: u64,
     /// The part of the file that goes before what was staged.
@@ -180,17 +185,22 @@ impl Transfer<'_> {
             return Err(Error::new(ErrorKind::Source, "the source thread ended without a word"));
         };
         self.progress.set_phase("commit");
+        let virtual_size = match produced.virtual_size {
+            Some(virtual_size) => virtual_size,
+            None => self.look_inside(&digest, size, &produced).await?,
+        };
+        let labels = DiskLabels { size: produced.size, virtual_size, format: produced.format };
         let target = self.request.destination.target();
-        let manifest = dvcr_image::publish(self.repository, target, &produced.labels, (&digest, size));
+        let manifest = dvcr_image::publish(self.repository, target, &labels, (&digest, size));
         let manifest = manifest.await.map_err(|e| self.registry(e))?;
         let seconds = begun.elapsed().as_secs_f64();
         Ok(ImportSummary {
             reference: self.request.destination.to_string(),
             digest: manifest.to_string(),
             file_name: produced.file_name,
-            format: produced.labels.format.to_string(),
-            virtual_size: produced.labels.virtual_size,
-            stored_size: produced.labels.size,
+            format: produced.format.to_string(),
+            virtual_size,
+            stored_size: produced.size,
             source_size: produced.source_size,
             seconds,
             bytes_per_second: (produced.source_size as f64 / seconds.max(1e-9)) as u64,
@@ -199,7 +209,7 @@ impl Transfer<'_> {
 
     /// Reads the staged blob back into a layer, without its salt.
     async fn assemble(&self, staged: &Staged, produced: &Produced) -> Result<(Digest, u64)> {
-        let size = produced.labels.size;
+        let size = produced.size;
         let mut begin = tar::prefix(&produced.file_name, size).map_err(|e| self.registry(e))?;
         begin.extend(&produced.header);
         let end = tar::suffix(size);
@@ -235,6 +245,25 @@ impl Transfer<'_> {
         })?;
         self.progress.set_phase("commit");
         layer.finish().await.map_err(|e| self.registry(e))
+    }
+
+    /// Opens the image where it lies now, in a layer that nobody refers to yet, and returns the bytes a guest sees. A
+    /// layer that is refused is left to the registry's garbage collection, for it may be in another image too.
+    async fn look_inside(&self, layer: &Digest, layer_bytes: u64, produced: &Produced) -> Result<u64> {
+        let begin = tar::prefix(&produced.file_name, produced.size).map_err(|e| self.registry(e))?;
+        let runtime = tokio::runtime::Handle::current();
+        let blob = RangedBlob::new(self.repository.clone(), layer.clone(), layer_bytes, runtime);
+        let window =
+            Window::new(blob, begin.len() as u64, produced.size).map_err(|e| self.registry(e))?;
+        let limits = self.request.limits.clone();
+        let opened = tokio::task::spawn_blocking(move || format::open(Arc::new(window), &limits)).await;
+        let opened =
+            opened.map_err(|e| Error::with(ErrorKind::Registry, "the thread that looks inside ended early", e))?;
+        let refused = |e| {
+            let text = format!("{} is not an image that can be imported", produced.file_name);
+            Error::with(ErrorKind::Image, text, e)
+        };
+        opened.map(|image| image.info.virtual_size).map_err(refused)
     }
 
     fn registry(&self, error: dvcr_image::Error) -> Error {
@@ -349,7 +378,7 @@ impl Producer {
             let disk = Box::new(PlainReader::new(reader));
             let finished = stream_to_image(disk, None, &mut target, &form, &Options::default(), &uncounted);
             let finished = finished.map_err(image)?;
-            (finished.file_bytes, finished.virtual_size, target.finish().map_err(image)?)
+            (finished.file_bytes, Some(finished.virtual_size), target.finish().map_err(image)?)
         } else {
             if let Some(len) = straight {
                 let begin = tar::prefix(&file_name, len)
@@ -360,7 +389,7 @@ impl Producer {
             drop(reader);
             // With its whole length known, the header is held against it.
             let probe = format::probe(&unwrapped.head, Some(size), &self.limits).map_err(image)?;
-            (size, probe.virtual_size.unwrap_or(size), Vec::new())
+            (size, probe.virtual_size, Vec::new())
         };
         let source_size = self.received.clone().finish(self.len)?;
         if straight.is_some() {
@@ -368,8 +397,7 @@ impl Producer {
         }
         tracing::debug!(bytes = self.writer.written(), ?route, "the source is read");
         self.writer.finish().map_err(pushing)?;
-        let labels = DiskLabels { size, virtual_size, format: stored_format };
-        Ok(Produced { labels, file_name, source_size, header })
+        Ok(Produced { size, format: stored_format, virtual_size, file_name, source_size, header })
     }
 }
 

@@ -12,7 +12,7 @@ use common::{
     Files, MIB, Registry, Serving, Web, chain, import_one, import_request, noise, path, populate_one, run,
 };
 use dvcr_converter::progress::Progress;
-use dvcr_image::layout::LABEL_FORMAT;
+use dvcr_image::layout::{LABEL_FORMAT, LABEL_VIRTUAL_SIZE};
 use dvcr_importer::{ErrorKind, ImportSummary, import};
 
 /// What every import test looks at in the end: the disk, and that nothing else stayed behind.
@@ -96,6 +96,42 @@ async fn qcow2_and_iso_are_stored_byte_for_byte() {
         assert!(stored == std::fs::read(source).unwrap(), "{format}");
     }
     assert_holds(&registry, "iso", &std::fs::read(&iso).unwrap()).await;
+}
+
+/// The metadata of a VHDX file may lie anywhere in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vhdx_image_is_labelled_with_the_size_of_its_disk() {
+    let files = Files::new();
+    let source = files.path("disk.vhdx");
+    run("qemu-img", &["convert", "-O", "vhdx", path(&files.path("disk.raw")), path(&source)]);
+    for registry in [Registry::ours().await, Registry::debian()] {
+        for (name, source) in [("plain", source.clone()), ("wrapped", files.wrap(&source, "gz"))] {
+            let done = import_one(path(&source), &registry.reference(name)).await.unwrap();
+            assert_eq!((done.format.as_str(), done.file_name.as_str()), ("vhdx", "disk.vhdx"));
+            assert_eq!(done.virtual_size, files.raw.len() as u64);
+            let reference = format!("docker://{}", registry.reference(name));
+            let inspected = run("skopeo", &["inspect", "--config", "--tls-verify=false", &reference]);
+            let config: serde_json::Value = serde_json::from_slice(&inspected).unwrap();
+            assert_eq!(config["config"]["Labels"][LABEL_VIRTUAL_SIZE], files.raw.len().to_string());
+            assert_holds(&registry, name, &files.raw).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_image_whose_size_is_not_at_its_beginning_is_not_published() {
+    let (registry, files) = (Registry::ours().await, Files::new());
+    let source = files.path("disk.vhdx");
+    run("qemu-img", &["create", "-q", "-f", "vhdx", path(&source), "64M"]);
+    let mut bytes = std::fs::read(&source).unwrap();
+    // Both region tables.
+    bytes[192 << 10] = 0;
+    bytes[256 << 10] = 0;
+    std::fs::write(&source, bytes).unwrap();
+    let error = import_one(path(&source), &registry.reference("a")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Image, "{}", chain(&error));
+    assert!(chain(&error).contains("region table"), "{}", chain(&error));
+    assert!(registry.repository("a").image("latest").await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]
