@@ -45,6 +45,9 @@ pub struct Args {
     /// vdi: static=off|on.
     ///
     /// vpc: subformat=dynamic|fixed, force_size=on|off (off rounds up to whole cylinders).
+    ///
+    /// vhdx: subformat=dynamic|fixed, block_size=0 (by the size of the disk; or 1M to 256M), log_size=1M,
+    /// block_state_zero=on|off.
     #[arg(short, long = "option", value_name = "NAME=VALUE,...", value_delimiter = ',', value_parser = pair)]
     options: Vec<(String, String)>,
     /// When a new file gets its room: off as it is written, with holes for zeros; falloc all at once; full by writing
