@@ -253,12 +253,11 @@ impl Transfer<'_> {
         let begin = tar::prefix(&produced.file_name, produced.size).map_err(|e| self.registry(e))?;
         let runtime = tokio::runtime::Handle::current();
         let blob = RangedBlob::new(self.repository.clone(), layer.clone(), layer_bytes, runtime);
-        let window =
-            Window::new(blob, begin.len() as u64, produced.size).map_err(|e| self.registry(e))?;
+        let window = Window::new(blob, begin.len() as u64, produced.size).map_err(|e| self.registry(e))?;
         let limits = self.request.limits.clone();
         let opened = tokio::task::spawn_blocking(move || format::open(Arc::new(window), &limits)).await;
-        let opened =
-            opened.map_err(|e| Error::with(ErrorKind::Registry, "the thread that looks inside ended early", e))?;
+        let opened = opened
+            .map_err(|e| Error::with(ErrorKind::Registry, "the thread that looks inside ended early", e))?;
         let refused = |e| {
             let text = format!("{} is not an image that can be imported", produced.file_name);
             Error::with(ErrorKind::Image, text, e)

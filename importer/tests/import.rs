@@ -104,9 +104,10 @@ async fn a_vhdx_image_is_labelled_with_the_size_of_its_disk() {
     let files = Files::new();
     let source = files.path("disk.vhdx");
     run("qemu-img", &["convert", "-O", "vhdx", path(&files.path("disk.raw")), path(&source)]);
+    let sources = [("plain", source.clone()), ("wrapped", files.wrap(&source, "gz"))];
     for registry in [Registry::ours().await, Registry::debian()] {
-        for (name, source) in [("plain", source.clone()), ("wrapped", files.wrap(&source, "gz"))] {
-            let done = import_one(path(&source), &registry.reference(name)).await.unwrap();
+        for (name, source) in &sources {
+            let done = import_one(path(source), &registry.reference(name)).await.unwrap();
             assert_eq!((done.format.as_str(), done.file_name.as_str()), ("vhdx", "disk.vhdx"));
             assert_eq!(done.virtual_size, files.raw.len() as u64);
             let reference = format!("docker://{}", registry.reference(name));
@@ -167,8 +168,8 @@ async fn what_goes_wrong_at_the_source_publishes_nothing_and_says_why() {
     let plain = Serving::new(std::fs::read(files.qcow2(&[])).unwrap());
     let html = Serving::new(b"\n<!DOCTYPE html><html><body>Not here</body></html>".to_vec());
     let foreign = {
-        run("qemu-img", &["create", "-q", "-f", "vmdk", path(&files.path("x.vmdk")), "10M"]);
-        Serving::new(std::fs::read(files.path("x.vmdk")).unwrap())
+        run("qemu-img", &["create", "-q", "-f", "qed", path(&files.path("x.qed")), "10M"]);
+        Serving::new(std::fs::read(files.path("x.qed")).unwrap())
     };
     let backed = {
         let made = files.path("b.qcow2");
@@ -204,7 +205,7 @@ async fn what_goes_wrong_at_the_source_publishes_nothing_and_says_why() {
         ("empty", Serving::new(Vec::new()), ErrorKind::Source, "empty"),
         ("empty-chunked", Serving { chunked: true, ..Serving::new(Vec::new()) }, ErrorKind::Source, "empty"),
         ("html", Serving { content_type: "text/html; charset=utf-8", ..html }, ErrorKind::Source, "web page"),
-        ("foreign", foreign, ErrorKind::Image, "vmdk"),
+        ("foreign", foreign, ErrorKind::Image, "qed"),
         ("backed", backed, ErrorKind::Image, "backing"),
         ("cut-gz", cut_gz, ErrorKind::Image, "gz"),
     ];
