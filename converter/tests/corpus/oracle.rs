@@ -58,6 +58,13 @@ const STRICTER: &[(&str, &str, &str)] = &[
     ("vpc", "damaged: both", "qemu does not look at the version of a footer"),
     ("vpc", "blocks of", "qemu has no bitmaps before blocks that are too small for them"),
     ("vpc", "limit", "the bounds here are lower"),
+    ("vhdx", "another block too", "one block for many places makes endless disks of small files"),
+    ("vhdx", "no valid sequence", "qemu takes a file whose log is lost for a clean one"),
+    ("vhdx", "physical sector size", "qemu does not look at it"),
+    ("vhdx", "beyond the end of the file", "qemu reads zeros where a region is cut off"),
+    ("vhdx", "boundaries of 1 MiB", "qemu does not look at it"),
+    ("vhdx", "is damaged", "qemu looks at the blocks it reads only"),
+    ("vhdx", "larger than the limit", "a bound of the inputs"),
 ];
 
 /// Where we read what qemu refuses: the format, words of its message, and why.
@@ -76,6 +83,13 @@ const LAXER: &[(&str, &str, &str)] = &[
     ("vpc", "invalid VPC image", "the footer at the end counts for dynamic disks, too"),
     ("vpc", "The image has been truncated", "only the blocks that a guest sees have to be there"),
     ("vpc", "Invalid argument", "entries that the disk does not need are not read"),
+    ("vhdx", "log that needs to be replayed", "the log is replayed in memory"),
+    ("vhdx", "Operation not supported", "sectors of 4096 bytes are read"),
+    (
+        "vhdx",
+        "Invalid argument",
+        "qemu says no more; it looks at the version and place of a log that is empty",
+    ),
 ];
 
 /// Whether both of us read inputs of this target.
