@@ -8,6 +8,7 @@
 //! their own, told in their help.
 
 mod cmd;
+mod limits;
 mod logging;
 mod size;
 mod work;

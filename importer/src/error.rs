@@ -45,6 +45,15 @@ impl Error {
         Self { kind, context: context.into(), cause: Some(cause.into()) }
     }
 
+    /// Tells why [`dvcr_converter::progress::Progress::check`] ended the work.
+    pub(crate) fn stopped(why: dvcr_converter::Error) -> Self {
+        let kind = match why.kind() {
+            dvcr_converter::ErrorKind::Cancelled => ErrorKind::Cancelled,
+            _ => ErrorKind::Image,
+        };
+        Self::new(kind, why.to_string())
+    }
+
     /// The stable kind.
     pub fn kind(&self) -> ErrorKind {
         self.kind

@@ -86,6 +86,7 @@ pub async fn import(request: ImportRequest, progress: Arc<Progress>) -> Result<I
     }
     let repository = Repository::open(&request.destination, &request.client)
         .map_err(|e| Error::with(ErrorKind::Registry, "preparing the registry client", e))?;
+    progress.bound(&request.limits);
     let transfer = Transfer { request: &request, repository: &repository, progress: &progress };
     let outcome = tokio::select! {
         outcome = transfer.run() => outcome,
@@ -95,12 +96,14 @@ pub async fn import(request: ImportRequest, progress: Arc<Progress>) -> Result<I
     outcome
 }
 
-/// Waits until somebody cancels.
+/// Waits until somebody cancels, or the time is over.
 pub(crate) async fn cancelled(progress: &Progress) -> Error {
-    while progress.check().is_ok() {
+    loop {
+        if let Err(stopped) = progress.check() {
+            return Error::stopped(stopped);
+        }
         tokio::time::sleep(Duration::from_millis(CANCEL_POLL_MS)).await;
     }
-    Error::new(ErrorKind::Cancelled, "interrupted")
 }
 
 struct Transfer<'a> {
@@ -372,6 +375,7 @@ impl Producer {
         let (size, virtual_size, header) = if re_encoded {
             // Cancelling stops the reader; the counts of the conversion are not the source's.
             let uncounted = Progress::default();
+            uncounted.bound(&self.limits);
             let form = qcow2::WriteOptions::default();
             let mut target = StreamTarget::new(&mut self.writer, form.cluster_size as usize);
             let disk = Box::new(PlainReader::new(reader));
@@ -384,7 +388,7 @@ impl Producer {
                     .map_err(|e| Error::with(ErrorKind::Image, "making the layer's header", e))?;
                 self.writer.write_all(&begin).map_err(pushing)?;
             }
-            let size = self.writer.read_all(&mut reader).map_err(reading)?;
+            let size = self.writer.read_all(&mut self.progress.storing(&mut reader)).map_err(reading)?;
             drop(reader);
             // With its whole length known, the header is held against it.
             let probe = format::probe(&unwrapped.head, Some(size), &self.limits).map_err(image)?;

@@ -117,6 +117,7 @@ pub async fn populate(mut request: PopulateRequest, progress: Arc<Progress>) -> 
             || Error::new(ErrorKind::Target, format!("no disk has {size} bytes; ask for a smaller size"));
         request.size = Some(rounded.ok_or_else(too_large)?);
     }
+    progress.bound(&request.limits);
     progress.set_phase("transfer");
     let registry = {
         let shown = request.reference.to_string();
@@ -191,6 +192,7 @@ impl Work {
         let stream = self.disk.stream().map_err(|e| self.reading(e))?;
         let unwrapped = wrapper::unwrap(Box::new(stream), limits).map_err(|e| self.converting(e))?;
         let probe = format::probe(&unwrapped.head, None, limits).map_err(|e| self.converting(e))?;
+        let depth = unwrapped.wrappers.len();
         let plain_len = unwrapped.wrappers.is_empty().then(|| self.disk.size());
         if probe.format.is_plain() {
             return self.write_stream(probe.format, plain_len, unwrapped.reader);
@@ -213,7 +215,8 @@ impl Work {
             Ok(wrapper::unwrap(Box::new(disk.stream()?), &limits)?.reader)
         };
         let source = Arc::new(ForwardReader::new(len, open).map_err(|e| self.reading(e))?);
-        let image = format::open(source.clone(), &self.request.limits).map_err(|e| self.converting(e))?;
+        let limits = self.request.limits.inside(depth);
+        let image = format::open(source.clone(), &limits).map_err(|e| self.converting(e))?;
         // A second worker would only pull the stream to and fro.
         let options = Options { workers: 1, ..Options::default() };
         self.write(&image, &options, || source.drain())

@@ -8,7 +8,6 @@ use dvcr_converter::check::{MESSAGES_MAX, Report};
 use dvcr_converter::convert::Options;
 use dvcr_converter::file;
 use dvcr_converter::format::Format;
-use dvcr_converter::limits::Limits;
 use serde_json::json;
 
 use super::Output;
@@ -32,10 +31,13 @@ pub struct Args {
     /// Threads that read data; by default one per core, from 2 to 8.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     workers: Option<u8>,
+    #[command(flatten)]
+    limits: crate::limits::Args,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let limits = args.limits.limits();
     let path = args.file.clone();
     let name = path.display().to_string();
     let mut options = Options::default();
@@ -43,7 +45,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         options.workers = workers.into();
     }
     let (format, report) = work::run(&name, |progress| async move {
-        let check = move || file::check(&path, args.data, &options, &Limits::default(), &progress);
+        let check = move || file::check(&path, args.data, &options, &limits, &progress);
         Ok(tokio::task::spawn_blocking(check).await??)
     })
     .with_context(|| format!("cannot check {name}"))?;

@@ -7,7 +7,6 @@ use anyhow::Context;
 use dvcr_converter::compare::Comparison;
 use dvcr_converter::convert::Options;
 use dvcr_converter::file;
-use dvcr_converter::limits::Limits;
 use serde_json::json;
 
 use super::Output;
@@ -32,18 +31,21 @@ pub struct Args {
     /// Threads that read and decode; by default one per core, from 2 to 8.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     workers: Option<u8>,
+    #[command(flatten)]
+    limits: crate::limits::Args,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let Args { a, b, strict, output, workers } = args;
+    let Args { a, b, strict, output, workers, limits } = args;
+    let limits = limits.limits();
     let names = [a.display().to_string(), b.display().to_string()];
     let mut options = Options::default();
     if let Some(workers) = workers {
         options.workers = workers.into();
     }
     let comparison = work::run(&names[0], |progress| async move {
-        let compare = move || file::compare([&a, &b], strict, &options, &Limits::default(), &progress);
+        let compare = move || file::compare([&a, &b], strict, &options, &limits, &progress);
         Ok(tokio::task::spawn_blocking(compare).await??)
     })
     .with_context(|| format!("cannot compare {} and {}", names[0], names[1]))?;

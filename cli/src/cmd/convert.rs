@@ -10,7 +10,6 @@ use anyhow::{Context, bail};
 use dvcr_converter::convert::Options;
 use dvcr_converter::file::{self, Destination, Input, Output};
 use dvcr_converter::format::{Format, create_options};
-use dvcr_converter::limits::Limits;
 use dvcr_converter::local::Preallocation;
 
 use crate::size::Human;
@@ -57,6 +56,8 @@ pub struct Args {
     /// Threads that read and code; by default one per core, from 2 to 8.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=16))]
     workers: Option<u8>,
+    #[command(flatten)]
+    limits: crate::limits::Args,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -67,6 +68,7 @@ fn pair(text: &str) -> Result<(String, String), String> {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let limits = args.limits.limits();
     let begun = Instant::now();
     let pairs: Vec<_> = args.options.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let output = match args.format {
@@ -88,7 +90,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
                 None => Destination::Path(&to, preallocation),
             };
             let source = Input { path: &from, disk: disk.as_deref() };
-            file::convert(source, destination, output, &options, &Limits::default(), &progress)
+            file::convert(source, destination, output, &options, &limits, &progress)
         };
         Ok(tokio::task::spawn_blocking(convert).await??)
     })

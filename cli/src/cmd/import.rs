@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use dvcr_converter::limits::Limits;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::checksum::Checksum;
 use dvcr_importer::{ImportRequest, Source, import};
@@ -40,6 +39,8 @@ pub struct Args {
     /// How to print the summary.
     #[arg(long, value_enum, default_value_t = Output::Text)]
     output: Output,
+    #[command(flatten)]
+    limits: crate::limits::Args,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -60,7 +61,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         checksums: args.checksums,
         insecure_source: args.insecure_source,
         client: ClientOptions { insecure: args.insecure, auth },
-        limits: Limits::default(),
+        limits: args.limits.limits(),
     };
     let done = work::run(&title, |progress| async move { Ok(import(request, progress).await?) })?;
     match args.output {

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use anyhow::Context;
 use dvcr_converter::file::{self, Input, Inspection};
 use dvcr_converter::io::Value;
-use dvcr_converter::limits::Limits;
 use serde_json::json;
 
 use super::Output;
@@ -25,16 +24,19 @@ pub struct Args {
     /// How to print the answer; json names its fields as `qemu-img info` does.
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
+    #[command(flatten)]
+    limits: crate::limits::Args,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let limits = args.limits.limits();
     let (path, disk) = (args.file.clone(), args.disk);
     let name = path.display().to_string();
     let inspection = work::run(&name, |progress| async move {
         let inspect = move || {
             let input = Input { path: &path, disk: disk.as_deref() };
-            file::inspect(input, &Limits::default(), &progress)
+            file::inspect(input, &limits, &progress)
         };
         Ok(tokio::task::spawn_blocking(inspect).await??)
     })

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use anyhow::Context;
 use dvcr_converter::file;
 use dvcr_converter::format::Image;
-use dvcr_converter::limits::Limits;
 use dvcr_converter::map::{self, Run};
 use dvcr_converter::progress::Progress;
 use serde_json::json;
@@ -25,14 +24,17 @@ pub struct Args {
     /// How to print the runs: a table of those with data, or a JSON array of all, named as `qemu-img map` does.
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
+    #[command(flatten)]
+    limits: crate::limits::Args,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let limits = args.limits.limits();
     let (path, output) = (args.file.clone(), args.output);
     let name = path.display().to_string();
     let context = || format!("cannot map {name}");
-    let open = move |progress: Arc<Progress>| file::open(&path, &Limits::default(), &progress);
+    let open = move |progress: Arc<Progress>| file::open(&path, &limits, &progress);
     let opened = work::run(&name, |progress| async move {
         Ok(tokio::task::spawn_blocking(move || open(progress)).await??)
     })

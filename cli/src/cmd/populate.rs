@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::ValueEnum;
-use dvcr_converter::limits::Limits;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::{PopulateRequest, TargetFormat, populate};
 
@@ -34,6 +33,8 @@ pub struct Args {
     /// Credentials of the registry, as docker and podman keep them.
     #[arg(long, value_name = "FILE")]
     authfile: Option<PathBuf>,
+    #[command(flatten)]
+    limits: crate::limits::Args,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -56,7 +57,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Format::Qcow2 => TargetFormat::Qcow2,
         },
         client: ClientOptions { insecure: args.insecure, auth },
-        limits: Limits::default(),
+        limits: args.limits.limits(),
     };
     let done = work::run(&title, |progress| async move { Ok(populate(request, progress).await?) })?;
     println!(

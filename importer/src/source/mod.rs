@@ -228,8 +228,8 @@ impl Read for Received {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let mut guard = self.lock();
         let state = &mut *guard;
-        if state.progress.check().is_err() {
-            state.failure = Some(Error::new(ErrorKind::Cancelled, "interrupted"));
+        if let Err(stopped) = state.progress.check() {
+            state.failure = Some(Error::stopped(stopped));
             return Err(io::Error::other("interrupted"));
         }
         let count = match state.reader.read(buf) {
