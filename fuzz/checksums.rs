@@ -1,7 +1,9 @@
-//! Makes the checksums of a damaged file right, so that the damage is seen by what comes after them.
+//! Makes the checksums of a damaged file right, so that the damage is seen by what comes after them. Each
+//! tells whether they were wrong.
 
 /// VHD: the footer at the end, its copy at the beginning, and the header of a dynamic disk.
-pub fn vpc(file: &mut [u8]) {
+pub fn vpc(file: &mut [u8]) -> bool {
+    let mut changed = false;
     const FOOTER_BYTES: usize = 512;
     const HEADER_BYTES: usize = 1024;
     let mut header = None;
@@ -9,25 +11,29 @@ pub fn vpc(file: &mut [u8]) {
         if let Some(footer) = file.get_mut(footer..footer + FOOTER_BYTES)
             && footer.starts_with(b"conectix")
         {
-            complement(footer, 64);
+            changed |= complement(footer, 64);
             header = header.or_else(|| footer[16..].first_chunk().map(|at| u64::from_be_bytes(*at)));
         }
     }
     let header = header.and_then(|at| usize::try_from(at).ok());
     if let Some(header) = header.and_then(|at| file.get_mut(at..)?.get_mut(..HEADER_BYTES)) {
-        complement(header, 36);
+        changed |= complement(header, 36);
     }
+    changed
 }
 
 /// The ones' complement of the sum of all bytes but the four at `at`, which take it.
-fn complement(bytes: &mut [u8], at: usize) {
+fn complement(bytes: &mut [u8], at: usize) -> bool {
+    let before = bytes[at..at + 4].to_vec();
     bytes[at..at + 4].fill(0);
     let sum = bytes.iter().fold(0u32, |sum, &byte| sum.wrapping_add(byte.into()));
     bytes[at..at + 4].copy_from_slice(&(!sum).to_be_bytes());
+    before != (!sum).to_be_bytes()
 }
 
 /// VHDX: both headers, both region tables, and every entry of the log that a header names.
-pub fn vhdx(file: &mut [u8]) {
+pub fn vhdx(file: &mut [u8]) -> bool {
+    let mut changed = false;
     const HEADERS: [usize; 2] = [64 << 10, 128 << 10];
     const REGION_TABLES: [usize; 2] = [192 << 10, 256 << 10];
     const LOG_SECTOR_BYTES: usize = 4096;
@@ -35,7 +41,7 @@ pub fn vhdx(file: &mut [u8]) {
     let mut logs = Vec::new();
     for at in HEADERS {
         if let Some(header) = file.get_mut(at..at + 4096) {
-            crc32c(header);
+            changed |= crc32c(header);
             let number = |at: usize| header[at..].first_chunk().map_or(0, |n| u64::from_le_bytes(*n));
             let log_bytes = number(68) & u64::from(u32::MAX);
             logs.extend(usize::try_from(number(72)).ok().zip(usize::try_from(log_bytes).ok()));
@@ -43,7 +49,7 @@ pub fn vhdx(file: &mut [u8]) {
     }
     for at in REGION_TABLES {
         if let Some(table) = file.get_mut(at..at + (64 << 10)) {
-            crc32c(table);
+            changed |= crc32c(table);
         }
     }
     for (at, bytes) in logs {
@@ -60,46 +66,38 @@ pub fn vhdx(file: &mut [u8]) {
                 as usize;
             // An entry that goes round the end of the log is left alone.
             if let Some(entry) = log[start..].get_mut(..len).filter(|entry| entry.len() >= 64) {
-                crc32c(entry);
+                changed |= crc32c(entry);
             }
         }
     }
+    changed
 }
 
 /// The CRC-32C of all bytes but the four at 4, which take it.
-fn crc32c(bytes: &mut [u8]) {
-    const TABLE: [u32; 256] = {
-        let mut table = [0; 256];
-        let mut i = 0;
-        while i < 256 {
-            let mut crc = i as u32;
-            let mut bit = 0;
-            while bit < 8 {
-                crc = if crc & 1 != 0 { crc >> 1 ^ 0x82f6_3b78 } else { crc >> 1 };
-                bit += 1;
-            }
-            table[i] = crc;
-            i += 1;
-        }
-        table
-    };
+fn crc32c(bytes: &mut [u8]) -> bool {
+    let before = bytes[4..8].to_vec();
     bytes[4..8].fill(0);
-    let crc = bytes.iter().fold(!0, |crc: u32, &byte| crc >> 8 ^ TABLE[usize::from(crc as u8 ^ byte)]);
-    bytes[4..8].copy_from_slice(&(!crc).to_le_bytes());
+    let crc = crc32c::crc32c(bytes).to_le_bytes();
+    bytes[4..8].copy_from_slice(&crc);
+    before != crc
 }
 
 /// tar: the header of every member.
-pub fn tar(file: &mut [u8]) {
+pub fn tar(file: &mut [u8]) -> bool {
+    let mut changed = false;
     let mut at = 0;
     while let Some(header) = file.get_mut(at..at + 512) {
         let magic = header[257..].starts_with(b"ustar");
         if magic {
+            let before = header[148..156].to_vec();
             header[148..156].fill(b' ');
             let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
             header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            changed |= before != header[148..156];
         }
         let digits = header[124..136].iter().take_while(|byte| matches!(byte, b'0'..=b'7'));
         let bytes = digits.fold(0usize, |n, digit| n * 8 + usize::from(digit - b'0'));
         at += 512 + if magic { bytes.next_multiple_of(512) } else { 0 };
     }
+    changed
 }

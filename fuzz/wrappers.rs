@@ -47,6 +47,10 @@ pub fn lz4(bytes: &[u8]) {
 /// The threads are joined when their reader is dropped, so that none outlives an input; which of them does what
 /// differs from run to run, the outcome does not.
 fn decode(wrapper: Wrapper, bytes: &[u8]) {
+    // What has no magic comes to no decoder.
+    if bytes.is_empty() {
+        return;
+    }
     let limits = wrapper_limits();
     let read = |source: Box<dyn Read + Send>, workers| {
         let mut decoder = wrapper::decoder_with(wrapper, source, &limits, workers).ok()?;

@@ -5,6 +5,7 @@ use std::io::Read as _;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dvcr_converter::format::Format;
@@ -99,7 +100,7 @@ pub fn knows(target: &str) -> bool {
 
 /// Reads the file both ways; tells how they differ without a reason.
 pub fn compare(format: &str, file: Vec<u8>) -> Result<(), String> {
-    let ours = read(file.clone());
+    let ours = read(file.clone().into());
     // qemu would open whatever file it is told to.
     if matches!(&ours, Err(e) if e.kind() == ErrorKind::ForeignFile) {
         return Ok(());
@@ -141,7 +142,7 @@ fn reason(table: &[(&str, &str, &str)], format: &str, text: &str) -> Option<()> 
 }
 
 /// Our reading: the format found, and the beginning of the disk.
-fn read(file: Vec<u8>) -> Result<(String, Vec<u8>), Error> {
+fn read(file: Arc<Vec<u8>>) -> Result<(String, Vec<u8>), Error> {
     let image = bodies::open(file)?;
     let mut content = vec![0; image.info.virtual_size.min(COMPARED_BYTES) as usize];
     image.disk.read_at(&mut content, 0)?;
