@@ -8,7 +8,7 @@ use dvcr_converter::io::{Disk, ReadAt};
 use dvcr_converter::limits::Limits;
 
 #[path = "checksums.rs"]
-mod checksums;
+pub mod checksums;
 #[path = "sparse.rs"]
 pub mod sparse;
 #[path = "wrappers.rs"]

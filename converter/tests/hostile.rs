@@ -200,6 +200,66 @@ fn tables_that_overlap_or_refer_to_themselves_are_refused() {
     }
 }
 
+/// An image of the fuzz corpus, changed.
+fn patched(name: &str, patch: impl FnOnce(&mut [u8])) -> Sparse {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(name);
+    let mut file = bodies::sparse::expand(&std::fs::read(path).unwrap());
+    patch(&mut file);
+    Sparse { len: file.len() as u64, parts: vec![(0, file.into())] }
+}
+
+/// Where a VHDX file has the region with this beginning of its GUID.
+fn vhdx_region(file: &[u8], guid: [u8; 4]) -> usize {
+    let table = &file[192 << 10..];
+    let entry = (0..8).map(|i| &table[16 + 32 * i..]).find(|entry| entry.starts_with(&guid)).unwrap();
+    u64::from_le_bytes(entry[16..24].try_into().unwrap()) as usize
+}
+
+const VHDX_BAT: [u8; 4] = [0x66, 0x77, 0xc2, 0x2d];
+const VHDX_METADATA: [u8; 4] = [0x06, 0xa2, 0x7c, 0x8b];
+
+#[test]
+fn blocks_that_are_the_same_bytes_are_refused() {
+    let vdi = patched("vdi/dynamic", |file| {
+        let map = u32::from_le_bytes(file[0x154..0x158].try_into().unwrap()) as usize;
+        file.copy_within(map..map + 4, map + 4);
+    });
+    let vhd = patched("vpc/dynamic", |file| {
+        let header = u64::from_be_bytes(file[16..24].try_into().unwrap()) as usize;
+        let table = u64::from_be_bytes(file[header + 16..header + 24].try_into().unwrap()) as usize;
+        file.copy_within(table..table + 4, table + 4);
+    });
+    let vhdx = patched("vhdx/dynamic", |file| {
+        let bat = vhdx_region(file, VHDX_BAT);
+        file.copy_within(bat..bat + 8, bat + 8);
+    });
+    for image in [vdi, vhd, vhdx] {
+        hostile(ErrorKind::Corrupt, "", || read_through(image));
+    }
+}
+
+#[test]
+fn a_virtual_size_of_16_eib_ends_in_the_formats_of_others() {
+    let vdi = patched("vdi/dynamic", |file| file[0x170..0x178].fill(0xff));
+    let vhd = patched("vpc/dynamic", |file| {
+        let end = file.len();
+        for footer in [0, end - 512] {
+            file[footer + 28..footer + 32].copy_from_slice(b"win ");
+            file[footer + 48..footer + 56].fill(0xff);
+        }
+        bodies::checksums::vpc(file);
+    });
+    let vhdx = patched("vhdx/dynamic", |file| {
+        let metadata = vhdx_region(file, VHDX_METADATA);
+        let size = (6u64 << 20).to_le_bytes();
+        let at = file[metadata..].windows(8).position(|word| word == size).unwrap() + metadata;
+        file[at..at + 8].copy_from_slice(&(u64::MAX << 12).to_le_bytes());
+    });
+    for image in [vdi, vhd, vhdx] {
+        hostile(ErrorKind::Limit, "limit", || read_through(image));
+    }
+}
+
 #[test]
 fn everything_cut_short_anywhere_ends() {
     for target in bodies::TARGETS {
@@ -325,6 +385,10 @@ fn every_limit_is_tripped() {
     };
     ova(&strict(|limits| limits.chain_depth_max = 1)).unwrap();
     tripped("chain depth", ova(&strict(|limits| limits.chain_depth_max = 0)));
+    tripped(
+        "wall time",
+        decode(gz.clone(), &strict(|limits| limits.wall_time_max = Duration::ZERO)).map(drop),
+    );
     tripped("chain depth", decode(gz, &strict(|limits| limits.chain_depth_max = 0)).map(drop));
 
     let dir = temp_dir();

@@ -3,6 +3,7 @@
 use std::io::Read;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use super::Wrapper;
 use crate::limits::Limits;
@@ -86,6 +87,8 @@ pub(super) struct Bounded<'a> {
     bytes_out_max: u64,
     origin: Origin,
     memory_bytes_max: u64,
+    begun: Instant,
+    wall_time_max: Duration,
 }
 
 impl<'a> Bounded<'a> {
@@ -104,6 +107,8 @@ impl<'a> Bounded<'a> {
             bytes_out_max: limits.decoded_bytes_max,
             origin,
             memory_bytes_max: limits.decoder_memory_bytes_max,
+            begun: Instant::now(),
+            wall_time_max: limits.wall_time_max,
         }
     }
 
@@ -113,6 +118,12 @@ impl<'a> Bounded<'a> {
         self.bytes_out = self.bytes_out.saturating_add(n as u64);
         if self.bytes_out > self.bytes_out_max {
             let message = format!("the {wrapper} stream holds more than {} bytes", self.bytes_out_max);
+            return Err(Error::new(ErrorKind::Limit, message));
+        }
+        // A place far inside is reached in one long read, where nobody asks the work's progress.
+        if self.begun.elapsed() > self.wall_time_max {
+            let seconds = self.wall_time_max.as_secs_f64();
+            let message = format!("decoding the {wrapper} stream takes longer than the limit of {seconds} s");
             return Err(Error::new(ErrorKind::Limit, message));
         }
         let ratio_max = self.origin.ratio_max;
