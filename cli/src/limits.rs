@@ -9,6 +9,7 @@ use crate::size;
 
 /// Bounds for untrusted images.
 #[derive(Clone, Debug, Default, clap::Args)]
+#[group(skip)]
 pub struct Args {
     /// Change a limit for untrusted images; may be repeated.
     ///

@@ -34,13 +34,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let (path, output) = (args.file.clone(), args.output);
     let name = path.display().to_string();
     let context = || format!("cannot map {name}");
-    let open = move |progress: Arc<Progress>| file::open(&path, &limits, &progress);
+    let open_limits = limits.clone();
+    let open = move |progress: Arc<Progress>| file::open(&path, &open_limits, &progress);
     let opened = work::run(&name, |progress| async move {
         Ok(tokio::task::spawn_blocking(move || open(progress)).await??)
     })
     .with_context(context)?;
     let title = name.clone();
     work::run_quietly(|progress| async move {
+        progress.bound(&limits);
         tokio::task::spawn_blocking(move || print(&opened.image, &title, output, &progress)).await?
     })
     .with_context(context)
@@ -48,7 +50,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 
 /// Prints each run as soon as it is known: there may be more of them than memory holds.
 fn print(image: &Image, name: &str, output: Output, progress: &Progress) -> anyhow::Result<()> {
-    progress.bound(&Limits::default());
     let mut out = BufWriter::new(io::stdout().lock());
     match output {
         Output::Human => writeln!(out, "{:<15} {:<15} {:<15} File", "Offset", "Length", "Mapped to")?,
