@@ -28,6 +28,12 @@ const STRICTER: &[(&str, &str, &str)] = &[
     ("qcow2", "share the L2 table", "one table for many places makes endless disks of small files"),
     ("qcow2", "the L1 table itself", "a table inside another one is an attack or damage"),
     ("qcow2", "contradicts", "qemu ignores what the specification forbids"),
+    (
+        "qcow2",
+        "beyond the end",
+        "qemu reads zeros there, so that a file that was cut short passes for a disk",
+    ),
+    ("qcow2", "boundary", "qemu does not look where an L1 table is that it does not need"),
     ("vmdk", "overlap", "qemu reads headers and tables as data"),
     ("vmdk", "the directory itself", "a table inside another one is an attack or damage"),
     ("vmdk", "where the header is", "a directory inside the header is an attack or damage"),
@@ -61,6 +67,7 @@ const STRICTER: &[(&str, &str, &str)] = &[
     ("vpc", "limit", "the bounds here are lower"),
     ("vhdx", "another block too", "one block for many places makes endless disks of small files"),
     ("vhdx", "no valid sequence", "qemu takes a file whose log is lost for a clean one"),
+    ("vhdx", "no virtual disk identifier", "the specification asks for one"),
     ("vhdx", "physical sector size", "qemu does not look at it"),
     ("vhdx", "beyond the end of the file", "qemu reads zeros where a region is cut off"),
     ("vhdx", "boundaries of 1 MiB", "qemu does not look at it"),
@@ -70,12 +77,15 @@ const STRICTER: &[(&str, &str, &str)] = &[
 
 /// Where we read what qemu refuses: the format, words of its message, and why.
 const LAXER: &[(&str, &str, &str)] = &[
+    ("qcow2", "reference count table", "reference counts are not needed to read"),
+    ("qcow2", "Invalid backing file offset", "a name of no bytes is no backing file, wherever it is"),
     ("qcow2", "snapshot", "internal snapshots are passed over"),
     ("qcow2", "refcount", "reference counts are not needed to read"),
     ("qcow2", "efcount", "reference counts are not needed to read"),
     ("qcow2", "bitmap", "bitmaps are passed over"),
     ("qcow2", "extension", "unknown extensions are passed over"),
     ("vmdk", "escriptor", "the descriptor of a sparse extent is not needed to read"),
+    ("vmdk", "Invalid argument", "qemu says no more; it looks into descriptors that are not needed to read"),
     ("vmdk", "CID", "the descriptor of a sparse extent is not needed to read"),
     ("vmdk", "backup l1 table", "the redundant directory is not read"),
     ("vdi", "block size", "all sizes are read that are safe"),
