@@ -120,6 +120,22 @@ fn a_vmdk_descriptor_of_gigabytes_ends() {
 }
 
 #[test]
+fn a_vmdk_directory_of_megabytes_ends() {
+    // Tables of one entry, grains of one sector: the directory has four bytes for each sector.
+    for (sectors, kind) in [(12u64 << 20, ErrorKind::Limit), (6 << 20, ErrorKind::Corrupt)] {
+        let header = vmdk::Header { capacity_sectors: sectors, ..vmdk::Header::default() };
+        let mut head = header.bytes().to_vec();
+        head[20..28].copy_from_slice(&1u64.to_le_bytes());
+        head[44..48].copy_from_slice(&1u32.to_le_bytes());
+        // The last entries are in no order, and the same.
+        let end = vmdk::GD * vmdk::SECTOR + sectors * 4;
+        let last = [1u32 << 30, 1 << 29, 1 << 29].map(u32::to_le_bytes).concat();
+        let file = Sparse { len: 1 << 50, parts: vec![(0, head.into()), (end - 12, last.into())] };
+        hostile(kind, "", || read_through(file));
+    }
+}
+
+#[test]
 fn a_vmdk_whose_grains_are_all_one_ends() {
     for compressed in [false, true] {
         hostile(ErrorKind::Limit, "too few bytes", || read_through(vmdk::bomb(compressed)));

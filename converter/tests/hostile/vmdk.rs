@@ -15,7 +15,7 @@ const GRAIN: u64 = GRAIN_SECTORS * SECTOR;
 const ENTRIES: u64 = 512;
 
 /// Where the directory, the first grain table and the grains are, in sectors.
-const GD: u64 = 64;
+pub const GD: u64 = 64;
 const GT: u64 = 1024;
 
 /// Flags of the header: line breaks are tested, grains are compressed, and begin with a marker.
