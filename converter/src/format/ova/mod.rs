@@ -10,7 +10,7 @@ mod window;
 
 use std::sync::Arc;
 
-use super::Tail;
+use super::{SECTOR_BYTES, Tail};
 use crate::io::{Details, Disk, Extent, ReadAt, Value};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result, wrapper};
@@ -153,7 +153,7 @@ fn open_disk(
     ];
     specific.extend(image.info.details.specific);
     let details = Details { specific, ..image.info.details };
-    Ok(Box::new(OvaDisk { disk: image.disk, start: member.start, details }))
+    Ok(Box::new(OvaDisk { disk: image.disk, start: member.start, len: member.len, details }))
 }
 
 /// The error for a file that is named but is no member.
@@ -175,8 +175,9 @@ fn missing(disk: &DiskEntry, file: &FileEntry) -> Error {
 /// A disk in an archive.
 struct OvaDisk {
     disk: Box<dyn Disk>,
-    /// First byte of its file in the archive.
+    /// First byte of its file in the archive, and the length of that.
     start: u64,
+    len: u64,
     details: Details,
 }
 
@@ -187,7 +188,15 @@ impl Disk for OvaDisk {
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
         let extent = self.disk.extent_at(offset)?;
-        Ok(Extent { host: extent.host.map(|host| self.start + host), ..extent })
+        let Some(host) = extent.host else { return Ok(extent) };
+        // Behind the last byte of a file that ends within a sector is the next member, not the zeros that are read.
+        let stored = self.len.saturating_sub(host);
+        let whole = stored / SECTOR_BYTES * SECTOR_BYTES;
+        Ok(match (stored < extent.len, whole) {
+            (true, 0) => Extent { host: None, ..extent },
+            (true, _) => Extent { len: whole, host: Some(self.start + host), ..extent },
+            (false, _) => Extent { host: Some(self.start + host), ..extent },
+        })
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
