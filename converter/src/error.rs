@@ -57,6 +57,23 @@ impl Error {
     }
 }
 
+/// Shorthands for the kinds of error that reading an image ends in most.
+pub(crate) fn corrupt(context: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Corrupt, context)
+}
+
+pub(crate) fn unsupported(context: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Unsupported, context)
+}
+
+pub(crate) fn limit(context: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Limit, context)
+}
+
+pub(crate) fn foreign(context: impl Into<String>) -> Error {
+    Error::new(ErrorKind::ForeignFile, context)
+}
+
 /// Lets an error pass through [`std::io::Read`]; [`Error::io`] finds its kind again.
 impl From<Error> for std::io::Error {
     fn from(error: Error) -> Self {

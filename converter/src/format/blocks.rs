@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Format;
+use super::{Format, check_range};
 use crate::io::{Block, Details, Disk, Extent, ExtentKind, ReadAt};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
@@ -270,17 +270,6 @@ impl Disk for BlockDisk {
     fn details(&self) -> Details {
         let cluster_size = Some(self.layout.block_bytes);
         Details { cluster_size, dirty: Some(false), specific: Vec::new() }
-    }
-}
-
-/// Fails unless `buf` has its place at `offset` of a disk of `virtual_size` bytes.
-pub(super) fn check_range(buf: &[u8], offset: u64, virtual_size: u64) -> Result<()> {
-    match offset.checked_add(buf.len() as u64) {
-        Some(end) if end <= virtual_size => Ok(()),
-        _ => Err(Error::new(
-            ErrorKind::Io,
-            format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len()),
-        )),
     }
 }
 

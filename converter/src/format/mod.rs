@@ -286,6 +286,17 @@ fn recognise(head: &[u8], tail: Option<Tail<'_>>) -> Result<Format> {
     }
 }
 
+/// Fails unless `buf` has its place at `offset` of a disk of `virtual_size` bytes.
+fn check_range(buf: &[u8], offset: u64, virtual_size: u64) -> Result<()> {
+    match offset.checked_add(buf.len() as u64) {
+        Some(end) if end <= virtual_size => Ok(()),
+        _ => Err(Error::new(
+            ErrorKind::Io,
+            format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len()),
+        )),
+    }
+}
+
 /// Refuses the name of a member where there are none.
 pub(crate) fn refuse_member(member: Option<&str>) -> Result<()> {
     match member {

@@ -11,6 +11,8 @@ mod window;
 use std::sync::Arc;
 
 use super::{SECTOR_BYTES, Tail};
+use crate::error::{corrupt, foreign, limit, unsupported};
+use crate::format::check_range;
 use crate::io::{Details, Disk, Extent, ReadAt, Value};
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result, wrapper};
@@ -201,30 +203,11 @@ impl Disk for OvaDisk {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         // A raw disk reads as zeros there.
-        if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.disk.virtual_size()) {
-            let text = format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len());
-            return Err(Error::new(ErrorKind::Io, text));
-        }
+        check_range(buf, offset, self.disk.virtual_size())?;
         self.disk.read_at(buf, offset)
     }
 
     fn details(&self) -> Details {
         self.details.clone()
     }
-}
-
-fn corrupt(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Corrupt, context)
-}
-
-fn unsupported(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Unsupported, context)
-}
-
-fn limit(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Limit, context)
-}
-
-fn foreign(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::ForeignFile, context)
 }

@@ -10,10 +10,11 @@
 
 use super::{COMPRESSED, COPIED, CompressedAt, Header, OFFSET_MASK};
 use crate::check::{Clusters, Report};
+use crate::error::limit;
 use crate::io::ReadAt;
 use crate::limits::Limits;
 use crate::progress::Progress;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
 
 /// Most windows; with clusters of 64 KiB and the usual limits each has 384 GiB of file.
 const WINDOWS_MAX: u64 = 1024;
@@ -486,8 +487,4 @@ fn count(block: &[u8], i: u64, bits: u32) -> u16 {
 fn be(bytes: &[u8], at: usize, len: usize) -> u64 {
     let bytes = bytes.get(at..at + len).unwrap_or_default();
     bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
-}
-
-fn limit(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Limit, context)
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::decode::Decoder;
 use super::tables::{Table, Tables};
 use super::{COMPRESSED, CompressedAt, Header, OFFSET_MASK, ZERO};
+use crate::format::check_range;
 use crate::format::expansion::Expansion;
 use crate::format::pieces::{Piece, Pieces, Pool};
 use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
@@ -271,13 +272,7 @@ impl Disk for Qcow2Disk {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let end = offset.checked_add(buf.len() as u64);
-        if end.is_none_or(|end| end > self.header.virtual_size) {
-            return Err(Error::new(
-                ErrorKind::Io,
-                format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len()),
-            ));
-        }
+        check_range(buf, offset, self.header.virtual_size)?;
         let pieces = self.plan(buf, offset)?;
         if pieces.is_empty() {
             return Ok(());

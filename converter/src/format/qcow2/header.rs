@@ -4,6 +4,7 @@ use super::{
     CLUSTER_BITS_MAX, CLUSTER_BITS_MIN, L1_BYTES_MAX, LAZY_REFCOUNTS, REFCOUNT_TABLE_BYTES_MAX,
     compression_type, incompatible,
 };
+use crate::error::{corrupt, limit, unsupported};
 use crate::format::SECTOR_BYTES;
 use crate::limits::Limits;
 use crate::{Error, ErrorKind, Result};
@@ -346,16 +347,4 @@ fn be32(bytes: &[u8], at: usize) -> Option<u32> {
 
 fn be64(bytes: &[u8], at: usize) -> Option<u64> {
     bytes.get(at..)?.first_chunk().map(|b| u64::from_be_bytes(*b))
-}
-
-fn corrupt(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Corrupt, context)
-}
-
-fn unsupported(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Unsupported, context)
-}
-
-fn limit(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Limit, context)
 }

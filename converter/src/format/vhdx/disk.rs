@@ -7,9 +7,10 @@ use super::guid_text;
 use super::header::{HeaderSection, Regions};
 use super::log;
 use super::metadata::Metadata;
+use crate::format::check_range;
 use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
 use crate::limits::Limits;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
 
 /// The virtual disk of a VHDX image.
 pub(super) struct VhdxDisk {
@@ -98,13 +99,7 @@ impl Disk for VhdxDisk {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let end = offset.checked_add(buf.len() as u64);
-        if end.is_none_or(|end| end > self.metadata.virtual_size) {
-            return Err(Error::new(
-                ErrorKind::Io,
-                format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len()),
-            ));
-        }
+        check_range(buf, offset, self.metadata.virtual_size)?;
         let block_bytes = self.metadata.block_bytes;
         let mut rest = buf;
         let mut at = offset;

@@ -17,9 +17,10 @@ mod write;
 use std::sync::Arc;
 
 use super::Tail;
+use crate::error::corrupt;
 use crate::io::{CreateOptions, Disk, ReadAt};
 use crate::limits::Limits;
-use crate::{Error, ErrorKind, Result};
+use crate::{ErrorKind, Result};
 
 pub(super) struct Driver;
 
@@ -180,10 +181,6 @@ fn le64(bytes: &[u8], at: usize) -> Option<u64> {
 
 fn guid_at(bytes: &[u8], at: usize) -> Option<Guid> {
     bytes.get(at..)?.first_chunk().copied()
-}
-
-fn corrupt(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Corrupt, context)
 }
 
 #[cfg(test)]

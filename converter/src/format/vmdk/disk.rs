@@ -7,11 +7,12 @@ use super::header::Header;
 use super::tables::{Table, Tables};
 use super::{GTE_ZEROED, HEADER_BYTES, corrupt, details, marker};
 use crate::format::SECTOR_BYTES;
+use crate::format::check_range;
 use crate::format::expansion::Expansion;
 use crate::format::pieces::{Piece, Pieces, Pool};
 use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
 use crate::limits::Limits;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
 
 /// What the stream of a grain that does not shrink is longer than the grain at most, its marker included, if it was
 /// made by a usual encoder. A longer one costs a second read.
@@ -298,11 +299,7 @@ impl Disk for SparseDisk {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let end = offset.checked_add(buf.len() as u64);
-        if end.is_none_or(|end| end > self.header.virtual_size) {
-            let text = format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len());
-            return Err(Error::new(ErrorKind::Io, text));
-        }
+        check_range(buf, offset, self.header.virtual_size)?;
         let pieces = self.plan(buf, offset)?;
         if pieces.is_empty() {
             return Ok(());

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use super::descriptor::{Descriptor, ExtentLine};
 use super::{corrupt, details, limit, unsupported};
 use crate::format::SECTOR_BYTES;
+use crate::format::check_range;
 use crate::io::{Details, Disk, Extent, ExtentKind, ReadAt, Value};
 use crate::limits::Limits;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
 
 /// The virtual disk of a flat extent.
 pub(super) struct FlatDisk {
@@ -86,11 +87,7 @@ impl Disk for FlatDisk {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
-        let end = offset.checked_add(buf.len() as u64);
-        if end.is_none_or(|end| end > self.virtual_size) {
-            let text = format!("{} bytes at offset {offset} are beyond the end of the disk", buf.len());
-            return Err(Error::new(ErrorKind::Io, text));
-        }
+        check_range(buf, offset, self.virtual_size)?;
         let at = self.start + offset;
         self.source
             .read_exact_at(buf, at)

@@ -22,9 +22,10 @@ use std::sync::Arc;
 pub use options::{AdapterType, Subformat, WriteOptions};
 
 use super::Tail;
+use crate::error::{corrupt, foreign, limit, unsupported};
 use crate::io::{CreateOptions, Disk, ReadAt, Value};
 use crate::limits::Limits;
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, Result};
 use descriptor::Descriptor;
 use disk::SparseDisk;
 use flat::FlatDisk;
@@ -219,20 +220,4 @@ fn details(
     }
     specific.push(("extents", Value::List(vec![extent])));
     specific
-}
-
-fn corrupt(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Corrupt, context)
-}
-
-fn unsupported(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Unsupported, context)
-}
-
-fn limit(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Limit, context)
-}
-
-fn foreign(context: impl Into<String>) -> Error {
-    Error::new(ErrorKind::ForeignFile, context)
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::footer::Footer;
 use crate::Result;
-use crate::format::blocks::check_range;
+use crate::format::check_range;
 use crate::format::raw::RawDisk;
 use crate::io::{Details, Disk, Extent, ReadAt};
 use crate::limits::Limits;
