@@ -82,7 +82,8 @@ pub struct Converted {
 /// Tells what `input`, a path or an [`Input`], is. Of a wrapped raw disk only decoding all of it tells the size;
 /// `progress` counts those bytes.
 pub fn inspect<'a>(input: impl Into<Input<'a>>, limits: &Limits, progress: &Progress) -> Result<Inspection> {
-    let Input { path, disk: name } = input.into();
+    let input = input.into();
+    let Input { path, disk: name } = input;
     progress.bound(limits);
     let source = FileSource::open(path)?;
     let (file_bytes, allocated_bytes) = (source.file_bytes(), source.allocated_bytes()?);
@@ -99,8 +100,8 @@ pub fn inspect<'a>(input: impl Into<Input<'a>>, limits: &Limits, progress: &Prog
         let virtual_size = format::probe(&head, Some(bytes), limits)?.virtual_size.unwrap_or(bytes);
         Info { format: disk.format(format), virtual_size, file_bytes, details: Details::default() }
     } else {
-        let image = open_wrapped(path, name, reader, wrappers.len(), limits, progress)?;
-        Info { file_bytes, ..image.info }
+        drop(reader);
+        Info { file_bytes, ..open(input, limits, progress)?.image.info }
     };
     Ok(Inspection { wrappers, info, allocated_bytes })
 }
@@ -120,22 +121,24 @@ pub fn convert<'a>(
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Converted> {
-    let Input { path: input, disk: name } = input.into();
-    let target = Target::of(output.into(), kind, input)?;
+    let input = input.into();
+    let Input { path, disk: name } = input;
+    let target = Target::of(output.into(), kind, path)?;
     progress.bound(limits);
     progress.set_phase("convert");
-    let Unwrapped { wrappers, head, reader } = unwrap(input, limits)?;
+    let Unwrapped { wrappers, head, reader } = unwrap(path, limits)?;
     if wrappers.is_empty() {
         drop(reader);
-        let source = Arc::new(FileSource::open(input)?);
+        let source = Arc::new(FileSource::open(path)?);
         let image = format::open_member(source.clone(), name, limits)?;
         return convert_image(&image, Some(&source), target, options, progress);
     }
     let format = format::probe(&head, None, limits)?.format;
     if !format.is_plain() {
-        let image = open_wrapped(input, name, reader, wrappers.len(), limits, progress)?;
+        drop(reader);
+        let opened = open(input, limits, progress)?;
         progress.set_phase("convert");
-        return convert_image(&image, None, target, &in_order_if(true, options), progress);
+        return convert_image(&opened.image, None, target, &in_order_if(true, options), progress);
     }
     format::refuse_member(name)?;
     // Without the footer that makes it a fixed VHD, if it has one.
@@ -150,7 +153,7 @@ pub fn convert<'a>(
             let size = if image.needs_size() {
                 let bytes = measure(Box::new(disk), progress, |_| ())?;
                 progress.set_phase("convert");
-                disk = PlainReader::new(unwrap(input, limits)?.reader);
+                disk = PlainReader::new(unwrap(path, limits)?.reader);
                 format::probe(&head, Some(bytes), limits)?.virtual_size
             } else {
                 None
@@ -172,31 +175,33 @@ pub struct Opened {
     pub image: Image,
 }
 
-/// Opens the image file at `path`. One in wrappers is decoded once to measure it, and again as it is read: in order, or
-/// it is begun again and again.
-pub fn open(path: &Path, limits: &Limits, progress: &Progress) -> Result<Opened> {
-    let (wrappers, source) = open_source(path, limits, progress)?;
-    let image = format::open(source, &limits.inside(wrappers.len()))?;
+/// Opens `input`, a path or an [`Input`]. A file in wrappers is decoded once to measure it, and again as it is read: in
+/// order, or it is begun again and again.
+pub fn open<'a>(input: impl Into<Input<'a>>, limits: &Limits, progress: &Progress) -> Result<Opened> {
+    let Input { path, disk } = input.into();
+    let Source { wrappers, bytes, .. } = open_source(path, limits, progress)?;
+    let image = format::open_member(bytes, disk, &limits.inside(wrappers.len()))?;
     Ok(Opened { wrappers, image })
 }
 
-/// Checks the image file at `path`: its metadata, and `with_data` also that all data can be read and decoded.
+/// Checks `input`, a path or an [`Input`]: its metadata, and `with_data` also that all data can be read and decoded.
 ///
 /// Fails only if nothing can be told. `progress` counts bytes of the disk when its data is read.
-pub fn check(
-    path: &Path,
+pub fn check<'a>(
+    input: impl Into<Input<'a>>,
     with_data: bool,
     options: &Options,
     limits: &Limits,
     progress: &Progress,
 ) -> Result<(Format, Report)> {
-    let (wrappers, source) = open_source(path, limits, progress)?;
+    let Input { path, disk } = input.into();
+    let Source { wrappers, bytes, is_fixed_vhd } = open_source(path, limits, progress)?;
     progress.set_phase("check");
     let limits = limits.inside(wrappers.len());
-    let (format, mut report) = format::check(&source, &limits, progress)?;
+    let (format, mut report) = format::check(&bytes, disk, &limits, progress)?;
     if with_data {
         progress.set_phase("read");
-        match format::open(source, &limits) {
+        match format::open_member(bytes, disk, &limits) {
             Ok(image) => {
                 let options = in_order_if(!wrappers.is_empty(), options);
                 check::read_data(image.disk.as_ref(), &mut report, &options, progress)?;
@@ -206,20 +211,20 @@ pub fn check(
             Err(e) => report.failure(e)?,
         }
     }
-    Ok((format, report))
+    Ok((if is_fixed_vhd { Format::Vpc } else { format }, report))
 }
 
-/// Compares the disks in two image files; see [`compare::compare`]. If they differ in size and `strict` is set, that
-/// is all that is told.
-pub fn compare(
-    paths: [&Path; 2],
+/// Compares the disks of two inputs; see [`compare::compare`]. If they differ in size and `strict` is set, that is all
+/// that is told.
+pub fn compare<'a>(
+    inputs: [impl Into<Input<'a>>; 2],
     strict: bool,
     options: &Options,
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Comparison> {
-    let a = open(paths[0], limits, progress)?;
-    let b = open(paths[1], limits, progress)?;
+    let [a, b] = inputs;
+    let (a, b) = (open(a, limits, progress)?, open(b, limits, progress)?);
     let disks = [a.image.disk.as_ref(), b.image.disk.as_ref()];
     let virtual_sizes = disks.map(Disk::virtual_size);
     if strict && virtual_sizes[0] != virtual_sizes[1] {
@@ -235,46 +240,45 @@ fn in_order_if(wrapped: bool, options: &Options) -> Options {
     if wrapped { Options { workers: 1, ..*options } } else { *options }
 }
 
-/// Opens the bytes of the image at `path`, inside its wrappers.
-fn open_source(path: &Path, limits: &Limits, progress: &Progress) -> Result<(Vec<Wrapper>, Arc<dyn ReadAt>)> {
+/// The bytes of an image, inside its wrappers.
+struct Source {
+    wrappers: Vec<Wrapper>,
+    bytes: Arc<dyn ReadAt>,
+    /// Whether they are a disk whose footer was left out, so that they look raw.
+    is_fixed_vhd: bool,
+}
+
+fn open_source(path: &Path, limits: &Limits, progress: &Progress) -> Result<Source> {
     progress.bound(limits);
     let source = FileSource::open(path)?;
     let Unwrapped { wrappers, reader, .. } = unwrap(path, limits)?;
-    match wrappers.is_empty() {
-        true => Ok((wrappers, Arc::new(source))),
-        false => Ok((wrappers, open_stream(path, reader, limits, progress)?)),
+    if wrappers.is_empty() {
+        return Ok(Source { wrappers, bytes: Arc::new(source), is_fixed_vhd: false });
     }
+    open_stream(path, wrappers, reader, limits, progress)
 }
 
-/// Opens an image in wrappers, of which there are so many and `reader` is the inside. Decodes it once to measure it; the image is then read in
-/// order, and begun again where it goes far back.
-fn open_wrapped(
-    path: &Path,
-    name: Option<&str>,
-    reader: Box<dyn Read + Send>,
-    wrappers: usize,
-    limits: &Limits,
-    progress: &Progress,
-) -> Result<Image> {
-    format::open_member(open_stream(path, reader, limits, progress)?, name, &limits.inside(wrappers))
-}
-
+/// Opens what is inside `wrappers` by `reader`. Decodes it once to measure it; it is then read in order, and begun again
+/// where a reader goes far back.
 fn open_stream(
     path: &Path,
+    wrappers: Vec<Wrapper>,
     reader: Box<dyn Read + Send>,
     limits: &Limits,
     progress: &Progress,
-) -> Result<Arc<dyn ReadAt>> {
+) -> Result<Source> {
     // Only decoding it tells the length, and that the wrapper is whole to its end. A fixed VHD is the disk before its
     // footer: nobody looks for one at the end of a stream.
-    let file_bytes = measure(Box::new(PlainReader::new(reader)), progress, |_| ())?;
+    let mut disk = PlainReader::new(reader);
+    let file_bytes = measure(Box::new(&mut disk), progress, |_| ())?;
+    let is_fixed_vhd = disk.format(Format::Raw) == Format::Vpc;
     let (owned, stream_limits) = (path.to_owned(), limits.clone());
     let open = move || -> io::Result<Box<dyn Read + Send>> {
         Ok(Box::new(PlainReader::new(unwrap(&owned, &stream_limits)?.reader)))
     };
-    let source = ForwardReader::new(file_bytes, open)
+    let bytes = ForwardReader::new(file_bytes, open)
         .map_err(|e| Error::io(format!("opening {}", path.display()), e))?;
-    Ok(Arc::new(source))
+    Ok(Source { wrappers, bytes: Arc::new(bytes), is_fixed_vhd })
 }
 
 /// What to write, and where: the pairs that go together.

@@ -13,6 +13,7 @@ use dvcr_converter::file::{self, Input, Output};
 use dvcr_converter::format::{self, Format, Image};
 use dvcr_converter::io::Value;
 use dvcr_converter::limits::Limits;
+use dvcr_converter::map;
 use dvcr_converter::progress::Progress;
 use dvcr_converter::{Result, wrapper};
 use proptest::prelude::*;
@@ -163,6 +164,54 @@ fn a_disk_is_chosen_by_its_file_or_its_id() {
     }
     let raw = failure(open_named(vec![1; 512], "disk1"));
     assert_eq!(raw.kind(), ErrorKind::Unsupported);
+}
+
+#[test]
+fn the_disk_that_is_named_is_mapped_checked_and_compared() {
+    let dir = temp_dir();
+    let (machine, wrapped, bare) =
+        (dir.path().join("m.ova"), dir.path().join("m.ova.gz"), dir.path().join("b"));
+    let mut sparse = stored(&disk(2), "vmdk", "");
+    // Beyond the end of the file: damage to the second disk only.
+    let directory = u64::from_le_bytes(*sparse[56..].first_chunk().unwrap()) as usize * 512;
+    let table = u32::from_le_bytes(*sparse[directory..].first_chunk().unwrap()) as usize * 512;
+    let members = |second: &[u8]| {
+        archive(
+            &envelope(&[("one", "a.vmdk"), ("two", "b.vmdk")]),
+            &[("a.vmdk", &stream(1)), ("b.vmdk", second)],
+        )
+    };
+    std::fs::write(&machine, members(&sparse)).unwrap();
+    run("gzip", &["-1", "--keep", path(&machine)]);
+    std::fs::write(&bare, disk(2)).unwrap();
+    let (options, limits, progress) = (Options::default(), Limits::default(), Progress::default());
+    for file in [&machine, &wrapped] {
+        let named = |disk| Input { path: file, disk: Some(disk) };
+        for (name, difference) in [("two", None), ("one", Some(0))] {
+            let found =
+                file::compare([named(name), (&bare).into()], true, &options, &limits, &progress).unwrap();
+            assert_eq!(found.first_difference, difference, "{name}");
+        }
+        let runs = |name| {
+            let opened = file::open(named(name), &limits, &progress).unwrap();
+            map::runs(&opened.image).map(Result::unwrap).collect::<Vec<_>>()
+        };
+        assert!(runs("one").iter().all(|run| run.compressed == run.data), "a stream");
+        assert!(runs("two").iter().all(|run| !run.compressed), "sparse");
+        assert_eq!(file::check(named("two"), true, &options, &limits, &progress).unwrap().1.corruptions, 0);
+    }
+    sparse[table..table + 4].copy_from_slice(&0x00ff_ffff_u32.to_le_bytes());
+    std::fs::write(&machine, members(&sparse)).unwrap();
+    for (name, whole) in [(None, true), (Some("one"), true), (Some("two"), false)] {
+        let input = Input { path: &machine, disk: name };
+        let report = file::check(input, false, &options, &limits, &progress).unwrap().1;
+        assert_eq!(report.corruptions == 0, whole, "{name:?}: {report:?}");
+    }
+    for other in [&bare, &dir.path().join("missing")] {
+        let input = Input { path: other, disk: Some("one") };
+        failure(file::check(input, false, &options, &limits, &progress));
+        failure(file::open(input, &limits, &progress));
+    }
 }
 
 #[test]

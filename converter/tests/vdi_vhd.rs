@@ -547,6 +547,8 @@ fn wrapped_images_convert_like_bare_ones() {
         let (limits, progress) = (Limits::default(), Progress::default());
         let info = file::inspect(&image, &limits, &progress).unwrap().info;
         assert_eq!((info.format.name(), info.virtual_size), (FLAVOURS[flavour].0, raw.len() as u64));
+        let checked = file::check(&image, true, &Options::default(), &limits, &progress).unwrap();
+        assert_eq!((checked.0.name(), checked.1.corruptions), (FLAVOURS[flavour].0, 0));
         let bare = image_path(&dir, "raw");
         std::fs::write(&bare, raw).unwrap();
         let same = file::compare([&image, &bare], true, &Options::default(), &limits, &progress).unwrap();

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use dvcr_converter::check::{MESSAGES_MAX, Report};
 use dvcr_converter::convert::Options;
-use dvcr_converter::file;
+use dvcr_converter::file::{self, Input};
 use dvcr_converter::format::Format;
 use serde_json::json;
 
@@ -22,6 +22,9 @@ use crate::work;
 pub struct Args {
     /// The image file or block device.
     file: PathBuf,
+    /// The disk of an OVA to check, by its id or its file; by default the first one.
+    #[arg(long, value_name = "NAME")]
+    disk: Option<String>,
     /// Also read and decode all data.
     #[arg(long)]
     data: bool,
@@ -38,14 +41,17 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     let limits = args.limits.limits();
-    let path = args.file.clone();
+    let (path, disk) = (args.file, args.disk);
     let name = path.display().to_string();
     let mut options = Options::default();
     if let Some(workers) = args.workers {
         options.workers = workers.into();
     }
     let (format, report) = work::run(&name, |progress| async move {
-        let check = move || file::check(&path, args.data, &options, &limits, &progress);
+        let check = move || {
+            let input = Input { path: &path, disk: disk.as_deref() };
+            file::check(input, args.data, &options, &limits, &progress)
+        };
         Ok(tokio::task::spawn_blocking(check).await??)
     })
     .with_context(|| format!("cannot check {name}"))?;

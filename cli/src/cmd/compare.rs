@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use dvcr_converter::compare::Comparison;
 use dvcr_converter::convert::Options;
-use dvcr_converter::file;
+use dvcr_converter::file::{self, Input};
 use serde_json::json;
 
 use super::Output;
@@ -22,6 +22,12 @@ pub struct Args {
     a: PathBuf,
     /// Another one.
     b: PathBuf,
+    /// The disk of the first file that is compared, if that is an OVA, by its id or its file; by default the first one.
+    #[arg(long, value_name = "NAME")]
+    disk: Option<String>,
+    /// The disk of the second file that is compared, if that is an OVA.
+    #[arg(long, value_name = "NAME")]
+    other_disk: Option<String>,
     /// Disks of different sizes are different.
     #[arg(long)]
     strict: bool,
@@ -37,7 +43,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let Args { a, b, strict, output, workers, limits } = args;
+    let Args { a, b, disk, other_disk, strict, output, workers, limits } = args;
     let limits = limits.limits();
     let names = [a.display().to_string(), b.display().to_string()];
     let mut options = Options::default();
@@ -45,7 +51,11 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         options.workers = workers.into();
     }
     let comparison = work::run(&names[0], |progress| async move {
-        let compare = move || file::compare([&a, &b], strict, &options, &limits, &progress);
+        let compare = move || {
+            let a = Input { path: &a, disk: disk.as_deref() };
+            let b = Input { path: &b, disk: other_disk.as_deref() };
+            file::compare([a, b], strict, &options, &limits, &progress)
+        };
         Ok(tokio::task::spawn_blocking(compare).await??)
     })
     .with_context(|| format!("cannot compare {} and {}", names[0], names[1]))?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
-use dvcr_converter::file;
+use dvcr_converter::file::{self, Input};
 use dvcr_converter::format::Image;
 use dvcr_converter::map::{self, Run};
 use dvcr_converter::progress::Progress;
@@ -21,6 +21,9 @@ use crate::work;
 pub struct Args {
     /// The image file or block device.
     file: PathBuf,
+    /// The disk of an OVA to map, by its id or its file; by default the first one.
+    #[arg(long, value_name = "NAME")]
+    disk: Option<String>,
     /// How to print the runs: a table of those with data, or a JSON array of all, named as `qemu-img map` does.
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
@@ -31,11 +34,14 @@ pub struct Args {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let limits = args.limits.limits();
-    let (path, output) = (args.file.clone(), args.output);
+    let (path, disk, output) = (args.file, args.disk, args.output);
     let name = path.display().to_string();
     let context = || format!("cannot map {name}");
     let open_limits = limits.clone();
-    let open = move |progress: Arc<Progress>| file::open(&path, &open_limits, &progress);
+    let open = move |progress: Arc<Progress>| {
+        let input = Input { path: &path, disk: disk.as_deref() };
+        file::open(input, &open_limits, &progress)
+    };
     let opened = work::run(&name, |progress| async move {
         Ok(tokio::task::spawn_blocking(move || open(progress)).await??)
     })

@@ -46,7 +46,13 @@ trait Driver: Sync {
     /// `file_bytes` is the length of the file, if known.
     fn virtual_size(&self, head: &[u8], file_bytes: Option<u64>, limits: &Limits) -> Result<Option<u64>>;
 
-    /// Opens the disk inside `source`, whose beginning is `head`. `member` names the wanted one of an archive.
+    /// Whether a file of this format is an archive, whose disks have names.
+    fn has_members(&self) -> bool {
+        false
+    }
+
+    /// Opens the disk inside `source`, whose beginning is `head`. `member` names the wanted one of an archive, and nothing
+    /// where there are no members.
     fn open(
         &self,
         source: Arc<dyn ReadAt>,
@@ -56,18 +62,19 @@ trait Driver: Sync {
     ) -> Result<Box<dyn Disk>>;
 
     /// Checks the metadata of the file in `source`, whose beginning is `head`, and goes on behind damage as far as that
-    /// makes sense. Fails if it makes none at all, or a limit is crossed.
+    /// makes sense; of an archive, those of the disk named `member`. Fails if it makes none at all, or a limit is crossed.
     ///
     /// By default all extents have to be inside the file, and none on another.
     fn check(
         &self,
         source: &Arc<dyn ReadAt>,
         head: &[u8],
+        member: Option<&str>,
         limits: &Limits,
         report: &mut Report,
         progress: &Progress,
     ) -> Result<()> {
-        let disk = self.open(source.clone(), head, None, limits)?;
+        let disk = self.open(source.clone(), head, member, limits)?;
         check::walk(disk.as_ref(), source.len(), limits, report, progress)
     }
 
@@ -219,21 +226,26 @@ pub fn open(source: Arc<dyn ReadAt>, limits: &Limits) -> Result<Image> {
 
 /// Opens like [`open`] the disk named `member` of an archive; the first one if no name is given.
 pub fn open_member(source: Arc<dyn ReadAt>, member: Option<&str>, limits: &Limits) -> Result<Image> {
-    let (head, format) = recognise_source(source.as_ref())?;
+    let (head, format) = recognise_source(source.as_ref(), member)?;
     let file_bytes = source.len();
     let disk = format.driver().open(source, &head, member, limits)?;
     let info = Info { format, virtual_size: disk.virtual_size(), file_bytes, details: disk.details() };
     Ok(Image { info, disk })
 }
 
-/// Checks the image stored in `source`: all of its metadata, and no data.
+/// Checks the image stored in `source`, or the disk named `member` of an archive: all of its metadata, and no data.
 ///
 /// Damage is counted and not an error. A raw disk has nothing to be checked.
-pub fn check(source: &Arc<dyn ReadAt>, limits: &Limits, progress: &Progress) -> Result<(Format, Report)> {
-    let (head, format) = recognise_source(source.as_ref())?;
+pub fn check(
+    source: &Arc<dyn ReadAt>,
+    member: Option<&str>,
+    limits: &Limits,
+    progress: &Progress,
+) -> Result<(Format, Report)> {
+    let (head, format) = recognise_source(source.as_ref(), member)?;
     let mut report = Report::default();
     if !format.is_plain()
-        && let Err(e) = format.driver().check(source, &head, limits, &mut report, progress)
+        && let Err(e) = format.driver().check(source, &head, member, limits, &mut report, progress)
     {
         // Too damaged to go on is damaged.
         report.failure(e)?;
@@ -254,8 +266,9 @@ pub fn create_options(
     })
 }
 
-/// Reads the beginning of a file and tells its format by that, and by its end.
-fn recognise_source(source: &dyn ReadAt) -> Result<(Vec<u8>, Format)> {
+/// Reads the beginning of a file and tells its format by that, and by its end. Refuses the name of a member where there
+/// are none.
+fn recognise_source(source: &dyn ReadAt, member: Option<&str>) -> Result<(Vec<u8>, Format)> {
     let file_bytes = source.len();
     let mut head = vec![0; file_bytes.min(PROBE_BYTES as u64) as usize];
     source.read_exact_at(&mut head, 0).map_err(|e| Error::io("reading the first bytes of the image", e))?;
@@ -272,6 +285,9 @@ fn recognise_source(source: &dyn ReadAt) -> Result<(Vec<u8>, Format)> {
         }
     };
     let format = recognise(&head, tail)?;
+    if !format.driver().has_members() {
+        refuse_member(member)?;
+    }
     Ok((head, format))
 }
 

@@ -24,10 +24,9 @@ impl super::Driver for Driver {
         &self,
         source: Arc<dyn ReadAt>,
         _head: &[u8],
-        member: Option<&str>,
+        _member: Option<&str>,
         limits: &Limits,
     ) -> Result<Box<dyn Disk>> {
-        super::refuse_member(member)?;
         Ok(Box::new(RawDisk::new(source, limits)?))
     }
 

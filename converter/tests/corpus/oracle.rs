@@ -79,7 +79,7 @@ const STRICTER: &[(&str, &str, &str)] = &[
 const LAXER: &[(&str, &str, &str)] = &[
     ("qcow2", "reference count table", "reference counts are not needed to read"),
     ("qcow2", "Invalid backing file offset", "a name of no bytes is no backing file, wherever it is"),
-    ("qcow2", "snapshot", "internal snapshots are passed over"),
+    ("qcow2", "napshot", "internal snapshots are passed over"),
     ("qcow2", "refcount", "reference counts are not needed to read"),
     ("qcow2", "efcount", "reference counts are not needed to read"),
     ("qcow2", "bitmap", "bitmaps are passed over"),

@@ -32,6 +32,10 @@ impl super::Driver for Driver {
         Ok(None)
     }
 
+    fn has_members(&self) -> bool {
+        true
+    }
+
     fn open(
         &self,
         source: Arc<dyn ReadAt>,

@@ -93,15 +93,18 @@ impl Qcow2Disk {
         if self.header.extended_l2 {
             let bitmap = table.get(word + 1).copied().unwrap_or(0);
             let subcluster = in_cluster / self.grain();
-            let allocated = bitmap >> subcluster & 1 != 0;
-            let zero = bitmap >> (subcluster + SUBCLUSTERS) & 1 != 0;
-            return match (allocated, zero) {
-                (false, false) => Ok(Place::Hole),
+            let (allocated, zero) = (bitmap as u32, (bitmap >> SUBCLUSTERS) as u32);
+            // Of the whole cluster, as qemu has it, and not only of the part that is wanted.
+            if allocated & zero != 0 || host == 0 && allocated != 0 {
+                return Err(
+                    self.corrupt(offset, format!("its subcluster bitmap {bitmap:#x} contradicts itself"))
+                );
+            }
+            let is_set = |bits: u32| bits >> subcluster & 1 != 0;
+            return match (is_set(allocated), is_set(zero)) {
+                (true, _) => self.plain(host, in_cluster, offset),
                 (false, true) => Ok(Place::Zero),
-                (true, false) if host != 0 => self.plain(host, in_cluster, offset),
-                (true, _) => {
-                    Err(self.corrupt(offset, format!("its subcluster bitmap {bitmap:#x} contradicts itself")))
-                }
+                (false, false) => Ok(Place::Hole),
             };
         }
         if entry & ZERO != 0 {

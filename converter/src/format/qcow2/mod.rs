@@ -41,10 +41,9 @@ impl super::Driver for Driver {
         &self,
         source: Arc<dyn ReadAt>,
         head: &[u8],
-        member: Option<&str>,
+        _member: Option<&str>,
         limits: &Limits,
     ) -> Result<Box<dyn Disk>> {
-        super::refuse_member(member)?;
         let header = Header::parse(head, Some(source.len()), limits)?;
         Ok(Box::new(disk::Qcow2Disk::open(source, &header, limits)?))
     }
@@ -53,6 +52,7 @@ impl super::Driver for Driver {
         &self,
         source: &Arc<dyn ReadAt>,
         head: &[u8],
+        _member: Option<&str>,
         limits: &Limits,
         report: &mut Report,
         progress: &Progress,

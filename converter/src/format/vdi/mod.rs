@@ -33,10 +33,9 @@ impl super::Driver for Driver {
         &self,
         source: Arc<dyn ReadAt>,
         head: &[u8],
-        member: Option<&str>,
+        _member: Option<&str>,
         limits: &Limits,
     ) -> Result<Box<dyn Disk>> {
-        super::refuse_member(member)?;
         let layout = Header::parse(head, limits)?.layout();
         let reserved = [("header", 0, HEADER_BYTES as u64)];
         Ok(Box::new(BlockDisk::open(source, layout, &reserved, limits)?))

@@ -45,10 +45,9 @@ impl super::Driver for Driver {
         &self,
         source: Arc<dyn ReadAt>,
         _head: &[u8],
-        member: Option<&str>,
+        _member: Option<&str>,
         limits: &Limits,
     ) -> Result<Box<dyn Disk>> {
-        super::refuse_member(member)?;
         Ok(Box::new(disk::VhdxDisk::open(source, limits)?))
     }
 

@@ -136,10 +136,9 @@ impl super::Driver for Driver {
         &self,
         source: Arc<dyn ReadAt>,
         head: &[u8],
-        member: Option<&str>,
+        _member: Option<&str>,
         limits: &Limits,
     ) -> Result<Box<dyn Disk>> {
-        super::refuse_member(member)?;
         refuse_other_sparse(head)?;
         let read = |offset: u64, len: u64| {
             let mut bytes = vec![0; len as usize];

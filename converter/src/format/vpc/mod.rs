@@ -46,10 +46,9 @@ impl super::Driver for Driver {
         &self,
         source: Arc<dyn ReadAt>,
         head: &[u8],
-        member: Option<&str>,
+        _member: Option<&str>,
         limits: &Limits,
     ) -> Result<Box<dyn Disk>> {
-        super::refuse_member(member)?;
         let first = Footer::parse(head);
         if let Some(footer) = first.as_ref().filter(|footer| footer.kind != Kind::Fixed) {
             footer.refuse_others()?;
