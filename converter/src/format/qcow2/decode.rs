@@ -71,10 +71,13 @@ impl Decoder {
         let bytes = out.len();
         let mut input = zstd_safe::InBuffer::around(stored);
         let mut output = zstd_safe::OutBuffer::around(out);
-        while output.pos() < bytes {
-            let before = (input.pos(), output.pos());
-            let Ok(_) = dctx.decompress_stream(&mut output, &mut input) else { return false };
-            if (input.pos(), output.pos()) == before {
+        // Up to the end of the last frame, checksum included, as qemu wants it.
+        let mut missing = 1;
+        while output.pos() < bytes || missing > 0 {
+            let before = (input.pos(), output.pos(), missing);
+            let Ok(hint) = dctx.decompress_stream(&mut output, &mut input) else { return false };
+            missing = hint;
+            if (input.pos(), output.pos(), missing) == before {
                 return false;
             }
         }
