@@ -1,7 +1,7 @@
 //! An OCI registry (distribution-spec 1.1) on a directory, in the on-disk layout of CNCF distribution.
 //!
 //! ```text
-//!            serve (server.rs): connections, orderly end
+//!            serve (server.rs): connections, orderly end ── tasks, control: work beside requests
 //!              │
 //!            api/ ── auth, metrics      HTTP: routes, answers, error codes
 //!              ├── uploads  blobs  manifests  lists
@@ -10,6 +10,7 @@
 //!              │          │
 //!            storage/ ──┬── uploads, ingest   sessions; hash and write while bytes arrive
 //!                       ├── blobs, manifests, referrers
+//!                       ├── collect            garbage
 //!                       └── sync, layout      durable placement; who lies where
 //!            digest, names              the grammars everything from outside must pass
 //! ```
@@ -20,24 +21,29 @@
 
 mod api;
 mod auth;
+pub mod control;
 mod digest;
 mod metrics;
 mod model;
 mod names;
 mod server;
 mod storage;
+mod tasks;
 
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 
 pub use auth::{Auth, Htpasswd};
 pub use server::serve;
+pub use tasks::{Collected, Outcome, Schedule, Task, Watch};
 
 use api::App;
 use storage::Storage;
+use storage::collect::Grace;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -52,6 +58,14 @@ pub enum Error {
     Read { path: PathBuf, source: io::Error },
     #[error("{path}, line {line}: {why}")]
     Htpasswd { path: PathBuf, line: usize, why: &'static str },
+    #[error("{what} is running already; wait for its end")]
+    Busy { what: &'static str },
+    #[error("the work is not done")]
+    Task { source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("cannot talk to the registry that serves the directory")]
+    Control { source: io::Error },
+    #[error("the registry that serves the directory says: {why}")]
+    Refused { why: String },
     #[error("cannot put away the uploads that were going on")]
     Finish { source: Box<dyn std::error::Error + Send + Sync> },
 }
@@ -67,12 +81,45 @@ pub struct Config {
     pub uploads_max: usize,
     /// Connections at a time; more wait to be accepted.
     pub connections_max: usize,
+    /// How garbage is collected.
+    pub collection: Collection,
+}
+
+/// How garbage is collected.
+#[derive(Clone, Debug)]
+pub struct Collection {
+    /// When; `None` is only when asked for.
+    pub schedule: Option<Schedule>,
+    /// How long a blob may wait for the manifest that refers to it; at least 200 ms. Half of it is what a client has that
+    /// was told that a blob is there already.
+    pub grace: Duration,
+    /// How long an upload may rest.
+    pub upload_age: Duration,
+    /// Files removed per second, at most.
+    pub removals_per_second: u32,
+}
+
+impl Default for Collection {
+    fn default() -> Self {
+        Self {
+            schedule: None,
+            grace: Duration::from_secs(3600),
+            upload_age: Duration::from_secs(7 * 86_400),
+            removals_per_second: 20_000,
+        }
+    }
 }
 
 impl Config {
     /// Serves `root` to everybody, with the usual bounds.
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), auth: Auth::Anonymous, uploads_max: 40, connections_max: 1024 }
+        Self {
+            root: root.into(),
+            auth: Auth::Anonymous,
+            uploads_max: 40,
+            connections_max: 1024,
+            collection: Collection::default(),
+        }
     }
 }
 
@@ -80,8 +127,12 @@ impl Config {
 #[derive(Clone, Debug)]
 pub struct Registry {
     app: Arc<App>,
+    root: PathBuf,
     uploads_max: usize,
     connections_max: usize,
+    collection: Collection,
+    /// What the tasks that nobody waits for are stopped by.
+    background: Watch,
 }
 
 impl Registry {
@@ -90,10 +141,12 @@ impl Registry {
     /// # Errors
     /// When another process of ours serves the same directory, or it cannot be written.
     pub fn open(config: Config) -> Result<Self> {
-        let Config { root, auth, uploads_max, connections_max } = config;
-        let storage = Storage::open(&root).map_err(|source| Error::Open { path: root, source })?;
+        let Config { root, auth, uploads_max, connections_max, collection } = config;
+        let storage = Storage::open(&root, Grace::new(collection.grace))
+            .map_err(|source| Error::Open { path: root.clone(), source })?;
         let (uploads_max, connections_max) = (uploads_max.max(1), connections_max.max(1));
-        Ok(Self { app: Arc::new(App::new(storage, auth, uploads_max)), uploads_max, connections_max })
+        let app = Arc::new(App::new(storage, auth, uploads_max));
+        Ok(Self { app, root, uploads_max, connections_max, collection, background: Watch::default() })
     }
 
     /// Returns the service: the API below `/v2/`, and `/healthz`, `/readyz`, `/metrics`.

@@ -2,7 +2,9 @@
 
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::tasks::Collected;
 
 /// What a request is about; the label `route`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +43,12 @@ pub(crate) struct Metrics {
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) uploads: AtomicU64,
     pub(crate) unauthorized: AtomicU64,
+    collections: AtomicU64,
+    failed_collections: AtomicU64,
+    freed_bytes: AtomicU64,
+    collected_blobs: AtomicU64,
+    /// When the last collection ended well, seconds since 1970.
+    last_collection: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -64,6 +72,19 @@ impl Metrics {
         histogram.count.fetch_add(1, Ordering::Relaxed);
         let micros = u64::try_from(duration.as_micros()).unwrap_or(u64::MAX);
         histogram.micros.fetch_add(micros, Ordering::Relaxed);
+    }
+
+    /// Counts a collection of garbage.
+    pub(crate) fn collected(&self, done: &Collected, is_ok: bool) {
+        let count = |counter: &AtomicU64, by| counter.fetch_add(by, Ordering::Relaxed);
+        count(&self.collections, 1);
+        count(&self.failed_collections, u64::from(!is_ok));
+        count(&self.freed_bytes, done.freed_bytes);
+        count(&self.collected_blobs, done.removed_blobs);
+        if is_ok {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+            self.last_collection.store(now, Ordering::Relaxed);
+        }
     }
 
     /// Writes everything as text.
@@ -112,6 +133,16 @@ impl Metrics {
             ("sent_bytes_total", "counter", "Bytes of content sent.", &self.sent_bytes),
             ("unauthorized_total", "counter", "Requests without valid credentials.", &self.unauthorized),
             ("uploads_in_progress", "gauge", "Requests that bring content just now.", &self.uploads),
+            ("gc_runs_total", "counter", "Collections of garbage.", &self.collections),
+            ("gc_failures_total", "counter", "Collections that were stopped or failed.", &self.failed_collections),
+            ("gc_freed_bytes_total", "counter", "Bytes that collections freed.", &self.freed_bytes),
+            ("gc_removed_blobs_total", "counter", "Blobs that collections removed.", &self.collected_blobs),
+            (
+                "gc_last_success_timestamp_seconds",
+                "gauge",
+                "When the last collection ended well; 0 for none since the start.",
+                &self.last_collection,
+            ),
         ] {
             let name = format!("dvcr_registry_{name}");
             head(out, &name, kind, help)?;

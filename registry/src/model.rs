@@ -42,8 +42,18 @@ struct Wire {
     config: Option<WireDescriptor>,
     layers: Option<Vec<WireDescriptor>>,
     manifests: Option<Vec<WireDescriptor>>,
+    /// Artifacts of image-spec 1.1-rc, which are not taken but may lie in the directory.
+    blobs: Option<Vec<WireDescriptor>>,
+    /// Docker schema 1, likewise.
+    fs_layers: Option<Vec<WireLayer>>,
     subject: Option<WireDescriptor>,
     annotations: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct WireLayer {
+    blob_sum: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -156,6 +166,20 @@ pub(crate) fn media_type_of(bytes: &[u8]) -> String {
         Ok(wire) => wire.media_type().to_owned(),
         Err(_) => OCI_MANIFEST.to_owned(),
     }
+}
+
+/// Tells all that a stored manifest refers to and needs, of any generation; `None` if it is of none.
+pub(crate) fn references(bytes: &[u8]) -> Option<Vec<Digest>> {
+    let wire: Wire = serde_json::from_slice(bytes).ok()?;
+    let lists = [wire.layers, wire.manifests, wire.blobs];
+    if wire.config.is_none() && wire.fs_layers.is_none() && lists.iter().all(Option::is_none) {
+        return None;
+    }
+    let descriptors = wire.config.into_iter().chain(lists.into_iter().flatten().flatten());
+    let descriptors = descriptors.map(|one| one.digest);
+    let layers = wire.fs_layers.into_iter().flatten().map(|one| one.blob_sum);
+    // What is no digest names nothing that could be stored.
+    Some(descriptors.chain(layers).filter_map(|digest| digest.parse().ok()).collect())
 }
 
 /// Tells what a stored manifest refers to as its subject.

@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use crate::control::Control;
 use crate::{Error, Registry, Result};
 
 /// How long requests may go on after the end was asked for.
@@ -42,6 +43,14 @@ pub async fn serve(
     let graceful = GracefulShutdown::new();
     let connections = Arc::new(Semaphore::new(registry.connections_max));
     let mut tasks = JoinSet::new();
+    let mut beside = JoinSet::new();
+    beside.spawn(registry.clone().keep_schedule());
+    match Control::listen(&registry.root) {
+        Ok(control) => {
+            beside.spawn(control.serve(registry.clone()));
+        }
+        Err(error) => tracing::error!(%error, "commands cannot reach this registry"),
+    }
     let mut shutdown = pin!(shutdown);
     loop {
         let (stream, permit) = tokio::select! {
@@ -62,6 +71,8 @@ pub async fn serve(
         });
     }
     drop(listener);
+    registry.background.stop();
+    beside.shutdown().await;
     if timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
         tracing::warn!(seconds = DRAIN_TIMEOUT.as_secs(), "requests still run at the end and are cut");
     }

@@ -25,7 +25,7 @@ use crate::storage::blobs::Reader;
 const IMMUTABLE: &str = "max-age=31536000, immutable";
 
 pub(super) fn head(app: &App, repo: &RepoName, digest: &Digest) -> Answer {
-    let length = app.storage.stat_blob(repo, digest)?.ok_or_else(|| unknown(repo, digest))?;
+    let length = app.storage.claim_blob(repo, digest)?.ok_or_else(|| unknown(repo, digest))?;
     let mut response = empty(StatusCode::OK);
     describe(response.headers_mut(), digest);
     response.headers_mut().insert(CONTENT_LENGTH, length.into());

@@ -115,13 +115,14 @@ fn store(
     let checked = model::check(&bytes, content_type)
         .map_err(|refusal| ApiError::bad_request(Code::ManifestInvalid, refusal.to_string()))?;
     let mut missing = Vec::new();
+    let _accepting = storage.accepting();
     for blob in checked.blobs {
-        if storage.stat_blob(repo, &blob)?.is_none() {
+        if storage.claim_blob(repo, &blob)?.is_none() {
             missing.push(blob);
         }
     }
     for manifest in checked.manifests {
-        if !storage.has_manifest(repo, &manifest)? {
+        if !storage.claim_manifest(repo, &manifest)? {
             missing.push(manifest);
         }
     }

@@ -35,6 +35,16 @@ impl Storage {
         found(fs::metadata(&path).map(|metadata| metadata.len())).map_err(Error::at("cannot look at", &path))
     }
 
+    /// Finds a blob of a repository for one who will build on it: it counts as new to the collector. Only one who holds
+    /// [`Storage::accepting`] can be sure that it is still there a moment later.
+    pub(crate) fn claim_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<u64>> {
+        let length = self.stat_blob(repo, digest)?;
+        if length.is_some() {
+            self.touch(&self.layout.layer_link(repo, digest))?;
+        }
+        Ok(length)
+    }
+
     /// Opens a blob of a repository.
     pub(crate) fn open_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<Blob>> {
         let Some(target) = self.layer(repo, digest)? else { return Ok(None) };
@@ -49,10 +59,13 @@ impl Storage {
 
     /// Gives `to` a blob that `from` has; durable when it returns. Returns whether `from` has it.
     pub(crate) fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<bool> {
+        let _accepting = self.accepting();
         let Some(target) = self.layer(from, digest)? else { return Ok(false) };
-        if !self.layout.blob(&target).is_file() {
+        let blob = self.layout.blob(&target);
+        if !blob.is_file() {
             return Ok(false);
         }
+        self.touch(&blob)?;
         self.settled();
         let link = self.link_temp(&target)?;
         let mut changes = self.dirs.changes();

@@ -64,6 +64,10 @@ impl Layout {
         join(&self.v2, &["repositories", repo.as_str()])
     }
 
+    pub(crate) fn layers(&self, repo: &RepoName) -> PathBuf {
+        join(&self.v2, &["repositories", repo.as_str(), "_layers"])
+    }
+
     pub(crate) fn layer_link(&self, repo: &RepoName, digest: &Digest) -> PathBuf {
         let (alg, hex) = (digest.algorithm().name(), digest.hex());
         join(&self.v2, &["repositories", repo.as_str(), "_layers", alg, hex, "link"])
@@ -88,6 +92,10 @@ impl Layout {
 
     pub(crate) fn tag_current_link(&self, repo: &RepoName, tag: &Tag) -> PathBuf {
         join(&self.v2, &["repositories", repo.as_str(), "_manifests/tags", tag.as_str(), "current/link"])
+    }
+
+    pub(crate) fn uploads(&self, repo: &RepoName) -> PathBuf {
+        join(&self.v2, &["repositories", repo.as_str(), "_uploads"])
     }
 
     pub(crate) fn upload(&self, repo: &RepoName, id: Uuid) -> PathBuf {

@@ -24,7 +24,7 @@ const CACHE_ENTRY_BYTES: usize = 512;
 /// Larger manifests are not kept.
 const CACHED_MANIFEST_BYTES_MAX: usize = 256 << 10;
 /// The directories that make a directory a repository; one with upload sessions alone is none yet.
-const REPO_DIRS: [&str; 2] = ["_layers", "_manifests"];
+pub(super) const REPO_DIRS: [&str; 2] = ["_layers", "_manifests"];
 
 /// A manifest as it was pushed.
 #[derive(Clone, Debug)]
@@ -65,7 +65,7 @@ impl Storage {
     }
 
     /// Whether a repository has a manifest, the content included.
-    pub(crate) fn has_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+    fn has_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
         Ok(self.has_revision(repo, digest)? && self.has_content(digest)?)
     }
 
@@ -189,12 +189,12 @@ impl Storage {
     pub(crate) fn repositories(&self, after: Option<&str>, limit: usize) -> Result<Page> {
         let base = self.layout.repositories();
         let mut smallest = Smallest { limit, names: BinaryHeap::new(), more: false };
-        walk(&base, "", &mut |name| {
-            if after.is_none_or(|after| name > after) {
-                smallest.add(name);
+        walk(&base, &REPO_DIRS, &mut |repo| {
+            if after.is_none_or(|after| repo.as_str() > after) {
+                smallest.add(repo.as_str());
             }
-        })
-        .map_err(Error::at("cannot list", &base))?;
+            Ok(())
+        })?;
         Ok(Page { names: smallest.names.into_sorted_vec(), more: smallest.more })
     }
 
@@ -232,6 +232,15 @@ impl Storage {
     fn is_repo(&self, repo: &RepoName) -> bool {
         let dir = self.layout.repo(repo);
         REPO_DIRS.iter().any(|name| dir.join(name).is_dir())
+    }
+
+    /// Whether a repository has a manifest, for one who will build on it; see [`Storage::claim_blob`].
+    pub(crate) fn claim_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+        let has = self.has_manifest(repo, digest)?;
+        if has {
+            self.touch(&self.layout.revision_link(repo, digest))?;
+        }
+        Ok(has)
     }
 
     fn has_content(&self, digest: &Digest) -> Result<bool> {
@@ -344,31 +353,44 @@ impl Smallest {
     }
 }
 
-/// Calls `visit` with every repository below `dir`. Names are bounded in length, and so is the depth.
-fn walk(dir: &Path, prefix: &str, visit: &mut impl FnMut(&str)) -> io::Result<()> {
-    let Some(entries) = found(fs::read_dir(dir))? else { return Ok(()) };
+/// Calls `visit` with every repository below `base`, after those below it: what has one of these directories. Names are
+/// bounded in length, and so is the depth.
+pub(super) fn walk(
+    base: &Path,
+    dirs: &[&str],
+    visit: &mut impl FnMut(&RepoName) -> Result<()>,
+) -> Result<()> {
+    walk_below(base, "", dirs, visit)
+}
+
+fn walk_below(
+    dir: &Path,
+    prefix: &str,
+    dirs: &[&str],
+    visit: &mut impl FnMut(&RepoName) -> Result<()>,
+) -> Result<()> {
     let mut is_repo = false;
-    for entry in entries {
-        let entry = entry?;
+    for entry in found(fs::read_dir(dir)).map_err(Error::at("cannot list", dir))?.into_iter().flatten() {
+        let entry = entry.map_err(Error::at("cannot list", dir))?;
         let name = entry.file_name();
         let Some(name) = name.to_str() else { continue };
-        if !entry.file_type()?.is_dir() {
+        if !entry.file_type().map_err(Error::at("cannot list", dir))?.is_dir() {
             continue;
         }
-        is_repo |= REPO_DIRS.contains(&name);
+        is_repo |= dirs.contains(&name);
         let name = if prefix.is_empty() { name.to_owned() } else { format!("{prefix}/{name}") };
         // What is no name of ours, the layout's own directories included, leads to no repository.
         if RepoName::parse(&name).is_some() {
-            walk(&entry.path(), &name, visit)?;
+            walk_below(&entry.path(), &name, dirs, visit)?;
         }
     }
-    if is_repo && !prefix.is_empty() {
-        visit(prefix);
+    match RepoName::parse(prefix) {
+        Some(repo) if is_repo => visit(&repo),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
-fn read_at_most(path: &Path, max: usize) -> io::Result<Vec<u8>> {
+pub(super) fn read_at_most(path: &Path, max: usize) -> io::Result<Vec<u8>> {
     let length = fs::metadata(path)?.len();
     match usize::try_from(length) {
         Ok(length) if length <= max => fs::read(path),
@@ -382,6 +404,7 @@ fn read_at_most(path: &Path, max: usize) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::collect::Grace;
 
     #[test]
     fn the_cache_is_bounded_in_bytes() {
@@ -399,7 +422,7 @@ mod tests {
     #[test]
     fn repositories_are_listed_in_lexical_order_of_their_names() {
         let root = tempfile::tempdir().unwrap();
-        let storage = Storage::open(root.path()).unwrap();
+        let storage = Storage::open(root.path(), Grace::default()).unwrap();
         for name in ["a/b", "a-b", "a", "z/y/x", "only-uploads"] {
             let kind = if name == "only-uploads" { "_uploads" } else { "_layers" };
             fs::create_dir_all(storage.layout.repositories().join(name).join(kind)).unwrap();
@@ -413,7 +436,7 @@ mod tests {
     #[test]
     fn a_tag_directory_without_a_link_is_no_tag() {
         let root = tempfile::tempdir().unwrap();
-        let storage = Storage::open(root.path()).unwrap();
+        let storage = Storage::open(root.path(), Grace::default()).unwrap();
         let repo = RepoName::parse("r").unwrap();
         fs::create_dir_all(storage.layout.tags(&repo).join("half/current")).unwrap();
         assert!(storage.tags(&repo, None, 10).unwrap().unwrap().names.is_empty());

@@ -4,12 +4,14 @@
 //!  Storage ──┬── uploads    sessions, commit          ──┬── ingest   hash and write while bytes arrive ── pool
 //!            ├── blobs      lookup, reading             │
 //!            ├── manifests  revisions, tags, catalogue  ├── sync     temp file, rename, fsync
+//!            ├── collect    garbage                     │
 //!            └── referrers  index beside the layout   ──┴── layout   paths
 //! ```
 //!
 //! Nothing here knows HTTP. Functions block on the filesystem; the few that wait for the network's pace are async.
 
 pub(crate) mod blobs;
+pub(crate) mod collect;
 pub(crate) mod ingest;
 mod layout;
 pub(crate) mod manifests;
@@ -21,7 +23,7 @@ pub(crate) mod uploads;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::FlockOperation;
 
@@ -81,6 +83,12 @@ pub(crate) struct Storage {
     ingest_pool: Arc<Pool>,
     read_pool: Arc<Pool>,
     downloads: blobs::Downloads,
+    /// How old garbage must be.
+    grace: collect::Grace,
+    /// Held for reading while a push looks at what is there and builds on it, for writing while garbage is removed.
+    accepting: RwLock<()>,
+    /// Held by the one collection that may run.
+    collecting: Mutex<()>,
     /// Held for reading while what is placed, and so can be seen, is not yet durable.
     placing: RwLock<()>,
     /// Held for writing while a manifest is deleted with its tags, for reading while one is put with its tag.
@@ -95,7 +103,7 @@ impl Storage {
     ///
     /// # Errors
     /// When another process of ours serves the directory, or it cannot be written.
-    pub(crate) fn open(root: &Path) -> io::Result<Self> {
+    pub(crate) fn open(root: &Path, grace: collect::Grace) -> io::Result<Self> {
         let missing = root.ancestors().take_while(|dir| !dir.exists()).count();
         fs::create_dir_all(root)?;
         let root = root.canonicalize()?;
@@ -132,6 +140,9 @@ impl Storage {
             ingest_pool: Pool::new(INGEST_BUFFER_BYTES, INGEST_BUFFERS_MAX, INGEST_BUFFERS_IDLE_MAX),
             read_pool: Pool::new(blobs::READ_BUFFER_BYTES, READ_BUFFERS_MAX, READ_BUFFERS_IDLE_MAX),
             downloads: blobs::Downloads::new(),
+            grace,
+            accepting: RwLock::default(),
+            collecting: Mutex::default(),
             placing: RwLock::default(),
             deleting: RwLock::default(),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(Into::into),

@@ -71,12 +71,18 @@ impl Dirs {
 
     /// Makes a directory with its parents, without syncing anything.
     pub(crate) fn make(&self, dir: &Path) -> io::Result<()> {
-        match (self.make_one(dir), dir.parent()) {
-            (Err(error), Some(parent)) if error.kind() == ErrorKind::NotFound && dir != self.root => {
-                self.make(parent)?;
-                self.make_one(dir)
+        let mut attempt = 1;
+        loop {
+            match (self.make_one(dir), dir.parent()) {
+                // A removal may take the parent between the two calls.
+                (Err(error), Some(parent))
+                    if error.kind() == ErrorKind::NotFound && dir != self.root && attempt < PLACE_ATTEMPTS_MAX =>
+                {
+                    self.make(parent)?;
+                    attempt += 1;
+                }
+                (done, _) => return done,
             }
-            (done, _) => done,
         }
     }
 
@@ -114,6 +120,35 @@ impl Dirs {
         }
         fs::remove_dir_all(&grave)?;
         Ok(true)
+    }
+
+    /// Removes `trees` below `dir` if they hold nothing but empty directories, and then `dir` and `parts` of it that are
+    /// empty; returns whether it removed a tree. The caller sees to it that nobody places anything in the trees meanwhile.
+    pub(crate) fn remove_empty(&self, dir: &Path, trees: &[&str], parts: &[&str]) -> io::Result<bool> {
+        let mut found = false;
+        for tree in trees {
+            match is_empty_tree(&dir.join(tree)) {
+                Ok(true) => found = true,
+                Ok(false) => return Ok(false),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let mut known = self.known();
+        known.removals += 1;
+        known.durable.retain(|path| !path.starts_with(dir));
+        for tree in trees {
+            match fs::remove_dir_all(dir.join(tree)) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        // These stay when somebody has put something into them.
+        for part in parts {
+            let _ = fs::remove_dir(dir.join(part));
+        }
+        let _ = fs::remove_dir(dir);
+        Ok(found)
     }
 
     /// Removes a file durably; returns whether there was one.
@@ -234,6 +269,16 @@ impl Changes<'_> {
     pub(crate) fn sync(self) -> io::Result<()> {
         self.dirs.sync(&self.touched)
     }
+}
+
+fn is_empty_tree(dir: &Path) -> io::Result<bool> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() || !is_empty_tree(&entry.path())? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Syncs the entries of a directory; one that is gone has none.

@@ -174,12 +174,49 @@ impl Storage {
         }
     }
 
+    /// Gives up a session on disk in which nothing has happened since `before`, and returns its bytes. One that a request
+    /// works on stays, and so does every one in a dry run.
+    pub(super) fn give_up_upload(
+        &self,
+        repo: &RepoName,
+        id: Uuid,
+        before: SystemTime,
+        dry_run: bool,
+    ) -> Result<Option<u64>> {
+        let Some(_lease) = self.lease(id) else { return Ok(None) };
+        let dir = self.layout.upload(repo, id);
+        let look = || {
+            let mut bytes = None;
+            let states = Algorithm::ALL.map(|algorithm| hashstates(&dir, algorithm));
+            for path in [dir.clone(), dir.join("startedat"), dir.join("data")].iter().chain(&states) {
+                let Some(metadata) = found(fs::metadata(path))? else { continue };
+                if metadata.modified()? >= before {
+                    return Ok(None);
+                }
+                bytes = Some(if path.ends_with("data") { metadata.len() } else { bytes.unwrap_or(0) });
+            }
+            Ok(bytes)
+        };
+        let bytes = look().map_err(Error::at("cannot look at", &dir))?;
+        if bytes.is_some() && !dry_run {
+            remove_session_dir(&dir).map_err(Error::at("cannot remove the upload", &dir))?;
+        }
+        Ok(bytes)
+    }
+
+    /// Forgets the sessions that live in memory and began before `before`.
+    pub(super) fn forget_pending_uploads(&self, before: SystemTime) {
+        lock(&self.uploads.pending).sessions.retain(|_, fresh| fresh.started >= before);
+    }
+
+    fn lease(&self, id: Uuid) -> Option<Lease> {
+        let is_free = lock(&self.uploads.busy).insert(id);
+        is_free.then(|| Lease { busy: Arc::clone(&self.uploads.busy), id })
+    }
+
     /// Takes hold of a session; `None` if the repository has none of this id.
     pub(crate) fn open_upload(&self, repo: &RepoName, id: Uuid) -> Result<Option<Session>, UploadError> {
-        if !lock(&self.uploads.busy).insert(id) {
-            return Err(UploadError::Busy);
-        }
-        let lease = Lease { busy: Arc::clone(&self.uploads.busy), id };
+        let lease = self.lease(id).ok_or(UploadError::Busy)?;
         let dir = self.layout.upload(repo, id);
         let fresh = lock(&self.uploads.pending).sessions.get(&id).cloned();
         if let Some(fresh) = fresh {
@@ -273,11 +310,15 @@ impl Storage {
         let link = self.link_temp(expected)?;
         let mut changes = self.dirs.changes();
         let blob = self.layout.blob(expected);
+        let accepting = self.accepting();
+        // The last byte may have come long ago.
+        self.touch(&data)?;
         let placing = self.placing();
         changes.rename(&data, &blob).map_err(Error::at("cannot place the blob", &blob))?;
         self.place_link(&mut changes, link, &self.layout.layer_link(&session.repo, expected))?;
         changes.sync().map_err(Error::at("cannot sync directories of", &blob))?;
         drop(placing);
+        drop(accepting);
         if let Err(error) = remove_session_dir(&session.dir) {
             // The blob is safe; an empty session merely stays behind.
             tracing::warn!(%error, path = %session.dir.display(), "finished upload not removed");
@@ -311,6 +352,7 @@ impl Storage {
         let temp = self.dirs.write_temp(body).map_err(Error::at("cannot write the blob", &blob))?;
         let link = self.link_temp(expected)?;
         let mut changes = self.dirs.changes();
+        let _accepting = self.accepting();
         let _placing = self.placing();
         changes.place(temp, &blob).map_err(Error::at("cannot place the blob", &blob))?;
         self.place_link(&mut changes, link, &self.layout.layer_link(repo, expected))?;
@@ -536,10 +578,11 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::storage::collect::Grace;
 
     fn storage() -> (tempfile::TempDir, Storage) {
         let root = tempfile::tempdir().unwrap();
-        let storage = Storage::open(root.path()).unwrap();
+        let storage = Storage::open(root.path(), Grace::default()).unwrap();
         (root, storage)
     }
 
@@ -639,7 +682,7 @@ mod tests {
         // The power went, and with it a page that was acknowledged but not synced.
         fs::write(dir.join("data"), b"01\0\0\0\0\0\089").unwrap();
         fs::write(dir.join(BOOT_FILE), "an earlier boot").unwrap();
-        let storage = Storage::open(root.path()).unwrap();
+        let storage = Storage::open(root.path(), Grace::default()).unwrap();
         let session = storage.open_upload(&repo(), id).unwrap().unwrap();
         assert_eq!(session.hasher().finish(), Digest::of(Algorithm::Sha256, b"01\0\0\0\0\0\0"));
         let digest = Digest::of(Algorithm::Sha256, b"01234567");
@@ -670,7 +713,7 @@ mod tests {
         assert!(storage.layout.upload(&repo(), first).is_dir());
         storage.keep_pending_uploads();
         drop(storage);
-        let storage = Storage::open(root.path()).unwrap();
+        let storage = Storage::open(root.path(), Grace::default()).unwrap();
         let session = storage.open_upload(&repo(), first).unwrap().unwrap();
         assert_eq!(session.hasher().algorithm(), Algorithm::Sha512);
     }

@@ -6,6 +6,7 @@
 
 mod access;
 mod blobs;
+mod collect;
 mod errors;
 mod leftovers;
 mod lists;

@@ -1,0 +1,225 @@
+//! Work on a registry beside its requests: on a schedule, or because somebody asks for it.
+//!
+//! ```text
+//!  schedule ──┐
+//!  signal ────┼──> Registry::perform ──> storage
+//!  control ───┘     (blocks)             a socket in the root directory, see control.rs; or the command opens the
+//!                                        directory itself when nobody serves it
+//! ```
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use croner::Cron;
+use serde::{Deserialize, Serialize};
+
+use crate::storage::collect::{Counts, Options};
+use crate::{Error, Registry, Result};
+
+/// Pause before a schedule is looked at again that has no next time.
+const NEVER_PAUSE: Duration = Duration::from_secs(86_400);
+
+/// Something to be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Task {
+    /// Removes garbage, or only tells what would be removed.
+    Collect {
+        #[serde(default)]
+        dry_run: bool,
+    },
+}
+
+/// What was done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    Collected(Collected),
+}
+
+/// What a collection has found and removed; a dry run has removed nothing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Collected {
+    pub dry_run: bool,
+    /// Repositories, manifests and blobs that were looked at.
+    pub repositories: u64,
+    pub manifests: u64,
+    pub blobs: u64,
+    /// Links of repositories to blobs that none of their manifests refers to.
+    pub removed_links: u64,
+    /// Blobs that no repository has.
+    pub removed_blobs: u64,
+    /// Uploads in which nothing happened for long.
+    pub removed_uploads: u64,
+    /// Repositories that had nothing any more.
+    pub removed_repositories: u64,
+    /// Bytes of the removed blobs and uploads.
+    pub freed_bytes: u64,
+    pub seconds: f64,
+}
+
+/// Shared by the one who does a task and those who watch it.
+#[derive(Clone, Debug, Default)]
+pub struct Watch(Arc<Watched>);
+
+#[derive(Debug, Default)]
+struct Watched {
+    stop: AtomicBool,
+    counts: Counts,
+}
+
+impl Watch {
+    /// Asks the task to end soon.
+    pub fn stop(&self) {
+        self.0.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Tells in a few words how far the task is.
+    pub fn progress(&self) -> String {
+        let counts = &self.0.counts;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        format!(
+            "{} repositories, {} manifests, {} blobs; {} blobs and {} bytes are garbage",
+            get(&counts.repositories),
+            get(&counts.manifests),
+            get(&counts.blobs),
+            get(&counts.removed_blobs),
+            get(&counts.freed_bytes)
+        )
+    }
+}
+
+/// When something is done, as five fields of cron in UTC; see crontab(5).
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    text: String,
+    cron: Cron,
+}
+
+impl FromStr for Schedule {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let cron = text.parse().map_err(|error| format!("{text:?} is no schedule such as `0 2 * * *`: {error}"))?;
+        Ok(Self { text: text.to_owned(), cron })
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl Schedule {
+    /// How long it is until the next time; `None` if there is none.
+    fn until_next(&self) -> Option<Duration> {
+        let now = chrono::Utc::now();
+        let next = self.cron.find_next_occurrence(&now, false).ok()?;
+        (next - now).to_std().ok()
+    }
+}
+
+impl Registry {
+    /// Does a task to its end. Blocks.
+    ///
+    /// # Errors
+    /// When the task is running already, is stopped, or the filesystem fails.
+    pub fn perform(&self, task: &Task, watch: &Watch) -> Result<Outcome> {
+        match task {
+            Task::Collect { dry_run } => self.collect(*dry_run, watch).map(Outcome::Collected),
+        }
+    }
+
+    fn collect(&self, dry_run: bool, watch: &Watch) -> Result<Collected> {
+        let begun = Instant::now();
+        let options = Options {
+            upload_age: self.collection.upload_age,
+            dry_run,
+            removals_per_second: self.collection.removals_per_second,
+        };
+        let Watched { stop, counts } = &*watch.0;
+        let done = self.app.storage.collect(&options, counts, stop);
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let collected = Collected {
+            dry_run,
+            repositories: get(&counts.repositories),
+            manifests: get(&counts.manifests),
+            blobs: get(&counts.blobs),
+            removed_links: get(&counts.removed_links),
+            removed_blobs: get(&counts.removed_blobs),
+            removed_uploads: get(&counts.removed_uploads),
+            removed_repositories: get(&counts.removed_repositories),
+            freed_bytes: get(&counts.freed_bytes),
+            seconds: begun.elapsed().as_secs_f64(),
+        };
+        if !dry_run {
+            self.app.metrics.collected(&collected, done.is_ok());
+        }
+        match done {
+            Ok(Some(())) => Ok(collected),
+            Ok(None) => Err(Error::Busy { what: "a collection" }),
+            Err(error) => Err(Error::Task { source: Box::new(error) }),
+        }
+    }
+
+    /// Collects garbage now, in the background, and logs what became of it.
+    pub fn collect_in_background(&self) {
+        let registry = self.clone();
+        tokio::task::spawn_blocking(move || registry.collect_and_log());
+    }
+
+    fn collect_and_log(&self) {
+        match self.collect(false, &self.background) {
+            Ok(done) => tracing::info!(
+                blobs = done.blobs,
+                removed_blobs = done.removed_blobs,
+                removed_links = done.removed_links,
+                removed_uploads = done.removed_uploads,
+                freed_bytes = done.freed_bytes,
+                seconds = done.seconds,
+                "garbage collected"
+            ),
+            Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "garbage is not collected"),
+        }
+    }
+
+    /// Collects garbage whenever its time has come; never ends.
+    pub(crate) async fn keep_schedule(self) {
+        let Some(schedule) = self.collection.schedule.clone() else { return std::future::pending().await };
+        loop {
+            match schedule.until_next() {
+                Some(pause) => {
+                    // The clock may be set meanwhile, so that it is asked again before the time has come.
+                    tokio::time::sleep(pause.min(NEVER_PAUSE)).await;
+                    if pause <= NEVER_PAUSE {
+                        let registry = self.clone();
+                        let _ = tokio::task::spawn_blocking(move || registry.collect_and_log()).await;
+                    }
+                }
+                None => tokio::time::sleep(NEVER_PAUSE).await,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schedules_are_those_of_cron() {
+        let nightly: Schedule = "0 2 * * *".parse().unwrap();
+        assert!(nightly.until_next().unwrap() <= Duration::from_secs(86_400));
+        assert_eq!(nightly.to_string(), "0 2 * * *");
+        let never: Schedule = "0 0 31 2 *".parse().unwrap();
+        assert!(never.until_next().is_none_or(|pause| pause > NEVER_PAUSE));
+        for bad in ["", "every night", "61 * * * *", "* * * *"] {
+            assert!(bad.parse::<Schedule>().is_err(), "{bad}");
+        }
+    }
+}
