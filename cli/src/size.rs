@@ -1,7 +1,6 @@
-//! Byte sizes and times as people write and read them.
+//! Byte sizes as people write and read them.
 
 use std::fmt;
-use std::time::Duration;
 
 /// Parses bytes with an optional binary suffix: `10737418240`, `512M`, `512Mi`, `10G`, `1T` (all powers of 1024, as
 /// qemu-img and Kubernetes' `Gi` mean them).
@@ -19,23 +18,6 @@ pub fn parse(text: &str) -> Result<u64, String> {
     let number: u64 =
         number.parse().map_err(|_| format!("'{text}' is not a size: it must begin with a whole number"))?;
     number.checked_mul(1 << shift).ok_or_else(|| format!("'{text}' is larger than a disk can be (16 EiB)"))
-}
-
-/// Parses a time with its unit: `90s`, `30m`, `12h`, `7d`.
-pub fn parse_time(text: &str) -> Result<Duration, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let seconds = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3600,
-        "d" => 86_400,
-        _ => return Err(format!("'{text}' is not a time: write a whole number with s, m, h or d")),
-    };
-    let number: u64 =
-        number.parse().map_err(|_| format!("'{text}' is not a time: it must begin with a whole number"))?;
-    let seconds = number.checked_mul(seconds).ok_or_else(|| format!("'{text}' is longer than time lasts"))?;
-    Ok(Duration::from_secs(seconds))
 }
 
 /// Displays bytes with a binary unit and one decimal: `1.8 GiB`.
@@ -72,15 +54,6 @@ mod tests {
         assert!(parse("1.5G").is_err());
         assert!(parse("").is_err());
         assert!(parse("99999999999T").is_err());
-    }
-
-    #[test]
-    fn times_have_a_unit() {
-        assert_eq!(parse_time("90s"), Ok(Duration::from_secs(90)));
-        assert_eq!(parse_time("7d"), Ok(Duration::from_secs(604_800)));
-        for bad in ["", "90", "h", "1.5h", "1w", "999999999999999999d"] {
-            assert!(parse_time(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

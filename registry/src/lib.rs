@@ -12,6 +12,7 @@
 //!                       ├── blobs, manifests, referrers
 //!                       ├── collect            garbage
 //!                       └── sync, layout      durable placement; who lies where
+//!            rules                      what is kept, what never changes
 //!            digest, names              the grammars everything from outside must pass
 //! ```
 //!
@@ -26,6 +27,7 @@ mod digest;
 mod metrics;
 mod model;
 mod names;
+mod rules;
 mod server;
 mod storage;
 mod tasks;
@@ -38,6 +40,7 @@ use std::time::Duration;
 use axum::Router;
 
 pub use auth::{Auth, Htpasswd};
+pub use rules::{Pattern, Retention, Rules, Tags, parse_time};
 pub use server::serve;
 pub use tasks::{Collected, Outcome, Schedule, Task, Watch};
 
@@ -83,6 +86,8 @@ pub struct Config {
     pub connections_max: usize,
     /// How garbage is collected.
     pub collection: Collection,
+    /// What of the repositories is kept, and what never changes.
+    pub rules: Rules,
 }
 
 /// How garbage is collected.
@@ -119,6 +124,7 @@ impl Config {
             uploads_max: 40,
             connections_max: 1024,
             collection: Collection::default(),
+            rules: Rules::default(),
         }
     }
 }
@@ -141,11 +147,11 @@ impl Registry {
     /// # Errors
     /// When another process of ours serves the same directory, or it cannot be written.
     pub fn open(config: Config) -> Result<Self> {
-        let Config { root, auth, uploads_max, connections_max, collection } = config;
+        let Config { root, auth, uploads_max, connections_max, collection, rules } = config;
         let storage = Storage::open(&root, Grace::new(collection.grace))
             .map_err(|source| Error::Open { path: root.clone(), source })?;
         let (uploads_max, connections_max) = (uploads_max.max(1), connections_max.max(1));
-        let app = Arc::new(App::new(storage, auth, uploads_max));
+        let app = Arc::new(App::new(storage, auth, rules, uploads_max));
         Ok(Self { app, root, uploads_max, connections_max, collection, background: Watch::default() })
     }
 

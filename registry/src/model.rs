@@ -182,10 +182,24 @@ pub(crate) fn references(bytes: &[u8]) -> Option<Vec<Digest>> {
     Some(descriptors.chain(layers).filter_map(|digest| digest.parse().ok()).collect())
 }
 
+/// The manifests that a stored manifest is tied to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Links {
+    pub(crate) manifests: Vec<Digest>,
+    pub(crate) subject: Option<Digest>,
+}
+
+/// Tells the manifests that a stored manifest is tied to; `None` if it is no JSON of the expected shape.
+pub(crate) fn links(bytes: &[u8]) -> Option<Links> {
+    let wire: Wire = serde_json::from_slice(bytes).ok()?;
+    let manifests = wire.manifests.into_iter().flatten().filter_map(|one| one.digest.parse().ok()).collect();
+    let subject = wire.subject.and_then(|subject| subject.digest.parse().ok());
+    Some(Links { manifests, subject })
+}
+
 /// Tells what a stored manifest refers to as its subject.
 pub(crate) fn subject_of(bytes: &[u8]) -> Option<Digest> {
-    let wire: Wire = serde_json::from_slice(bytes).ok()?;
-    wire.subject?.digest.parse().ok()
+    links(bytes)?.subject
 }
 
 /// A referrer as the referrers API lists it (distribution-spec 1.1, "Listing Referrers").

@@ -49,6 +49,12 @@ impl Tag {
     }
 }
 
+impl fmt::Display for Tag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 /// What names a manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Reference {

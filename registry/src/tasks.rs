@@ -49,6 +49,9 @@ pub struct Collected {
     pub repositories: u64,
     pub manifests: u64,
     pub blobs: u64,
+    /// Tags and manifests that the rules do not keep.
+    pub removed_tags: u64,
+    pub removed_manifests: u64,
     /// Links of repositories to blobs that none of their manifests refers to.
     pub removed_links: u64,
     /// Blobs that no repository has.
@@ -138,6 +141,7 @@ impl Registry {
     fn collect(&self, dry_run: bool, watch: &Watch) -> Result<Collected> {
         let begun = Instant::now();
         let options = Options {
+            rules: Arc::clone(&self.app.rules),
             upload_age: self.collection.upload_age,
             dry_run,
             removals_per_second: self.collection.removals_per_second,
@@ -150,6 +154,8 @@ impl Registry {
             repositories: get(&counts.repositories),
             manifests: get(&counts.manifests),
             blobs: get(&counts.blobs),
+            removed_tags: get(&counts.removed_tags),
+            removed_manifests: get(&counts.removed_manifests),
             removed_links: get(&counts.removed_links),
             removed_blobs: get(&counts.removed_blobs),
             removed_uploads: get(&counts.removed_uploads),
@@ -177,6 +183,8 @@ impl Registry {
         match self.collect(false, &self.background) {
             Ok(done) => tracing::info!(
                 blobs = done.blobs,
+                removed_tags = done.removed_tags,
+                removed_manifests = done.removed_manifests,
                 removed_blobs = done.removed_blobs,
                 removed_links = done.removed_links,
                 removed_uploads = done.removed_uploads,

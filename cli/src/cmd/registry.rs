@@ -2,18 +2,20 @@
 
 use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Subcommand;
-use dvcr_registry::{Auth, Collected, Collection, Config, Htpasswd, Outcome, Registry, Schedule, Task, control};
+use dvcr_registry::{
+    Auth, Collected, Collection, Config, Htpasswd, Outcome, Registry, Rules, Schedule, Task, control, parse_time,
+};
 use indicatif::ProgressBar;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Output;
-use crate::size::{self, Human};
+use crate::size::Human;
 use crate::work::{self, Signals};
 
 /// How often a line tells how far a task is, where there is no terminal.
@@ -92,12 +94,16 @@ struct Gc {
 #[derive(Debug, clap::Args)]
 struct CollectionArgs {
     /// How long a blob may wait for the manifest that refers to it, such as 90s, 30m, 1h
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = size::parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_time)]
     gc_grace: Duration,
 
     /// How long an upload may rest before it is given up, such as 12h, 7d
-    #[arg(long, value_name = "TIME", default_value = "7d", value_parser = size::parse_time)]
+    #[arg(long, value_name = "TIME", default_value = "7d", value_parser = parse_time)]
     upload_age: Duration,
+
+    /// File of rules about what is kept and what never changes (YAML; docs/garbage-collection.md)
+    #[arg(long, value_name = "FILE")]
+    rules: Option<PathBuf>,
 
     /// Files that are removed per second, at most
     #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..))]
@@ -105,14 +111,24 @@ struct CollectionArgs {
 }
 
 impl CollectionArgs {
-    fn collection(&self, schedule: Option<Schedule>) -> Collection {
-        Collection {
-            schedule,
+    /// Sets what is asked for; the schedule is none.
+    fn apply(&self, config: &mut Config) -> anyhow::Result<()> {
+        config.collection = Collection {
+            schedule: None,
             grace: self.gc_grace,
             upload_age: self.upload_age,
             removals_per_second: self.gc_rate,
+        };
+        if let Some(file) = &self.rules {
+            config.rules = rules(file)?;
         }
+        Ok(())
     }
+}
+
+fn rules(file: &Path) -> anyhow::Result<Rules> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    serde_saphyr::from_str(&text).with_context(|| format!("{} holds no rules", file.display()))
 }
 
 /// Runs the command.
@@ -126,7 +142,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 fn serve(args: Serve) -> anyhow::Result<()> {
     let root = args.root.context("the argument --root is missing")?;
     let mut config = Config::new(&root);
-    config.collection = args.collection.collection(args.gc_schedule);
+    args.collection.apply(&mut config)?;
+    config.collection.schedule = args.gc_schedule;
     config.auth = match &args.htpasswd {
         Some(file) => Auth::Htpasswd(Htpasswd::load(file)?),
         None if args.allow_anonymous || args.listen.ip().is_loopback() => Auth::Anonymous,
@@ -162,7 +179,7 @@ fn serve(args: Serve) -> anyhow::Result<()> {
 
 fn collect(args: Gc) -> anyhow::Result<()> {
     let mut config = Config::new(&args.root);
-    config.collection = args.collection.collection(None);
+    args.collection.apply(&mut config)?;
     let Outcome::Collected(done) = perform(config, &Task::Collect { dry_run: args.dry_run })?;
     match args.output {
         Output::Human => print!("{}", human(&done)),
@@ -189,8 +206,11 @@ fn perform(config: Config, task: &Task) -> anyhow::Result<Outcome> {
 
 fn human(done: &Collected) -> String {
     format!(
-        "{} {} blobs and {} uploads of {} in {:.1} s; of {} repositories, {} manifests and {} blobs\n",
+        "{} {} tags, {} manifests, {} blobs and {} uploads of {} in {:.1} s; looked at {} repositories, {} manifests and \
+         {} blobs\n",
         if done.dry_run { "would remove" } else { "removed" },
+        done.removed_tags,
+        done.removed_manifests,
         done.removed_blobs,
         done.removed_uploads,
         Human(done.freed_bytes),

@@ -19,6 +19,7 @@ pub(crate) enum Code {
     BlobUnknown,
     BlobUploadInvalid,
     BlobUploadUnknown,
+    Denied,
     DigestInvalid,
     ManifestBlobUnknown,
     ManifestInvalid,
@@ -40,6 +41,7 @@ impl Code {
             Self::BlobUnknown => "BLOB_UNKNOWN",
             Self::BlobUploadInvalid => "BLOB_UPLOAD_INVALID",
             Self::BlobUploadUnknown => "BLOB_UPLOAD_UNKNOWN",
+            Self::Denied => "DENIED",
             Self::DigestInvalid => "DIGEST_INVALID",
             Self::ManifestBlobUnknown => "MANIFEST_BLOB_UNKNOWN",
             Self::ManifestInvalid => "MANIFEST_INVALID",
@@ -82,6 +84,11 @@ impl ApiError {
 
     pub(crate) fn not_found(code: Code, message: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, code, message)
+    }
+
+    /// Refuses what the client, or nobody, may do.
+    pub(crate) fn denied(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, Code::Denied, message)
     }
 
     /// Turns a request away that may be repeated.

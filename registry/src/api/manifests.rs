@@ -1,6 +1,6 @@
 //! Manifests: GET and HEAD by tag and digest, PUT, DELETE.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::sync::atomic::Ordering;
 
 use axum::body::Body;
@@ -17,8 +17,7 @@ use super::{
 };
 use crate::digest::{Algorithm, Digest};
 use crate::model;
-use crate::names::{Reference, RepoName};
-use crate::storage::Storage;
+use crate::names::{Reference, RepoName, Tag};
 use crate::storage::manifests::{MANIFEST_BYTES_MAX, Manifest};
 
 const OCI_SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
@@ -78,15 +77,17 @@ pub(super) async fn put(
     };
     app.metrics.received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
     let content_type = header_str(parts, CONTENT_TYPE).map(str::to_owned);
-    blocking(move || store(&app.storage, &repo, reference, bytes, content_type.as_deref())).await
+    blocking(move || store(&app, &repo, reference, bytes, content_type.as_deref())).await
 }
 
 pub(super) async fn delete(app: Arc<App>, repo: RepoName, reference: Reference) -> Answer {
-    let storage = Arc::clone(&app.storage);
     let (name, of) = (repo.clone(), reference.clone());
-    let deleted = blocking(move || match of {
-        Reference::Tag(tag) => storage.delete_tag(&name, &tag),
-        Reference::Digest(digest) => storage.delete_manifest(&name, &digest),
+    let deleted = blocking(move || {
+        refuse_deletion(&app, &name, &of)?;
+        Ok::<_, ApiError>(match of {
+            Reference::Tag(tag) => app.storage.delete_tag(&name, &tag)?,
+            Reference::Digest(digest) => app.storage.delete_manifest(&name, &digest)?,
+        })
     });
     match deleted.await? {
         true => Ok(empty(StatusCode::ACCEPTED)),
@@ -94,8 +95,24 @@ pub(super) async fn delete(app: Arc<App>, repo: RepoName, reference: Reference) 
     }
 }
 
+/// Fails if a tag that never changes would go.
+fn refuse_deletion(app: &App, repo: &RepoName, reference: &Reference) -> Result<(), ApiError> {
+    let denied = |tag: &Tag| {
+        let message = format!("the tag {tag} of {repo} is immutable: neither it nor what it names can be deleted");
+        Err(ApiError::denied(message))
+    };
+    match reference {
+        Reference::Tag(tag) if app.rules.is_immutable(repo, tag) => denied(tag),
+        Reference::Digest(digest) if app.rules.may_be_immutable(repo) => {
+            let tags = app.storage.tags_of(repo, digest)?;
+            tags.iter().find(|tag| app.rules.is_immutable(repo, tag)).map_or(Ok(()), denied)
+        }
+        _ => Ok(()),
+    }
+}
+
 fn store(
-    storage: &Storage,
+    app: &App,
     repo: &RepoName,
     reference: Reference,
     bytes: bytes::Bytes,
@@ -111,6 +128,20 @@ fn store(
             }
             (expected, None)
         }
+    };
+    let storage = &app.storage;
+    // Two that put the same new tag come one after the other.
+    let _immutable = match &tag {
+        Some(tag) if app.rules.is_immutable(repo, tag) => {
+            let guard = app.immutable.lock().unwrap_or_else(PoisonError::into_inner);
+            let named = storage.resolve(repo, &Reference::Tag(tag.clone()))?;
+            if let Some(named) = named.filter(|named| *named != digest) {
+                let message = format!("the tag {tag} of {repo} is immutable and names {named}; push another tag");
+                return Err(ApiError::denied(message));
+            }
+            Some(guard)
+        }
+        _ => None,
     };
     let checked = model::check(&bytes, content_type)
         .map_err(|refusal| ApiError::bad_request(Code::ManifestInvalid, refusal.to_string()))?;

@@ -16,7 +16,7 @@ mod range;
 mod route;
 mod uploads;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,7 @@ use self::error::{ApiError, Code};
 use self::route::Route;
 use crate::auth::Auth;
 use crate::metrics::{Metrics, RouteLabel};
+use crate::rules::Rules;
 use crate::storage::Storage;
 
 /// Bodies that are held in memory until they are stored, at a time.
@@ -56,6 +57,9 @@ const UPLOAD_UUID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 pub(crate) struct App {
     pub(crate) storage: Arc<Storage>,
     pub(crate) auth: Auth,
+    pub(crate) rules: Arc<Rules>,
+    /// Held while a tag that never changes is put.
+    pub(crate) immutable: Mutex<()>,
     pub(crate) metrics: Metrics,
     /// Requests that stream content in.
     pub(crate) uploads: Arc<Semaphore>,
@@ -66,10 +70,12 @@ pub(crate) struct App {
 }
 
 impl App {
-    pub(crate) fn new(storage: Storage, auth: Auth, uploads_max: usize) -> Self {
+    pub(crate) fn new(storage: Storage, auth: Auth, rules: Rules, uploads_max: usize) -> Self {
         Self {
             storage: Arc::new(storage),
             auth,
+            rules: Arc::new(rules),
+            immutable: Mutex::default(),
             metrics: Metrics::default(),
             uploads: Arc::new(Semaphore::new(uploads_max)),
             small_bodies: Arc::new(Semaphore::new(SMALL_BODIES_MAX)),

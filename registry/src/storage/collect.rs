@@ -5,10 +5,10 @@
 //! period](Grace) to push the manifest that refers to it.
 //!
 //! ```text
-//!  begin ──> mark, for each repository:  manifests ──> what they refer to ──> other links that are old: remove
-//!    │                                        └──────── digests that have a link ────────┐
-//!    └─> cutoff = begin - grace                                                          v
-//!        sweep, for each blob:                      not among them, and old: remove <── live
+//!  begin ──> mark, for each repository:  rules (retain.rs) ──> manifests ──> what they refer to ──> other old links: remove
+//!    │                                                             └──── digests that have a link ────┐
+//!    └─> cutoff = begin - grace                                                                       v
+//!        sweep, for each blob:                                  not among them, and old: remove <── live
 //! ```
 //!
 //! Why nothing that is wanted is lost, and what holds the two sides apart ([`Storage::accepting`]), is argued in
@@ -17,7 +17,7 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -27,6 +27,7 @@ use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest};
 use crate::model;
 use crate::names::RepoName;
+use crate::rules::Rules;
 
 /// Removals under one hold of the lock that keeps pushes out.
 const BATCH_REMOVALS_MAX: usize = 128;
@@ -34,6 +35,8 @@ const BATCH_REMOVALS_MAX: usize = 128;
 /// How a collection is run.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
+    /// What of the repositories is kept.
+    pub(crate) rules: Arc<Rules>,
     /// Uploads in which nothing happened for so long are given up.
     pub(crate) upload_age: Duration,
     /// Only tells what would be removed.
@@ -48,6 +51,8 @@ pub(crate) struct Counts {
     pub(crate) repositories: AtomicU64,
     pub(crate) manifests: AtomicU64,
     pub(crate) blobs: AtomicU64,
+    pub(crate) removed_tags: AtomicU64,
+    pub(crate) removed_manifests: AtomicU64,
     pub(crate) removed_links: AtomicU64,
     pub(crate) removed_blobs: AtomicU64,
     pub(crate) removed_uploads: AtomicU64,
@@ -139,14 +144,14 @@ impl Storage {
 }
 
 /// One collection.
-struct Run<'a> {
-    storage: &'a Storage,
-    options: &'a Options,
-    counts: &'a Counts,
+pub(super) struct Run<'a> {
+    pub(super) storage: &'a Storage,
+    pub(super) options: &'a Options,
+    pub(super) counts: &'a Counts,
     stop: &'a AtomicBool,
-    begun: SystemTime,
+    pub(super) begun: SystemTime,
     /// What was touched since is new.
-    cutoff: SystemTime,
+    pub(super) cutoff: SystemTime,
     /// Digests that a repository has, by their first 128 bits. Two that agree in them can only keep garbage.
     live: Vec<u128>,
     pace: Pace,
@@ -190,10 +195,15 @@ impl<'a> Run<'a> {
         count(&self.counts.repositories, 1);
         let storage = self.storage;
         // Manifests first: the links of one that comes later are new.
+        let gone = self.retain(repo)?;
         let mut referenced = Vec::new();
         let mut all_are_read = true;
         each_digest(&storage.layout.revisions(repo), |digest| {
             self.check()?;
+            // Of a dry run.
+            if gone.contains(&digest) {
+                return Ok(());
+            }
             count(&self.counts.manifests, 1);
             self.live.push(key(&digest));
             match references(storage, &digest)? {
@@ -338,7 +348,7 @@ impl<'a> Run<'a> {
         self.begun.checked_sub(self.options.upload_age)
     }
 
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         match self.stop.load(Ordering::Relaxed) {
             true => Err(Error::new("the collection was stopped", ErrorKind::Interrupted.into())),
             false => Ok(()),
@@ -455,8 +465,14 @@ mod tests {
     use crate::names::Tag;
     use crate::storage::manifests::Manifest;
 
-    const OPTIONS: Options =
-        Options { upload_age: Duration::from_secs(7 * 86_400), dry_run: false, removals_per_second: u32::MAX };
+    fn options() -> Options {
+        Options {
+            rules: Arc::default(),
+            upload_age: Duration::from_secs(7 * 86_400),
+            dry_run: false,
+            removals_per_second: u32::MAX,
+        }
+    }
 
     fn repo(name: &str) -> RepoName {
         RepoName::parse(name).unwrap()
@@ -524,18 +540,18 @@ mod tests {
         push_blob(&storage, &b, "in both");
         let needed = push_manifest(&storage, &b, image(&everywhere, &[]), None);
 
-        let counts = collect(&storage, &OPTIONS);
+        let counts = collect(&storage, &options());
         assert_eq!((get(&counts.removed_blobs), get(&counts.removed_links)), (0, 0), "all is new");
 
         age(&storage);
-        let counts = collect(&storage, &Options { dry_run: true, ..OPTIONS });
+        let counts = collect(&storage, &Options { dry_run: true, ..options() });
         let told = |counts: &Counts| {
             [&counts.removed_blobs, &counts.removed_links, &counts.freed_bytes, &counts.blobs].map(get)
         };
         assert_eq!(told(&counts), [1, 2, 5, 6]);
         assert!(storage.stat_blob(&a, &loose).unwrap().is_some(), "it was a dry run");
 
-        assert_eq!(told(&collect(&storage, &OPTIONS)), [1, 2, 5, 6]);
+        assert_eq!(told(&collect(&storage, &options())), [1, 2, 5, 6]);
         assert!(!storage.layout.blob(&loose).parent().unwrap().exists());
         assert_eq!(storage.stat_blob(&a, &loose).unwrap(), None);
         assert_eq!(storage.stat_blob(&a, &everywhere).unwrap(), None, "no manifest of this repository needs it");
@@ -546,7 +562,7 @@ mod tests {
 
         assert!(storage.delete_manifest(&b, &needed).unwrap());
         age(&storage);
-        let counts = collect(&storage, &OPTIONS);
+        let counts = collect(&storage, &options());
         assert_eq!(told(&counts)[..2], [2, 1], "the manifest itself, and what it alone needed");
         assert_eq!(get(&counts.removed_repositories), 1);
         assert_eq!(storage.repositories(None, 10).unwrap().names, ["a"]);
@@ -563,7 +579,7 @@ mod tests {
         age(&storage);
         storage.claim_blob(&a, &seen).unwrap().unwrap();
         assert!(storage.mount_blob(&a, &b, &mounted).unwrap());
-        collect(&storage, &OPTIONS);
+        collect(&storage, &options());
         assert!(storage.stat_blob(&a, &seen).unwrap().is_some());
         assert!(storage.stat_blob(&b, &mounted).unwrap().is_some());
         assert_eq!(storage.stat_blob(&a, &mounted).unwrap(), None);
@@ -578,7 +594,7 @@ mod tests {
             let manifest = push_manifest(&storage, &a, image(&layer, &[]), Some("v"));
             fs::write(storage.layout.blob(&manifest), damage).unwrap();
             age(&storage);
-            collect(&storage, &OPTIONS);
+            collect(&storage, &options());
             assert!(storage.stat_blob(&a, &layer).unwrap().is_some());
         }
         let (_root, storage) = storage();
@@ -586,7 +602,7 @@ mod tests {
         let layer = push_blob(&storage, &a, "layer");
         push_manifest(&storage, &a, "no JSON".to_owned(), None);
         age(&storage);
-        collect(&storage, &OPTIONS);
+        collect(&storage, &options());
         assert!(storage.stat_blob(&a, &layer).unwrap().is_some());
     }
 
@@ -600,7 +616,7 @@ mod tests {
         let index = serde_json::json!({"schemaVersion": 2, "manifests": [{"digest": child.as_str()}]});
         push_manifest(&storage, &a, index.to_string(), Some("all"));
         age(&storage);
-        assert_eq!(get(&collect(&storage, &OPTIONS).removed_blobs), 0);
+        assert_eq!(get(&collect(&storage, &options()).removed_blobs), 0);
         assert!(storage.stat_blob(&a, &layer).unwrap().is_some());
         assert!(storage.manifest(&a, &child).unwrap().is_some());
     }
@@ -616,7 +632,7 @@ mod tests {
         fs::write(&link, blob.as_str()).unwrap();
         push_manifest(&storage, &a, image(&alias, &[]), Some("v"));
         age(&storage);
-        collect(&storage, &OPTIONS);
+        collect(&storage, &options());
         assert!(storage.stat_blob(&a, &alias).unwrap().is_some());
     }
 
@@ -636,24 +652,107 @@ mod tests {
         age(&storage);
         let (new, _) = begin();
         let pending = storage.begin_upload(&a, Algorithm::Sha256).unwrap();
-        let counts = collect(&storage, &OPTIONS);
+        let counts = collect(&storage, &options());
         assert_eq!((get(&counts.removed_uploads), get(&counts.freed_bytes)), (1, 5));
         for (id, stays) in [(held, true), (old, false), (new, true)] {
             assert_eq!(storage.layout.upload(&a, id).exists(), stays);
         }
         assert!(storage.is_fresh_upload(pending));
         drop(session);
-        assert_eq!(get(&collect(&storage, &Options { upload_age: Duration::ZERO, ..OPTIONS }).removed_uploads), 2);
+        assert_eq!(get(&collect(&storage, &Options { upload_age: Duration::ZERO, ..options() }).removed_uploads), 2);
         assert!(!storage.is_fresh_upload(pending));
+    }
+
+    /// Makes a tag's push, and its manifest's, so many days old.
+    fn age_tag(storage: &Storage, repo: &RepoName, tag: &str, digest: &Digest, days: u64) {
+        let then = SystemTime::now() - Duration::from_secs(days * 86_400);
+        let current = storage.layout.tag_current_link(repo, &Tag::parse(tag).unwrap());
+        for path in [current, storage.layout.revision_link(repo, digest)] {
+            fs::File::open(path).unwrap().set_modified(then).unwrap();
+        }
+    }
+
+    #[test]
+    fn rules_take_the_tags_that_are_too_many_and_what_only_they_named() {
+        let (_root, storage) = storage();
+        let a = repo("ci/app");
+        let config = push_blob(&storage, &a, "config");
+        let tags = ["one", "two", "three", "four", "v1", "gold"];
+        let mut digests = Vec::new();
+        for (days, tag) in tags.iter().enumerate() {
+            let layer = push_blob(&storage, &a, tag);
+            digests.push(push_manifest(&storage, &a, image(&config, &[&layer]), Some(tag)));
+            age_tag(&storage, &a, tag, &digests[days], 10 + days as u64);
+        }
+        let rules: Rules = serde_json::from_value(serde_json::json!({
+            "retention": [
+                {"repositories": "ci/**", "keep-tags": ["v*"], "keep-newest": 2, "untagged-after": "1h"},
+                {"repositories": "**", "keep-newest": 0},
+            ],
+            "pinned": [{"repositories": "ci/app", "tags": "gold"}],
+        }))
+        .unwrap();
+        let options = Options { rules: Arc::new(rules), ..options() };
+        let told = |counts: &Counts| [&counts.removed_tags, &counts.removed_manifests].map(get);
+        let dry = collect(&storage, &Options { dry_run: true, ..options.clone() });
+        assert_eq!(told(&dry), [2, 2]);
+        assert_eq!(storage.tags(&a, None, 10).unwrap().unwrap().names.len(), 6);
+        assert_eq!(told(&collect(&storage, &options)), [2, 2]);
+        assert_eq!(storage.tags(&a, None, 10).unwrap().unwrap().names, ["gold", "one", "two", "v1"]);
+        for (tag, digest) in tags.iter().zip(&digests) {
+            let stays = !matches!(*tag, "three" | "four");
+            assert_eq!(storage.manifest(&a, digest).unwrap().is_some(), stays, "{tag}");
+        }
+        assert_eq!(told(&collect(&storage, &options)), [0, 0]);
+    }
+
+    #[test]
+    fn untagged_manifests_go_but_for_children_and_signatures_of_what_stays() {
+        let (_root, storage) = storage();
+        let a = repo("a");
+        let config = push_blob(&storage, &a, "config");
+        let with = |name: &str, more: serde_json::Value| {
+            let mut manifest: serde_json::Value = serde_json::from_str(&image(&config, &[])).unwrap();
+            manifest["annotations"] = serde_json::json!({"name": name});
+            manifest.as_object_mut().unwrap().extend(more.as_object().cloned().unwrap_or_default());
+            push_manifest(&storage, &a, manifest.to_string(), None)
+        };
+        let none = || serde_json::json!({});
+        let (child, loose, young) = (with("child", none()), with("loose", none()), with("young", none()));
+        let about = |digest: &Digest| serde_json::json!({"subject": {"digest": digest.as_str()}});
+        let signature = with("signature of the index", serde_json::json!({}));
+        let index = serde_json::json!({"schemaVersion": 2, "manifests": [{"digest": child.as_str()}]}).to_string();
+        let index = push_manifest(&storage, &a, index, Some("all"));
+        let signed = with("signed", about(&index));
+        let of_child = with("of the child", about(&child));
+        let of_loose = with("of the loose one", about(&loose));
+        age(&storage);
+        storage.claim_manifest(&a, &young).unwrap();
+        let rules = serde_json::json!({"retention": [{"repositories": "a", "untagged-after": "1d"}]});
+        let rules = Arc::new(serde_json::from_value(rules).unwrap());
+        let counts = collect(&storage, &Options { rules, ..options() });
+        assert_eq!(get(&counts.removed_manifests), 3);
+        for (digest, stays) in [
+            (&index, true),
+            (&child, true),
+            (&signed, true),
+            (&of_child, true),
+            (&young, true),
+            (&loose, false),
+            (&of_loose, false),
+            (&signature, false),
+        ] {
+            assert_eq!(storage.manifest(&a, digest).unwrap().is_some(), stays, "{digest}");
+        }
     }
 
     #[test]
     fn a_collection_can_be_stopped_and_is_the_only_one() {
         let (_root, storage) = storage();
         push_blob(&storage, &repo("a"), "blob");
-        let stopped = storage.collect(&OPTIONS, &Counts::default(), &AtomicBool::new(true));
+        let stopped = storage.collect(&options(), &Counts::default(), &AtomicBool::new(true));
         assert!(stopped.unwrap_err().to_string().contains("stopped"));
         let _running = storage.collecting.lock().unwrap();
-        assert!(storage.collect(&OPTIONS, &Counts::default(), &AtomicBool::new(false)).unwrap().is_none());
+        assert!(storage.collect(&options(), &Counts::default(), &AtomicBool::new(false)).unwrap().is_none());
     }
 }

@@ -141,11 +141,8 @@ impl Storage {
         }
         let subject = self.manifest(repo, digest).ok().flatten();
         let subject = subject.and_then(|manifest| crate::model::subject_of(&manifest.bytes));
-        for name in self.tag_names(repo)?.unwrap_or_default() {
-            let Some(tag) = Tag::parse(&name) else { continue };
-            if read_link(&self.layout.tag_current_link(repo, &tag))?.as_ref() == Some(digest) {
-                self.delete_tag(repo, &tag)?;
-            }
+        for tag in self.tags_of(repo, digest)? {
+            self.delete_tag(repo, &tag)?;
         }
         let link = self.layout.revision_link(repo, digest);
         let deleted = self.dirs.remove_file(&link).map_err(Error::at("cannot remove", &link))?;
@@ -153,6 +150,18 @@ impl Storage {
             self.remove_referrer(repo, &subject, digest);
         }
         Ok(deleted)
+    }
+
+    /// Lists the tags that name a manifest.
+    pub(crate) fn tags_of(&self, repo: &RepoName, digest: &Digest) -> Result<Vec<Tag>> {
+        let mut tags = Vec::new();
+        for name in self.tag_names(repo)?.unwrap_or_default() {
+            let Some(tag) = Tag::parse(&name) else { continue };
+            if read_link(&self.layout.tag_current_link(repo, &tag))?.as_ref() == Some(digest) {
+                tags.push(tag);
+            }
+        }
+        Ok(tags)
     }
 
     /// Deletes a tag, not what it names; returns whether it was there.
@@ -294,7 +303,7 @@ impl Storage {
         }
     }
 
-    fn tag_names(&self, repo: &RepoName) -> Result<Option<BTreeSet<String>>> {
+    pub(super) fn tag_names(&self, repo: &RepoName) -> Result<Option<BTreeSet<String>>> {
         let dir = self.layout.tags(repo);
         let list = || -> io::Result<BTreeSet<String>> {
             fs::read_dir(&dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()

@@ -17,6 +17,7 @@ mod layout;
 pub(crate) mod manifests;
 pub(crate) mod pool;
 mod referrers;
+mod retain;
 mod sync;
 pub(crate) mod uploads;
 

@@ -200,3 +200,27 @@ async fn a_manifest_is_taken_up_to_the_limit() {
     put.expect_error(413, "SIZE_INVALID");
     served.get("/v2/a/manifests/larger").await.expect_error(404, "MANIFEST_UNKNOWN");
 }
+
+#[tokio::test]
+async fn immutable_tags_neither_move_nor_go() {
+    let rules = json!({"immutable": [{"repositories": "golden/**", "tags": "v*"}]});
+    let rules = serde_json::from_value(rules).unwrap();
+    let served = Served::open_with(tempfile::tempdir().unwrap(), |config| config.rules = rules).await;
+    let digest = served.push_image("golden/a", "v1", 1).await;
+    assert_eq!(served.push_image("golden/a", "v1", 1).await, digest, "the same again changes nothing");
+    let config = b"{}".as_slice();
+    let other = image(OCI_MANIFEST, config, &[config]).to_string();
+    let put = async |path: &str| {
+        served.send("PUT", path, &[("content-type", OCI_MANIFEST)], other.clone()).await
+    };
+    put("/v2/golden/a/manifests/v1").await.expect_error(403, "DENIED");
+    for reference in ["v1", &digest] {
+        let path = format!("/v2/golden/a/manifests/{reference}");
+        served.ask("DELETE", &path).await.expect_error(403, "DENIED");
+    }
+    assert_eq!(sha256(&served.get("/v2/golden/a/manifests/v1").await.expect(200).body), digest);
+    put("/v2/golden/a/manifests/latest").await.expect(201);
+    served.ask("DELETE", "/v2/golden/a/manifests/latest").await.expect(202);
+    served.push_image("a", "v1", 1).await;
+    served.ask("DELETE", "/v2/a/manifests/v1").await.expect(202);
+}
