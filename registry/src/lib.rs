@@ -12,6 +12,7 @@
 //!                       ├── blobs, manifests, referrers
 //!                       ├── collect            garbage
 //!                       └── sync, layout      durable placement; who lies where
+//!            inventory                  what a directory holds, for people
 //!            rules                      what is kept, what never changes
 //!            digest, names              the grammars everything from outside must pass
 //! ```
@@ -24,6 +25,7 @@ mod api;
 mod auth;
 pub mod control;
 mod digest;
+pub mod inventory;
 mod metrics;
 mod model;
 mod names;
@@ -63,6 +65,8 @@ pub enum Error {
     Htpasswd { path: PathBuf, line: usize, why: &'static str },
     #[error("{what} is running already; wait for its end")]
     Busy { what: &'static str },
+    #[error("{why}")]
+    Invalid { why: String },
     #[error("the work is not done")]
     Task { source: Box<dyn std::error::Error + Send + Sync> },
     #[error("cannot talk to the registry that serves the directory")]

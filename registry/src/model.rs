@@ -62,6 +62,7 @@ struct WireDescriptor {
     #[serde(default)]
     media_type: String,
     digest: String,
+    size: Option<u64>,
 }
 
 impl Wire {
@@ -134,9 +135,7 @@ pub(crate) fn check(bytes: &[u8], content_type: Option<&str>) -> Result<Checked,
             blobs.push(config.digest.parse()?);
             for layer in layers {
                 let digest = layer.digest.parse()?;
-                let elsewhere =
-                    NONDISTRIBUTABLE_PREFIXES.iter().any(|prefix| layer.media_type.starts_with(prefix));
-                if !elsewhere {
+                if !is_elsewhere(&layer.media_type) {
                     blobs.push(digest);
                 }
             }
@@ -160,12 +159,38 @@ pub(crate) fn check(bytes: &[u8], content_type: Option<&str>) -> Result<Checked,
     Ok(Checked { media_type, blobs, manifests, subject })
 }
 
+/// Whether the content of a layer need not be in the registry.
+fn is_elsewhere(media_type: &str) -> bool {
+    NONDISTRIBUTABLE_PREFIXES.iter().any(|prefix| media_type.starts_with(prefix))
+}
+
 /// Tells the media type of a stored manifest; one without `mediaType` is an OCI index or manifest by its fields.
 pub(crate) fn media_type_of(bytes: &[u8]) -> String {
     match serde_json::from_slice::<Wire>(bytes) {
         Ok(wire) => wire.media_type().to_owned(),
         Err(_) => OCI_MANIFEST.to_owned(),
     }
+}
+
+/// What a manifest needs in its repository.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Need {
+    pub(crate) digest: Digest,
+    pub(crate) is_manifest: bool,
+    /// Its length by the word of the manifest.
+    pub(crate) bytes: Option<u64>,
+}
+
+/// Tells what a stored manifest needs in its repository; `None` if it is no JSON of the expected shape.
+pub(crate) fn needs(bytes: &[u8]) -> Option<Vec<Need>> {
+    let wire: Wire = serde_json::from_slice(bytes).ok()?;
+    let blobs = wire.config.into_iter().chain(wire.layers.into_iter().flatten());
+    let blobs = blobs.filter(|one| !is_elsewhere(&one.media_type)).map(|one| (one, false));
+    let manifests = wire.manifests.into_iter().flatten().map(|one| (one, true));
+    let need = |(one, is_manifest): (WireDescriptor, bool)| {
+        Some(Need { digest: one.digest.parse().ok()?, is_manifest, bytes: one.size })
+    };
+    Some(blobs.chain(manifests).filter_map(need).collect())
 }
 
 /// Tells all that a stored manifest refers to and needs, of any generation; `None` if it is of none.

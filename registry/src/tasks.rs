@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 use croner::Cron;
 use serde::{Deserialize, Serialize};
 
+use crate::names::{Reference, RepoName};
 use crate::storage::collect::{Counts, Options};
-use crate::{Error, Registry, Result};
+use crate::{Error, Registry, Result, inventory, storage};
 
 /// Pause before a schedule is looked at again that has no next time.
 const NEVER_PAUSE: Duration = Duration::from_secs(86_400);
@@ -31,6 +32,8 @@ pub enum Task {
         #[serde(default)]
         dry_run: bool,
     },
+    /// Deletes a tag, a manifest by its digest, or, without a reference, all of a repository.
+    Remove { repository: String, reference: Option<String> },
 }
 
 /// What was done.
@@ -38,6 +41,8 @@ pub enum Task {
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     Collected(Collected),
+    /// So many tags or manifests are gone.
+    Removed(u64),
 }
 
 /// What a collection has found and removed; a dry run has removed nothing.
@@ -135,7 +140,31 @@ impl Registry {
     pub fn perform(&self, task: &Task, watch: &Watch) -> Result<Outcome> {
         match task {
             Task::Collect { dry_run } => self.collect(*dry_run, watch).map(Outcome::Collected),
+            Task::Remove { repository, reference } => {
+                self.remove(repository, reference.as_deref()).map(Outcome::Removed)
+            }
         }
+    }
+
+    fn remove(&self, repository: &str, reference: Option<&str>) -> Result<u64> {
+        let invalid = |why: String| Error::Invalid { why };
+        let repo = RepoName::parse(repository)
+            .ok_or_else(|| invalid(format!("{repository:?} is not the name of a repository")))?;
+        let reference = reference.map(Reference::parse).transpose().map_err(|error| invalid(error.to_string()))?;
+        let storage = &self.app.storage;
+        let failed = |error: storage::Error| Error::Task { source: Box::new(error) };
+        let rules = &self.app.rules;
+        for named in storage.named(&repo).map_err(failed)? {
+            let goes = match &reference {
+                None => true,
+                Some(Reference::Tag(tag)) => named.tag == *tag,
+                Some(Reference::Digest(digest)) => named.digest == *digest,
+            };
+            if goes && rules.is_immutable(&repo, &named.tag) {
+                return Err(invalid(format!("the tag {} of {repo} is immutable; change the rules first", named.tag)));
+            }
+        }
+        inventory::remove(storage, &repo, reference.as_ref()).map_err(failed)
     }
 
     fn collect(&self, dry_run: bool, watch: &Watch) -> Result<Collected> {

@@ -94,6 +94,16 @@ impl Storage {
         self.accepting.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Calls `visit` with the digest of every link of a repository to a blob.
+    pub(crate) fn each_layer(&self, repo: &RepoName, visit: impl FnMut(Digest) -> Result<()>) -> Result<()> {
+        each_digest(&self.layout.layers(repo), visit)
+    }
+
+    /// Calls `visit` with the digest of every manifest of a repository.
+    pub(crate) fn each_revision(&self, repo: &RepoName, visit: impl FnMut(Digest) -> Result<()>) -> Result<()> {
+        each_digest(&self.layout.revisions(repo), visit)
+    }
+
     /// Makes what is at `path` count as new to the collector.
     pub(super) fn touch(&self, path: &Path) -> Result<()> {
         let touch = || {
@@ -198,7 +208,7 @@ impl<'a> Run<'a> {
         let gone = self.retain(repo)?;
         let mut referenced = Vec::new();
         let mut all_are_read = true;
-        each_digest(&storage.layout.revisions(repo), |digest| {
+        storage.each_revision(repo, |digest| {
             self.check()?;
             // Of a dry run.
             if gone.contains(&digest) {
@@ -218,7 +228,7 @@ impl<'a> Run<'a> {
         referenced.sort_unstable();
         referenced.dedup();
         let mut doomed = Vec::new();
-        each_digest(&storage.layout.layers(repo), |digest| {
+        storage.each_layer(repo, |digest| {
             self.check()?;
             let path = storage.layout.layer_link(repo, &digest);
             // Only the link of another algorithm's digest names something else than it is called.
@@ -437,7 +447,8 @@ fn digest(algorithm: Algorithm, hex: &str) -> Option<Digest> {
     format!("{}:{hex}", algorithm.name()).parse().ok()
 }
 
-fn key(digest: &Digest) -> u128 {
+/// The first 128 bits of a digest.
+pub(crate) fn key(digest: &Digest) -> u128 {
     // A digest has at least 32 digits.
     digest.hex().get(..32).and_then(|hex| u128::from_str_radix(hex, 16).ok()).unwrap_or_default()
 }

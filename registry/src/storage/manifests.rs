@@ -64,9 +64,12 @@ impl Storage {
         }
     }
 
-    /// Whether a repository has a manifest, the content included.
-    fn has_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
-        Ok(self.has_revision(repo, digest)? && self.has_content(digest)?)
+    /// Finds a manifest of a repository, the content included, and tells its length.
+    pub(crate) fn stat_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<Option<u64>> {
+        match self.has_revision(repo, digest)? {
+            true => self.content_bytes(digest),
+            false => Ok(None),
+        }
     }
 
     /// Reads a manifest of a repository.
@@ -207,19 +210,18 @@ impl Storage {
         Ok(Page { names: smallest.names.into_sorted_vec(), more: smallest.more })
     }
 
+    /// Calls `visit` with every repository that has something, after those below it.
+    pub(crate) fn each_repo(&self, visit: &mut impl FnMut(&RepoName) -> Result<()>) -> Result<()> {
+        walk(&self.layout.repositories(), &REPO_DIRS, visit)
+    }
+
     /// Lists the digests of all manifests of a repository.
-    pub(super) fn revisions(&self, repo: &RepoName) -> Result<Vec<Digest>> {
-        let base = self.layout.revisions(repo);
+    pub(crate) fn revisions(&self, repo: &RepoName) -> Result<Vec<Digest>> {
         let mut digests = Vec::new();
-        for algorithm in Algorithm::ALL {
-            let dir = base.join(algorithm.name());
-            let entries = found(fs::read_dir(&dir)).map_err(Error::at("cannot list", &dir))?;
-            for entry in entries.into_iter().flatten() {
-                let entry = entry.map_err(Error::at("cannot list", &dir))?;
-                let hex = entry.file_name();
-                digests.extend(format!("{}:{}", algorithm.name(), hex.to_string_lossy()).parse::<Digest>());
-            }
-        }
+        self.each_revision(repo, |digest| {
+            digests.push(digest);
+            Ok(())
+        })?;
         Ok(digests)
     }
 
@@ -245,17 +247,17 @@ impl Storage {
 
     /// Whether a repository has a manifest, for one who will build on it; see [`Storage::claim_blob`].
     pub(crate) fn claim_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
-        let has = self.has_manifest(repo, digest)?;
+        let has = self.stat_manifest(repo, digest)?.is_some();
         if has {
             self.touch(&self.layout.revision_link(repo, digest))?;
         }
         Ok(has)
     }
 
-    fn has_content(&self, digest: &Digest) -> Result<bool> {
+    /// Tells the length of a content, whoever has it.
+    pub(crate) fn content_bytes(&self, digest: &Digest) -> Result<Option<u64>> {
         let path = self.layout.blob(digest);
-        let metadata = found(fs::metadata(&path)).map_err(Error::at("cannot look at", &path))?;
-        Ok(metadata.is_some())
+        found(fs::metadata(&path).map(|metadata| metadata.len())).map_err(Error::at("cannot look at", &path))
     }
 
     fn put_tag(&self, repo: &RepoName, tag: &Tag, digest: &Digest) -> Result<()> {

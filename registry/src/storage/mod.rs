@@ -17,7 +17,7 @@ mod layout;
 pub(crate) mod manifests;
 pub(crate) mod pool;
 mod referrers;
-mod retain;
+pub(crate) mod retain;
 mod sync;
 pub(crate) mod uploads;
 
@@ -54,7 +54,7 @@ pub(crate) struct Error {
 }
 
 impl Error {
-    fn new(context: impl Into<String>, source: io::Error) -> Self {
+    pub(crate) fn new(context: impl Into<String>, source: io::Error) -> Self {
         Self { context: context.into(), source }
     }
 
@@ -96,7 +96,8 @@ pub(crate) struct Storage {
     deleting: RwLock<()>,
     /// Which boot of the machine this is, where the system tells.
     boot: Option<Box<str>>,
-    _lock: File,
+    /// Held by the one who serves the directory.
+    _lock: Option<File>,
 }
 
 impl Storage {
@@ -132,7 +133,23 @@ impl Storage {
         for parent in root.ancestors().skip(1).take(missing.max(1)) {
             sync::sync_dir(parent)?;
         }
-        Ok(Self {
+        Ok(Self::new(layout, dirs, grace, Some(lock)))
+    }
+
+    /// Opens a root directory that another process may serve, to look at it and change nothing.
+    ///
+    /// # Errors
+    /// When it holds no registry.
+    pub(crate) fn look(root: &Path) -> io::Result<Self> {
+        let root = root.canonicalize()?;
+        let layout = Layout::new(&root);
+        fs::read_dir(layout.repositories())?;
+        let dirs = Dirs::new(&root, &layout.tmp());
+        Ok(Self::new(layout, dirs, collect::Grace::default(), None))
+    }
+
+    fn new(layout: Layout, dirs: Dirs, grace: collect::Grace, lock: Option<File>) -> Self {
+        Self {
             layout,
             dirs,
             uploads: uploads::Uploads::default(),
@@ -148,7 +165,7 @@ impl Storage {
             deleting: RwLock::default(),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(Into::into),
             _lock: lock,
-        })
+        }
     }
 
     /// Marks that something is placed that is durable only when the guard is gone.

@@ -18,10 +18,10 @@ use crate::rules::Retention;
 
 /// A tag as it was when it was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Named {
-    tag: Tag,
-    digest: Digest,
-    pushed: SystemTime,
+pub(crate) struct Named {
+    pub(crate) tag: Tag,
+    pub(crate) digest: Digest,
+    pub(crate) pushed: SystemTime,
 }
 
 impl Run<'_> {
@@ -144,7 +144,8 @@ fn surplus_of(mut tags: Vec<Named>, rule: &Retention, now: SystemTime) -> Vec<(N
 }
 
 impl Storage {
-    fn named(&self, repo: &RepoName) -> Result<Vec<Named>> {
+    /// Lists the tags of a repository in order, also those that name no manifest.
+    pub(crate) fn named(&self, repo: &RepoName) -> Result<Vec<Named>> {
         let mut named = Vec::new();
         for name in self.tag_names(repo)?.unwrap_or_default() {
             let Some(tag) = Tag::parse(&name) else { continue };
@@ -161,7 +162,8 @@ impl Storage {
         Ok(pushed.map(|pushed| Named { tag: tag.clone(), digest, pushed }))
     }
 
-    fn revision_touched(&self, repo: &RepoName, digest: &Digest) -> Result<Option<SystemTime>> {
+    /// When a manifest was pushed, or built on; `None` if the repository has it not.
+    pub(crate) fn revision_touched(&self, repo: &RepoName, digest: &Digest) -> Result<Option<SystemTime>> {
         let link = self.layout.revision_link(repo, digest);
         found(fs::metadata(&link).and_then(|metadata| metadata.modified()))
             .map_err(Error::at("cannot look at", &link))
