@@ -85,10 +85,12 @@ fn ask(root: &Path, task: &Task, progress: &mut impl FnMut(&str)) -> Result<Opti
         let dir = File::open(root.join("dvcr"))?;
         let stream = StdStream::connect(short_path(&dir))?;
         stream.set_read_timeout(Some(SILENCE_TIMEOUT))?;
-        Ok(stream)
+        Ok::<_, io::Error>(stream)
     };
     let mut stream = match connect() {
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => return Ok(None),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
         stream => stream.map_err(gone)?,
     };
     stream.write_all(&line(task).map_err(gone)?).map_err(gone)?;

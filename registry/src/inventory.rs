@@ -167,7 +167,10 @@ impl Inventory {
                 found.tags += 1;
                 if self.storage.revision_touched(repo, &named.digest)?.is_none() {
                     found.empty_tags += 1;
-                    found.tell(format!("{repo}: the tag {} names {}, which is not there", named.tag, named.digest));
+                    found.tell(format!(
+                        "{repo}: the tag {} names {}, which is not there",
+                        named.tag, named.digest
+                    ));
                 }
             }
             let mut digests = Vec::new();
@@ -213,7 +216,10 @@ impl Inventory {
             match bytes {
                 None => {
                     found.missing += 1;
-                    found.tell(format!("{repo}: {digest} refers to the {what} {}, which is not there", wanted.digest));
+                    found.tell(format!(
+                        "{repo}: {digest} refers to the {what} {}, which is not there",
+                        wanted.digest
+                    ));
                 }
                 Some(bytes) if wanted.bytes.is_some_and(|wanted| wanted != bytes) => {
                     found.damaged += 1;
@@ -252,7 +258,11 @@ impl Soundness {
 }
 
 /// Takes tags and manifests of a repository away; what they alone needed goes with the next collection.
-pub(crate) fn remove(storage: &Storage, repo: &RepoName, reference: Option<&Reference>) -> storage::Result<u64> {
+pub(crate) fn remove(
+    storage: &Storage,
+    repo: &RepoName,
+    reference: Option<&Reference>,
+) -> storage::Result<u64> {
     match reference {
         Some(Reference::Tag(tag)) => storage.delete_tag(repo, tag).map(u64::from),
         Some(Reference::Digest(digest)) => storage.delete_manifest(repo, digest).map(u64::from),
@@ -269,12 +279,7 @@ pub(crate) fn remove(storage: &Storage, repo: &RepoName, reference: Option<&Refe
     }
 }
 
-fn listed(
-    repo: &RepoName,
-    tag: Option<String>,
-    manifest: &Manifest,
-    pushed: SystemTime,
-) -> Listed {
+fn listed(repo: &RepoName, tag: Option<String>, manifest: &Manifest, pushed: SystemTime) -> Listed {
     let needs = model::needs(&manifest.bytes).unwrap_or_default();
     let needed = needs.iter().filter_map(|one| one.bytes).fold(0, u64::saturating_add);
     Listed {

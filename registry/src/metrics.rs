@@ -134,7 +134,12 @@ impl Metrics {
             ("unauthorized_total", "counter", "Requests without valid credentials.", &self.unauthorized),
             ("uploads_in_progress", "gauge", "Requests that bring content just now.", &self.uploads),
             ("gc_runs_total", "counter", "Collections of garbage.", &self.collections),
-            ("gc_failures_total", "counter", "Collections that were stopped or failed.", &self.failed_collections),
+            (
+                "gc_failures_total",
+                "counter",
+                "Collections that were stopped or failed.",
+                &self.failed_collections,
+            ),
             ("gc_freed_bytes_total", "counter", "Bytes that collections freed.", &self.freed_bytes),
             ("gc_removed_blobs_total", "counter", "Blobs that collections removed.", &self.collected_blobs),
             (

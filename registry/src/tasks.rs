@@ -112,7 +112,8 @@ impl FromStr for Schedule {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let cron = text.parse().map_err(|error| format!("{text:?} is no schedule such as `0 2 * * *`: {error}"))?;
+        let cron =
+            text.parse().map_err(|error| format!("{text:?} is no schedule such as `0 2 * * *`: {error}"))?;
         Ok(Self { text: text.to_owned(), cron })
     }
 }
@@ -150,7 +151,8 @@ impl Registry {
         let invalid = |why: String| Error::Invalid { why };
         let repo = RepoName::parse(repository)
             .ok_or_else(|| invalid(format!("{repository:?} is not the name of a repository")))?;
-        let reference = reference.map(Reference::parse).transpose().map_err(|error| invalid(error.to_string()))?;
+        let reference =
+            reference.map(Reference::parse).transpose().map_err(|error| invalid(error.to_string()))?;
         let storage = &self.app.storage;
         let failed = |error: storage::Error| Error::Task { source: Box::new(error) };
         let rules = &self.app.rules;
@@ -161,7 +163,10 @@ impl Registry {
                 Some(Reference::Digest(digest)) => named.digest == *digest,
             };
             if goes && rules.is_immutable(&repo, &named.tag) {
-                return Err(invalid(format!("the tag {} of {repo} is immutable; change the rules first", named.tag)));
+                return Err(invalid(format!(
+                    "the tag {} of {repo} is immutable; change the rules first",
+                    named.tag
+                )));
             }
         }
         inventory::remove(storage, &repo, reference.as_ref()).map_err(failed)
@@ -221,7 +226,9 @@ impl Registry {
                 seconds = done.seconds,
                 "garbage collected"
             ),
-            Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "garbage is not collected"),
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "garbage is not collected")
+            }
         }
     }
 

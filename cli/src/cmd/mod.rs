@@ -27,7 +27,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    Registry(registry::Args),
+    Registry(Box<registry::Args>),
     Import(import::Args),
     Populate(populate::Args),
     Info(info::Args),
@@ -60,7 +60,7 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Check(args) => return check::run(args),
         Command::Compare(args) => return compare::run(args),
-        Command::Registry(args) => registry::run(args),
+        Command::Registry(args) => return registry::run(*args),
         Command::Import(args) => import::run(args),
         Command::Populate(args) => populate::run(args),
         Command::Info(args) => info::run(args),
@@ -96,6 +96,10 @@ mod tests {
         insta::assert_snapshot!("dvcr", root.render_long_help());
         for sub in root.get_subcommands_mut().filter(|sub| sub.get_name() != "help") {
             insta::assert_snapshot!(format!("dvcr-{}", sub.get_name()), sub.render_long_help());
+            for part in sub.clone().get_subcommands_mut().filter(|part| part.get_name() != "help") {
+                let name = format!("dvcr-{}-{}", sub.get_name(), part.get_name());
+                insta::assert_snapshot!(name, part.render_long_help());
+            }
         }
     }
 }

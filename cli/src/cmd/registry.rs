@@ -1,14 +1,18 @@
 //! `dvcr registry`.
 
-use std::io::IsTerminal;
+use std::fmt;
+use std::io::{self, BufWriter, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Subcommand;
+use dvcr_registry::inventory::{Inventory, Listed, Usage};
 use dvcr_registry::{
-    Auth, Collected, Collection, Config, Htpasswd, Outcome, Registry, Rules, Schedule, Task, control, parse_time,
+    Auth, Collected, Collection, Config, Htpasswd, Outcome, Pattern, Registry, Rules, Schedule, Task,
+    control, parse_time,
 };
 use indicatif::ProgressBar;
 use tokio::net::TcpListener;
@@ -36,7 +40,76 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Ls(Ls),
+    Du(Du),
+    Check(Check),
+    Rm(Rm),
     Gc(Gc),
+}
+
+/// Where a command looks.
+#[derive(Debug, clap::Args)]
+struct Place {
+    /// Directory that holds the registry's data
+    #[arg(long, value_name = "DIR")]
+    root: PathBuf,
+
+    /// Repositories, as in `vi/*` or `vi/**`; all by default
+    #[arg(value_name = "PATTERN")]
+    repositories: Option<Pattern>,
+
+    /// How to print the answer
+    #[arg(long, value_enum, default_value_t = Output::Human)]
+    output: Output,
+}
+
+/// Lists tags: what they name, how much that is, when they were pushed
+///
+/// JSON is one object per line.
+#[derive(Debug, clap::Args)]
+struct Ls {
+    #[command(flatten)]
+    place: Place,
+
+    /// Also manifests that no tag names
+    #[arg(long)]
+    untagged: bool,
+}
+
+/// Tells how much space repositories take, the largest first
+///
+/// A blob that several repositories have is stored once; OWN counts what only this one has.
+#[derive(Debug, clap::Args)]
+struct Du {
+    #[command(flatten)]
+    place: Place,
+}
+
+/// Checks that all is there that tags and manifests refer to
+///
+/// The content of blobs is not read. Exit codes: 0 sound, 1 it could not be checked, 2 something is missing or damaged.
+#[derive(Debug, clap::Args)]
+struct Check {
+    #[command(flatten)]
+    place: Place,
+}
+
+/// Deletes a tag, a manifest, or all of a repository
+///
+/// What only they needed is freed by the next collection of garbage.
+#[derive(Debug, clap::Args)]
+struct Rm {
+    /// Directory that holds the registry's data
+    #[arg(long, value_name = "DIR")]
+    root: PathBuf,
+
+    /// REPOSITORY:TAG, REPOSITORY@DIGEST, or with --all REPOSITORY
+    #[arg(value_name = "REFERENCE")]
+    reference: String,
+
+    /// Delete all tags and manifests of the repository
+    #[arg(long)]
+    all: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -132,11 +205,16 @@ fn rules(file: &Path) -> anyhow::Result<Rules> {
 }
 
 /// Runs the command.
-pub fn run(args: Args) -> anyhow::Result<()> {
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
-        Some(Command::Gc(gc)) => collect(gc),
+        Some(Command::Ls(args)) => list(&args),
+        Some(Command::Du(args)) => usage(&args.place),
+        Some(Command::Check(args)) => return check(&args.place),
+        Some(Command::Rm(args)) => remove(&args),
+        Some(Command::Gc(args)) => collect(&args),
         None => serve(args.serve),
     }
+    .map(|()| ExitCode::SUCCESS)
 }
 
 fn serve(args: Serve) -> anyhow::Result<()> {
@@ -177,10 +255,83 @@ fn serve(args: Serve) -> anyhow::Result<()> {
     })
 }
 
-fn collect(args: Gc) -> anyhow::Result<()> {
+fn list(args: &Ls) -> anyhow::Result<()> {
+    let Place { root, repositories, output } = &args.place;
+    let inventory = Inventory::open(root)?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    inventory.list(repositories.as_ref(), args.untagged, |listed| match output {
+        Output::Json => writeln!(out, "{}", serde_json::to_string(&listed)?),
+        Output::Human => {
+            let Listed { repository, tag, digest, bytes, pushed, .. } = listed;
+            let name = tag.map_or_else(|| repository.clone(), |tag| format!("{repository}:{tag}"));
+            writeln!(out, "{:>10}  {}  {digest}  {name}", Human(bytes).to_string(), Utc(pushed))
+        }
+    })?;
+    Ok(out.flush()?)
+}
+
+fn usage(place: &Place) -> anyhow::Result<()> {
+    let usages = Inventory::open(&place.root)?.usage(place.repositories.as_ref())?;
+    let mut out = BufWriter::new(io::stdout().lock());
+    match place.output {
+        Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&usages)?)?,
+        Output::Human => {
+            writeln!(out, "{:>10}  {:>10}  {:>8}  REPOSITORY", "BYTES", "OWN", "BLOBS")?;
+            for Usage { repository, blobs, bytes, own_bytes } in &usages.repositories {
+                let (bytes, own) = (Human(*bytes).to_string(), Human(*own_bytes).to_string());
+                writeln!(out, "{bytes:>10}  {own:>10}  {blobs:>8}  {repository}")?;
+            }
+            let bytes = Human(usages.bytes).to_string();
+            writeln!(out, "{bytes:>10}  {:>10}  {:>8}  all repositories, each blob once", "", usages.blobs)?;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+fn check(place: &Place) -> anyhow::Result<ExitCode> {
+    let found = Inventory::open(&place.root)?.check(place.repositories.as_ref())?;
+    match place.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&found)?),
+        Output::Human => {
+            found.messages.iter().for_each(|message| println!("{message}"));
+            println!(
+                "{} repositories, {} tags, {} manifests: {} missing, {} damaged, {} tags name nothing",
+                found.repositories,
+                found.tags,
+                found.manifests,
+                found.missing,
+                found.damaged,
+                found.empty_tags
+            );
+        }
+    }
+    Ok(if found.is_sound() { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}
+
+fn remove(args: &Rm) -> anyhow::Result<()> {
+    let text = args.reference.as_str();
+    let (repository, reference) = match (text.split_once('@'), text.rsplit_once(':')) {
+        (Some((repository, digest)), _) => (repository, Some(digest)),
+        (None, Some((repository, tag))) => (repository, Some(tag)),
+        (None, None) => (text, None),
+    };
+    if args.all != reference.is_none() {
+        bail!("name a tag or a digest, as in REPOSITORY:TAG, or a REPOSITORY with --all");
+    }
+    let (repository, reference) = (repository.to_owned(), reference.map(str::to_owned));
+    match perform(Config::new(&args.root), &Task::Remove { repository, reference })? {
+        Outcome::Removed(0) => bail!("{text} is not there"),
+        _ => Ok(()),
+    }
+}
+
+fn collect(args: &Gc) -> anyhow::Result<()> {
     let mut config = Config::new(&args.root);
     args.collection.apply(&mut config)?;
-    let Outcome::Collected(done) = perform(config, &Task::Collect { dry_run: args.dry_run })?;
+    let done = match perform(config, &Task::Collect { dry_run: args.dry_run })? {
+        Outcome::Collected(done) => done,
+        other => bail!("the registry gave the answer to another question: {other:?}"),
+    };
     match args.output {
         Output::Human => print!("{}", human(&done)),
         Output::Json => println!("{}", serde_json::to_string_pretty(&done)?),
@@ -190,7 +341,7 @@ fn collect(args: Gc) -> anyhow::Result<()> {
 
 /// Does a task, and shows on standard error how far it is.
 fn perform(config: Config, task: &Task) -> anyhow::Result<Outcome> {
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+    let bar = if io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
     let mut told = Instant::now();
     let outcome = control::perform(config, task, |progress| {
         bar.set_message(progress.to_owned());
@@ -219,6 +370,20 @@ fn human(done: &Collected) -> String {
         done.manifests,
         done.blobs,
     )
+}
+
+/// Seconds since 1970, shown as a date and time in UTC.
+struct Utc(u64);
+
+impl fmt::Display for Utc {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let time =
+            i64::try_from(self.0).ok().and_then(|seconds| chrono::DateTime::from_timestamp(seconds, 0));
+        match time {
+            Some(time) => write!(f, "{}", time.format("%Y-%m-%d %H:%M")),
+            None => f.write_str("-"),
+        }
+    }
 }
 
 /// Reads a schedule; `off` is none.

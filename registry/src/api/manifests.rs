@@ -1,7 +1,7 @@
 //! Manifests: GET and HEAD by tag and digest, PUT, DELETE.
 
-use std::sync::{Arc, PoisonError};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use axum::body::Body;
 use axum::response::Response;
@@ -98,7 +98,8 @@ pub(super) async fn delete(app: Arc<App>, repo: RepoName, reference: Reference) 
 /// Fails if a tag that never changes would go.
 fn refuse_deletion(app: &App, repo: &RepoName, reference: &Reference) -> Result<(), ApiError> {
     let denied = |tag: &Tag| {
-        let message = format!("the tag {tag} of {repo} is immutable: neither it nor what it names can be deleted");
+        let message =
+            format!("the tag {tag} of {repo} is immutable: neither it nor what it names can be deleted");
         Err(ApiError::denied(message))
     };
     match reference {
@@ -136,7 +137,8 @@ fn store(
             let guard = app.immutable.lock().unwrap_or_else(PoisonError::into_inner);
             let named = storage.resolve(repo, &Reference::Tag(tag.clone()))?;
             if let Some(named) = named.filter(|named| *named != digest) {
-                let message = format!("the tag {tag} of {repo} is immutable and names {named}; push another tag");
+                let message =
+                    format!("the tag {tag} of {repo} is immutable and names {named}; push another tag");
                 return Err(ApiError::denied(message));
             }
             Some(guard)

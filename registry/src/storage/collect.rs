@@ -12,13 +12,13 @@
 //! ```
 //!
 //! Why nothing that is wanted is lost, and what holds the two sides apart ([`Storage::accepting`]), is argued in
-//! `docs/garbage-collection.md`; `tests` in this file try all interleavings of a model of it.
+//! `docs/garbage-collection.md`; `interleavings` tries all of a model of it.
 
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::blobs::{found, read_link};
@@ -100,8 +100,16 @@ impl Storage {
     }
 
     /// Calls `visit` with the digest of every manifest of a repository.
-    pub(crate) fn each_revision(&self, repo: &RepoName, visit: impl FnMut(Digest) -> Result<()>) -> Result<()> {
-        each_digest(&self.layout.revisions(repo), visit)
+    pub(crate) fn each_revision(
+        &self,
+        repo: &RepoName,
+        mut visit: impl FnMut(Digest) -> Result<()>,
+    ) -> Result<()> {
+        each_digest(&self.layout.revisions(repo), |digest| match self.has_revision(repo, &digest)? {
+            true => visit(digest),
+            // The directory of one that was deleted.
+            false => Ok(()),
+        })
     }
 
     /// Makes what is at `path` count as new to the collector.
@@ -128,7 +136,8 @@ impl Storage {
         let (theirs, ours) = (look().map_err(Error::at("cannot write", &path))?, SystemTime::now());
         let apart = ours.duration_since(theirs).unwrap_or_else(|error| error.duration());
         if apart >= self.grace.0 / 4 {
-            let context = format!("the filesystem's clock is {apart:?} from this machine's; set the clocks right");
+            let context =
+                format!("the filesystem's clock is {apart:?} from this machine's; set the clocks right");
             return Err(Error::new(context, ErrorKind::InvalidData.into()));
         }
         Ok(())
@@ -204,12 +213,14 @@ impl<'a> Run<'a> {
     fn mark_repo(&mut self, repo: &RepoName) -> Result<()> {
         count(&self.counts.repositories, 1);
         let storage = self.storage;
-        // Manifests first: the links of one that comes later are new.
         let gone = self.retain(repo)?;
         let mut referenced = Vec::new();
         let mut all_are_read = true;
-        storage.each_revision(repo, |digest| {
+        each_digest(&storage.layout.revisions(repo), |digest| {
             self.check()?;
+            if !storage.has_revision(repo, &digest)? {
+                return self.clear(&storage.layout.revision_link(repo, &digest));
+            }
             // Of a dry run.
             if gone.contains(&digest) {
                 return Ok(());
@@ -299,10 +310,7 @@ impl<'a> Run<'a> {
         for Doomed { path, target } in doomed.drain(..) {
             let fail = |error| Error::at("cannot collect", &path)(error);
             let Some(metadata) = found(fs::symlink_metadata(&path)).map_err(fail)? else {
-                // The leftover of an earlier removal, or of a deletion.
-                if !self.options.dry_run {
-                    remove_empty(path.parent()).map_err(fail)?;
-                }
+                self.clear(&path)?;
                 continue;
             };
             if metadata.modified().map_err(fail)? >= self.cutoff {
@@ -321,11 +329,21 @@ impl<'a> Run<'a> {
         Ok(kept)
     }
 
+    /// Removes the directory that an earlier removal, or a deletion, has left of what is not at `path` any more.
+    fn clear(&self, path: &Path) -> Result<()> {
+        match self.options.dry_run {
+            true => Ok(()),
+            false => remove_empty(path.parent()).map_err(Error::at("cannot collect", path)),
+        }
+    }
+
     /// Gives up uploads in which nothing has happened for long.
     fn collect_uploads(&mut self, repo: &RepoName) -> Result<()> {
         let Some(before) = self.given_up() else { return Ok(()) };
         let base = self.storage.layout.uploads(repo);
-        for entry in found(fs::read_dir(&base)).map_err(Error::at("cannot list", &base))?.into_iter().flatten() {
+        for entry in
+            found(fs::read_dir(&base)).map_err(Error::at("cannot list", &base))?.into_iter().flatten()
+        {
             self.check()?;
             let entry = entry.map_err(Error::at("cannot list", &base))?;
             let Some(id) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
@@ -456,7 +474,9 @@ pub(crate) fn key(digest: &Digest) -> u128 {
 fn remove_empty(dir: Option<&Path>) -> io::Result<()> {
     let Some(dir) = dir else { return Ok(()) };
     match fs::remove_dir(dir) {
-        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) => Err(error),
+        Err(error) if !matches!(error.kind(), ErrorKind::NotFound | ErrorKind::DirectoryNotEmpty) => {
+            Err(error)
+        }
         _ => Ok(()),
     }
 }
@@ -466,7 +486,7 @@ fn count(counter: &AtomicU64, by: u64) {
 }
 
 #[cfg(test)]
-mod model;
+mod interleavings;
 
 #[cfg(test)]
 mod tests {
@@ -497,15 +517,20 @@ mod tests {
 
     fn push_manifest(storage: &Storage, repo: &RepoName, bytes: String, tag: Option<&str>) -> Digest {
         let digest = Digest::of(Algorithm::Sha256, bytes.as_bytes());
-        let manifest =
-            Manifest { digest: digest.clone(), bytes: Bytes::from(bytes), media_type: model::OCI_MANIFEST.into() };
+        let manifest = Manifest {
+            digest: digest.clone(),
+            bytes: Bytes::from(bytes),
+            media_type: model::OCI_MANIFEST.into(),
+        };
         storage.put_manifest(repo, manifest, tag.and_then(Tag::parse).as_ref(), None).unwrap();
         digest
     }
 
     fn image(config: &Digest, layers: &[&Digest]) -> String {
-        let layers: Vec<_> = layers.iter().map(|digest| serde_json::json!({"digest": digest.as_str()})).collect();
-        serde_json::json!({"schemaVersion": 2, "config": {"digest": config.as_str()}, "layers": layers}).to_string()
+        let layers: Vec<_> =
+            layers.iter().map(|digest| serde_json::json!({"digest": digest.as_str()})).collect();
+        serde_json::json!({"schemaVersion": 2, "config": {"digest": config.as_str()}, "layers": layers})
+            .to_string()
     }
 
     /// Makes everything there is old.
@@ -565,7 +590,11 @@ mod tests {
         assert_eq!(told(&collect(&storage, &options())), [1, 2, 5, 6]);
         assert!(!storage.layout.blob(&loose).parent().unwrap().exists());
         assert_eq!(storage.stat_blob(&a, &loose).unwrap(), None);
-        assert_eq!(storage.stat_blob(&a, &everywhere).unwrap(), None, "no manifest of this repository needs it");
+        assert_eq!(
+            storage.stat_blob(&a, &everywhere).unwrap(),
+            None,
+            "no manifest of this repository needs it"
+        );
         for (repo, digest) in [(&a, &config), (&a, &layer), (&b, &everywhere)] {
             assert!(storage.stat_blob(repo, digest).unwrap().is_some());
         }
@@ -670,7 +699,10 @@ mod tests {
         }
         assert!(storage.is_fresh_upload(pending));
         drop(session);
-        assert_eq!(get(&collect(&storage, &Options { upload_age: Duration::ZERO, ..options() }).removed_uploads), 2);
+        assert_eq!(
+            get(&collect(&storage, &Options { upload_age: Duration::ZERO, ..options() }).removed_uploads),
+            2
+        );
         assert!(!storage.is_fresh_upload(pending));
     }
 
@@ -732,7 +764,8 @@ mod tests {
         let (child, loose, young) = (with("child", none()), with("loose", none()), with("young", none()));
         let about = |digest: &Digest| serde_json::json!({"subject": {"digest": digest.as_str()}});
         let signature = with("signature of the index", serde_json::json!({}));
-        let index = serde_json::json!({"schemaVersion": 2, "manifests": [{"digest": child.as_str()}]}).to_string();
+        let index =
+            serde_json::json!({"schemaVersion": 2, "manifests": [{"digest": child.as_str()}]}).to_string();
         let index = push_manifest(&storage, &a, index, Some("all"));
         let signed = with("signed", about(&index));
         let of_child = with("of the child", about(&child));

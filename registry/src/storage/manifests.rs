@@ -12,7 +12,7 @@ use super::blobs::{found, read_link};
 use super::layout::tag_index_link;
 use super::sync::sync_dir;
 use super::{Error, Result, Storage};
-use crate::digest::{Algorithm, Digest};
+use crate::digest::Digest;
 use crate::names::{Reference, RepoName, Tag};
 
 /// Largest manifest, bytes (distribution-spec: registries should take at least 4 MiB).
@@ -415,6 +415,7 @@ pub(super) fn read_at_most(path: &Path, max: usize) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::Algorithm;
     use crate::storage::collect::Grace;
 
     #[test]

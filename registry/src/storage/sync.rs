@@ -76,7 +76,9 @@ impl Dirs {
             match (self.make_one(dir), dir.parent()) {
                 // A removal may take the parent between the two calls.
                 (Err(error), Some(parent))
-                    if error.kind() == ErrorKind::NotFound && dir != self.root && attempt < PLACE_ATTEMPTS_MAX =>
+                    if error.kind() == ErrorKind::NotFound
+                        && dir != self.root
+                        && attempt < PLACE_ATTEMPTS_MAX =>
                 {
                     self.make(parent)?;
                     attempt += 1;

@@ -24,8 +24,15 @@ async fn collect(served: &Served, dry_run: bool) -> Result<Collected, dvcr_regis
     let mut config = Config::new(served.dir().join("root"));
     grace(&mut config);
     let work = move || control::perform(config, &Task::Collect { dry_run }, |_| ());
-    let Outcome::Collected(done) = tokio::task::spawn_blocking(work).await.unwrap()?;
-    Ok(done)
+    tokio::task::spawn_blocking(work).await.unwrap().map(collected)
+}
+
+#[track_caller]
+fn collected(outcome: Outcome) -> Collected {
+    match outcome {
+        Outcome::Collected(done) => done,
+        other => panic!("{other:?}"),
+    }
 }
 
 #[tokio::test]
@@ -53,7 +60,7 @@ async fn a_command_works_alone_where_nobody_serves() {
     let dir = served.close().await;
     let root = dir.path().join("root");
     let work = |root| control::perform(Config::new(root), &Task::Collect { dry_run: false }, |_| ());
-    let Outcome::Collected(done) = work(root.clone()).unwrap();
+    let done = collected(work(root.clone()).unwrap());
     assert_eq!((done.repositories, done.manifests, done.blobs, done.removed_blobs), (1, 1, 3, 0));
     let error = work(root.join("elsewhere")).unwrap_err();
     assert!(error.to_string().contains("elsewhere") && !root.join("elsewhere").exists(), "{error}");

@@ -210,9 +210,8 @@ async fn immutable_tags_neither_move_nor_go() {
     assert_eq!(served.push_image("golden/a", "v1", 1).await, digest, "the same again changes nothing");
     let config = b"{}".as_slice();
     let other = image(OCI_MANIFEST, config, &[config]).to_string();
-    let put = async |path: &str| {
-        served.send("PUT", path, &[("content-type", OCI_MANIFEST)], other.clone()).await
-    };
+    let put =
+        async |path: &str| served.send("PUT", path, &[("content-type", OCI_MANIFEST)], other.clone()).await;
     put("/v2/golden/a/manifests/v1").await.expect_error(403, "DENIED");
     for reference in ["v1", &digest] {
         let path = format!("/v2/golden/a/manifests/{reference}");
