@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::{Digest, DigestError};
@@ -13,10 +14,16 @@ pub(crate) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+jso
 pub(crate) const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+/// What is not taken any more, but may lie in the directory.
+const DOCKER_SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+json";
+const DOCKER_SCHEMA_1_SIGNED: &str = "application/vnd.docker.distribution.manifest.v1+prettyjws";
+const OCI_ARTIFACT: &str = "application/vnd.oci.artifact.manifest.v1+json";
 
 /// Layer types whose content need not be in the registry (image-spec layer.md; Docker's foreign layers).
 const NONDISTRIBUTABLE_PREFIXES: [&str; 2] =
     ["application/vnd.oci.image.layer.nondistributable.", "application/vnd.docker.image.rootfs.foreign."];
+
+const NONDISTRIBUTABLE_WARNING: &str = "non-distributable layers are deprecated and stay where they are; push them as ordinary layers to have them here";
 
 /// The two shapes of manifest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +53,7 @@ struct Wire {
     blobs: Option<Vec<WireDescriptor>>,
     /// Docker schema 1, likewise.
     fs_layers: Option<Vec<WireLayer>>,
+    signatures: Option<IgnoredAny>,
     subject: Option<WireDescriptor>,
     annotations: Option<BTreeMap<String, String>>,
 }
@@ -67,9 +75,11 @@ struct WireDescriptor {
 
 impl Wire {
     fn media_type(&self) -> &str {
-        match (&self.media_type, &self.manifests) {
-            (Some(media_type), _) if !media_type.is_empty() => media_type,
-            (_, Some(_)) => OCI_INDEX,
+        match &self.media_type {
+            Some(media_type) if !media_type.is_empty() => media_type,
+            _ if self.schema_version == Some(1) && self.signatures.is_some() => DOCKER_SCHEMA_1_SIGNED,
+            _ if self.schema_version == Some(1) => DOCKER_SCHEMA_1,
+            _ if self.manifests.is_some() => OCI_INDEX,
             _ => OCI_MANIFEST,
         }
     }
@@ -84,6 +94,8 @@ pub(crate) struct Checked {
     /// Manifests that must be in the repository.
     pub(crate) manifests: Vec<Digest>,
     pub(crate) subject: Option<Digest>,
+    /// What its author should know, though it is taken.
+    pub(crate) warning: Option<&'static str>,
 }
 
 /// Why a manifest is refused.
@@ -127,7 +139,7 @@ pub(crate) fn check(bytes: &[u8], content_type: Option<&str>) -> Result<Checked,
             "the manifest has both manifests and layers or config; it must be one or the other",
         ));
     }
-    let (mut blobs, mut manifests) = (Vec::new(), Vec::new());
+    let (mut blobs, mut manifests, mut warning) = (Vec::new(), Vec::new(), None);
     match shape {
         Shape::Image => {
             let Some(config) = &wire.config else { return Err(Refusal::Shape("the manifest has no config")) };
@@ -135,8 +147,9 @@ pub(crate) fn check(bytes: &[u8], content_type: Option<&str>) -> Result<Checked,
             blobs.push(config.digest.parse()?);
             for layer in layers {
                 let digest = layer.digest.parse()?;
-                if !is_elsewhere(&layer.media_type) {
-                    blobs.push(digest);
+                match is_elsewhere(&layer.media_type) {
+                    true => warning = Some(NONDISTRIBUTABLE_WARNING),
+                    false => blobs.push(digest),
                 }
             }
         }
@@ -156,7 +169,7 @@ pub(crate) fn check(bytes: &[u8], content_type: Option<&str>) -> Result<Checked,
     // As it will be read back: only the text is stored.
     let media_type = wire.media_type().to_owned();
     let subject = wire.subject.map(|subject| subject.digest.parse()).transpose()?;
-    Ok(Checked { media_type, blobs, manifests, subject })
+    Ok(Checked { media_type, blobs, manifests, subject, warning })
 }
 
 /// Whether the content of a layer need not be in the registry.
@@ -164,7 +177,20 @@ fn is_elsewhere(media_type: &str) -> bool {
     NONDISTRIBUTABLE_PREFIXES.iter().any(|prefix| media_type.starts_with(prefix))
 }
 
-/// Tells the media type of a stored manifest; one without `mediaType` is an OCI index or manifest by its fields.
+/// Tells what those who pull a manifest of a kind should know of it.
+pub(crate) fn deprecation(media_type: &str) -> Option<&'static str> {
+    match media_type {
+        DOCKER_SCHEMA_1 | DOCKER_SCHEMA_1_SIGNED => Some(
+            "this image is of Docker schema 1, which clients cease to read; build it again, or convert it and push it",
+        ),
+        OCI_ARTIFACT => Some(
+            "OCI artifact manifests did not become part of the specification; push an image manifest with artifactType",
+        ),
+        _ => None,
+    }
+}
+
+/// Tells the media type of a stored manifest; one without `mediaType` is told by its fields.
 pub(crate) fn media_type_of(bytes: &[u8]) -> String {
     match serde_json::from_slice::<Wire>(bytes) {
         Ok(wire) => wire.media_type().to_owned(),
@@ -318,6 +344,9 @@ mod tests {
     fn a_manifest_without_a_type_is_told_by_its_fields() {
         assert_eq!(media_type_of(br#"{"schemaVersion":2,"manifests":[]}"#), OCI_INDEX);
         assert_eq!(media_type_of(br#"{"schemaVersion":2,"layers":[]}"#), OCI_MANIFEST);
+        assert_eq!(media_type_of(br#"{"schemaVersion":1,"fsLayers":[]}"#), DOCKER_SCHEMA_1);
+        let signed = br#"{"schemaVersion":1,"fsLayers":[],"signatures":[{"protected":"x"}]}"#;
+        assert_eq!(media_type_of(signed), DOCKER_SCHEMA_1_SIGNED);
     }
 
     #[test]

@@ -79,7 +79,14 @@ impl Reference {
         if text.contains(':') {
             return text.parse().map(Self::Digest).map_err(ReferenceError::Digest);
         }
-        Tag::parse(text).map(Self::Tag).ok_or_else(|| ReferenceError::Tag(text.chars().take(160).collect()))
+        Tag::parse(text).map(Self::Tag).ok_or_else(|| ReferenceError::tag(text))
+    }
+}
+
+impl ReferenceError {
+    /// Says that a text, of which the beginning is shown, is no tag.
+    pub(crate) fn tag(text: &str) -> Self {
+        Self::Tag(text.chars().take(160).collect())
     }
 }
 

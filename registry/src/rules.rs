@@ -145,6 +145,8 @@ pub struct Rules {
     pub pinned: Vec<Tags>,
     /// Tags that never name anything else, and cannot be deleted, nor what they name; no retention takes them either.
     pub immutable: Vec<Tags>,
+    /// Repositories whose manifests may refer to what is not there.
+    pub sparse_manifests: Vec<Pattern>,
 }
 
 impl Rules {
@@ -159,6 +161,10 @@ impl Rules {
 
     pub(crate) fn is_pinned(&self, repo: &RepoName, tag: &Tag) -> bool {
         fits(&self.pinned, repo, tag) || self.is_immutable(repo, tag)
+    }
+
+    pub(crate) fn may_be_sparse(&self, repo: &RepoName) -> bool {
+        self.sparse_manifests.iter().any(|repositories| repositories.matches(repo.as_str()))
     }
 
     pub(crate) fn retention_of(&self, repo: &RepoName) -> Option<&Retention> {

@@ -134,6 +134,10 @@ struct Serve {
     #[arg(long, value_name = "CRON", default_value = "0 2 * * *", value_parser = schedule)]
     gc_schedule: MaybeSchedule,
 
+    /// Repositories whose manifests may refer to what is not there, such as `mirror/**`; may be given several times
+    #[arg(long, value_name = "PATTERN")]
+    allow_sparse_manifests: Vec<Pattern>,
+
     #[command(flatten)]
     collection: CollectionArgs,
 }
@@ -222,6 +226,7 @@ fn serve(args: Serve) -> anyhow::Result<()> {
     let mut config = Config::new(&root);
     args.collection.apply(&mut config)?;
     config.collection.schedule = args.gc_schedule;
+    config.rules.sparse_manifests.extend(args.allow_sparse_manifests);
     config.auth = match &args.htpasswd {
         Some(file) => Auth::Htpasswd(Htpasswd::load(file)?),
         None if args.allow_anonymous || args.listen.ip().is_loopback() => Auth::Anonymous,

@@ -1,26 +1,33 @@
 //! Manifests: GET and HEAD by tag and digest, PUT, DELETE.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use axum::body::Body;
 use axum::response::Response;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, ETAG, EXPECT, HeaderName, IF_NONE_MATCH, LOCATION};
+use http::header::{
+    CONTENT_LENGTH, CONTENT_TYPE, ETAG, EXPECT, HeaderName, IF_NONE_MATCH, LOCATION, WARNING,
+};
 use http::request::Parts;
-use http::{HeaderMap, Method, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::{Value, json};
 
 use super::error::{ApiError, Code};
+use super::route::params;
 use super::{
     Answer, App, CONTENT_DIGEST, DRAIN_BYTES_MAX, blobs, blocking, drain, empty, header, header_str,
 };
 use crate::digest::{Algorithm, Digest};
 use crate::model;
-use crate::names::{Reference, RepoName, Tag};
+use crate::names::{Reference, ReferenceError, RepoName, Tag};
 use crate::storage::manifests::{MANIFEST_BYTES_MAX, Manifest};
 
 const OCI_SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
+const OCI_TAG: HeaderName = HeaderName::from_static("oci-tag");
+/// Tags that one push may bring as parameters (distribution-spec, main branch: 10 at least). Each is told back in a header
+/// of its own, and some clients read no more than 100 headers.
+const TAG_PARAMS_MAX: usize = 50;
 /// Missing descriptors told back to the client.
 const MISSING_SHOWN_MAX: usize = 20;
 
@@ -57,6 +64,13 @@ pub(super) async fn put(
     parts: &Parts,
     body: Body,
 ) -> Answer {
+    let target = match Target::read(reference, parts.uri.query()) {
+        Ok(target) => target,
+        Err(error) => {
+            drain(body, parts.headers.contains_key(EXPECT), DRAIN_BYTES_MAX).await;
+            return Err(error);
+        }
+    };
     let too_large = || {
         let message = format!("a manifest may have {MANIFEST_BYTES_MAX} bytes");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, Code::SizeInvalid, message)
@@ -77,7 +91,7 @@ pub(super) async fn put(
     };
     app.metrics.received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
     let content_type = header_str(parts, CONTENT_TYPE).map(str::to_owned);
-    blocking(move || store(&app, &repo, reference, bytes, content_type.as_deref())).await
+    blocking(move || store(&app, &repo, target, bytes, content_type.as_deref())).await
 }
 
 pub(super) async fn delete(app: Arc<App>, repo: RepoName, reference: Reference) -> Answer {
@@ -112,39 +126,66 @@ fn refuse_deletion(app: &App, repo: &RepoName, reference: &Reference) -> Result<
     }
 }
 
+/// What a push names.
+struct Target {
+    /// The digest that the manifest must have, if the client tells one.
+    digest: Option<Digest>,
+    /// The tags that are to name it.
+    tags: Vec<Tag>,
+}
+
+impl Target {
+    /// Reads the reference of a push and its parameters `tag`, which are for a push by digest.
+    fn read(reference: Reference, query: Option<&str>) -> Result<Self, ApiError> {
+        let mut wanted = params(query, "tag").peekable();
+        let digest = match reference {
+            Reference::Tag(tag) if wanted.peek().is_none() => {
+                return Ok(Self { digest: None, tags: vec![tag] });
+            }
+            Reference::Tag(_) => {
+                let message =
+                    "the parameter tag goes with a push by digest; push to manifests/<digest>?tag=...";
+                return Err(ApiError::bad_request(Code::TagInvalid, message));
+            }
+            Reference::Digest(digest) => digest,
+        };
+        let mut tags = Vec::new();
+        for (text, before) in wanted.zip(0..) {
+            if before == TAG_PARAMS_MAX {
+                let message = format!(
+                    "a push may have {TAG_PARAMS_MAX} parameters tag; push the others by a further one"
+                );
+                return Err(ApiError::new(StatusCode::URI_TOO_LONG, Code::TagInvalid, message));
+            }
+            let tag = Tag::parse(&text).ok_or_else(|| ReferenceError::tag(&text))?;
+            if !tags.contains(&tag) {
+                tags.push(tag);
+            }
+        }
+        Ok(Self { digest: Some(digest), tags })
+    }
+}
+
 fn store(
     app: &App,
     repo: &RepoName,
-    reference: Reference,
+    Target { digest, tags }: Target,
     bytes: bytes::Bytes,
     content_type: Option<&str>,
 ) -> Result<Response, ApiError> {
-    let (digest, tag) = match reference {
-        Reference::Tag(tag) => (Digest::of(Algorithm::Sha256, &bytes), Some(tag)),
-        Reference::Digest(expected) => {
+    let digest = match digest {
+        None => Digest::of(Algorithm::Sha256, &bytes),
+        Some(expected) => {
             let actual = Digest::of(expected.algorithm(), &bytes);
             if actual != expected {
                 let message = format!("the manifest's digest is {actual}");
                 return Err(ApiError::bad_request(Code::DigestInvalid, message));
             }
-            (expected, None)
+            expected
         }
     };
     let storage = &app.storage;
-    // Two that put the same new tag come one after the other.
-    let _immutable = match &tag {
-        Some(tag) if app.rules.is_immutable(repo, tag) => {
-            let guard = app.immutable.lock().unwrap_or_else(PoisonError::into_inner);
-            let named = storage.resolve(repo, &Reference::Tag(tag.clone()))?;
-            if let Some(named) = named.filter(|named| *named != digest) {
-                let message =
-                    format!("the tag {tag} of {repo} is immutable and names {named}; push another tag");
-                return Err(ApiError::denied(message));
-            }
-            Some(guard)
-        }
-        _ => None,
-    };
+    let _immutable = hold_immutable(app, repo, &tags, &digest)?;
     let checked = model::check(&bytes, content_type)
         .map_err(|refusal| ApiError::bad_request(Code::ManifestInvalid, refusal.to_string()))?;
     let mut missing = Vec::new();
@@ -159,16 +200,15 @@ fn store(
             missing.push(manifest);
         }
     }
-    if !missing.is_empty() {
+    let lacks = || format!("the manifest refers to {} blobs or manifests that {repo} lacks", missing.len());
+    if !missing.is_empty() && !app.rules.may_be_sparse(repo) {
         let shown: Vec<_> =
             missing.iter().take(MISSING_SHOWN_MAX).map(|digest| json!(digest.as_str())).collect();
-        let message =
-            format!("the manifest refers to {} blobs or manifests that {repo} lacks", missing.len());
-        return Err(ApiError::new(StatusCode::BAD_REQUEST, Code::ManifestBlobUnknown, message)
+        return Err(ApiError::new(StatusCode::BAD_REQUEST, Code::ManifestBlobUnknown, lacks())
             .detail(json!({"digests": Value::Array(shown)})));
     }
     let manifest = Manifest { digest: digest.clone(), bytes, media_type: checked.media_type.into() };
-    storage.put_manifest(repo, manifest, tag.as_ref(), checked.subject.as_ref())?;
+    storage.put_manifest(repo, manifest, &tags, checked.subject.as_ref())?;
     let mut response = empty(StatusCode::CREATED);
     let headers = response.headers_mut();
     headers.insert(LOCATION, header(format!("/v2/{repo}/manifests/{digest}")));
@@ -177,7 +217,35 @@ fn store(
     if let Some(subject) = &checked.subject {
         headers.insert(OCI_SUBJECT, header(subject.as_str()));
     }
+    for tag in &tags {
+        headers.append(OCI_TAG, header(tag.as_str()));
+    }
+    if let Some(text) = checked.warning {
+        headers.append(WARNING, warning(text));
+    }
+    if !missing.is_empty() {
+        headers.append(WARNING, warning(&lacks()));
+    }
     Ok(response)
+}
+
+/// Keeps others from putting tags that never change while one is put; fails if a tag names something else already.
+fn hold_immutable<'a>(
+    app: &'a App,
+    repo: &RepoName,
+    tags: &[Tag],
+    digest: &Digest,
+) -> Result<Option<MutexGuard<'a, ()>>, ApiError> {
+    let mut guard = None;
+    for tag in tags.iter().filter(|tag| app.rules.is_immutable(repo, tag)) {
+        guard.get_or_insert_with(|| app.immutable.lock().unwrap_or_else(PoisonError::into_inner));
+        let named = app.storage.resolve(repo, &Reference::Tag(tag.clone()))?;
+        if let Some(named) = named.filter(|named| named != digest) {
+            let message = format!("the tag {tag} of {repo} is immutable and names {named}; push another tag");
+            return Err(ApiError::denied(message));
+        }
+    }
+    Ok(guard)
 }
 
 fn unknown(repo: &RepoName, reference: &Reference) -> ApiError {
@@ -193,4 +261,12 @@ fn describe(headers: &mut HeaderMap, manifest: &Manifest) {
     headers.insert(CONTENT_TYPE, header(&*manifest.media_type));
     headers.insert(CONTENT_DIGEST, header(manifest.digest.as_str()));
     headers.insert(ETAG, header(format!("\"{}\"", manifest.digest)));
+    if let Some(text) = model::deprecation(&manifest.media_type) {
+        headers.insert(WARNING, warning(text));
+    }
+}
+
+/// A text for the people behind a client (distribution-spec 1.1, "Warnings"); it has no quotes.
+fn warning(text: &str) -> HeaderValue {
+    header(format!("299 - \"{text}\""))
 }

@@ -22,7 +22,8 @@ pub(crate) fn select(header: Option<&str>, length: u64) -> Selected {
     }
     match (number(first), number(last)) {
         (Some(Some(first)), Some(last)) => match last {
-            Some(last) if last < first => Selected::Whole,
+            // RFC 9110 lets such a range be ignored or rejected (14.2); a client is better told of its mistake.
+            Some(last) if last < first => Selected::Nothing,
             _ if first >= length => Selected::Nothing,
             // The end is exclusive, and a last byte beyond the content means its end.
             last => Selected::Part(first, last.map_or(length, |last| last.saturating_add(1).min(length))),
@@ -77,7 +78,6 @@ mod tests {
             .collect();
         match (first, last) {
             (None, None) => Selected::Whole,
-            (Some(first), Some(last)) if last < first => Selected::Whole,
             _ => match (selected.first(), selected.last()) {
                 (Some(first), Some(last)) => Selected::Part(*first, last + 1),
                 _ => Selected::Nothing,

@@ -110,10 +110,14 @@ pub(crate) fn repo(name: &str) -> Result<RepoName, ApiError> {
 
 /// Finds a parameter of a query and decodes it; one with an empty value counts as absent.
 pub(crate) fn param(query: Option<&str>, name: &str) -> Option<String> {
-    let pairs = query?.split('&');
-    let value = pairs.filter_map(|pair| pair.split_once('=')).find(|(key, _)| *key == name)?.1;
-    let value = percent_decode_str(&value.replace('+', " ")).decode_utf8_lossy().into_owned();
-    (!value.is_empty()).then_some(value)
+    params(query, name).next()
+}
+
+/// Finds all parameters of a name. Those that nobody asks for, such as the `ns` of proxies, are let be.
+pub(crate) fn params<'a>(query: Option<&'a str>, name: &'a str) -> impl Iterator<Item = String> + 'a {
+    let pairs = query.unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
+    let values = pairs.filter(move |(key, value)| *key == name && !value.is_empty()).map(|(_, value)| value);
+    values.map(|value| percent_decode_str(&value.replace('+', " ")).decode_utf8_lossy().into_owned())
 }
 
 #[cfg(test)]
@@ -193,5 +197,7 @@ mod tests {
         assert_eq!(param(query, "empty"), None);
         assert_eq!(param(query, "mount"), None);
         assert_eq!(param(None, "n"), None);
+        let several = Some("tag=a&ns=docker.io&tag=&tag=b%2e1&tag=a");
+        assert_eq!(params(several, "tag").collect::<Vec<_>>(), ["a", "b.1", "a"]);
     }
 }

@@ -16,7 +16,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::response::Response;
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, CONTENT_RANGE, EXPECT, LOCATION, RANGE, RETRY_AFTER};
+use http::header::{CONTENT_LENGTH, CONTENT_RANGE, EXPECT, HeaderName, LOCATION, RANGE, RETRY_AFTER};
 use http::request::Parts;
 use http::{HeaderValue, StatusCode};
 use http_body_util::BodyExt;
@@ -38,6 +38,10 @@ use crate::storage::uploads::{Session, UploadError};
 
 /// Largest body that is held in memory until it is stored.
 const SMALL_BODY_BYTES_MAX: u64 = 64 << 10;
+/// Least length of a chunk that we ask for, as text; shorter ones are taken as well, but each costs a request and a state
+/// on disk.
+const CHUNK_MIN_LENGTH: HeaderValue = HeaderValue::from_static("1048576");
+const OCI_CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 /// How long a request waits for its turn before it is turned away.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a body may bring nothing.
@@ -81,7 +85,9 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
         None => Algorithm::Sha256,
     };
     let id = app.storage.begin_upload(&repo, algorithm)?;
-    Ok(progress(StatusCode::ACCEPTED, &repo, id, 0))
+    let mut response = progress(StatusCode::ACCEPTED, &repo, id, 0);
+    response.headers_mut().insert(OCI_CHUNK_MIN_LENGTH, CHUNK_MIN_LENGTH);
+    Ok(response)
 }
 
 /// Takes a chunk, or a stream of any length.

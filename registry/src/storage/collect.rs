@@ -522,7 +522,7 @@ mod tests {
             bytes: Bytes::from(bytes),
             media_type: model::OCI_MANIFEST.into(),
         };
-        storage.put_manifest(repo, manifest, tag.and_then(Tag::parse).as_ref(), None).unwrap();
+        storage.put_manifest(repo, manifest, tag.and_then(Tag::parse).as_slice(), None).unwrap();
         digest
     }
 

@@ -102,14 +102,14 @@ impl Storage {
         Ok(Some(manifest))
     }
 
-    /// Stores a manifest, and lets a tag name it; durable when it returns, with all that the caller saw it refer to.
+    /// Stores a manifest, and lets tags name it; durable when it returns, with all that the caller saw it refer to.
     ///
     /// A tag is placed only when all it depends on is durable: no crash leaves one that names nothing.
     pub(crate) fn put_manifest(
         &self,
         repo: &RepoName,
         manifest: Manifest,
-        tag: Option<&Tag>,
+        tags: &[Tag],
         subject: Option<&Digest>,
     ) -> Result<()> {
         let digest = manifest.digest.clone();
@@ -129,10 +129,7 @@ impl Storage {
         changes.sync().map_err(Error::at("cannot sync directories of", &revision))?;
         drop(placing);
         self.manifests.put(manifest);
-        match tag {
-            Some(tag) => self.put_tag(repo, tag, &digest),
-            None => Ok(()),
-        }
+        tags.iter().try_for_each(|tag| self.put_tag(repo, tag, &digest))
     }
 
     /// Deletes a manifest and the tags that name it; returns whether it was there.
@@ -456,7 +453,7 @@ mod tests {
         for tag in ["half", "new"] {
             let manifest =
                 Manifest { digest: digest.clone(), bytes: Bytes::from_static(b"m"), media_type: "x".into() };
-            storage.put_manifest(&repo, manifest, Tag::parse(tag).as_ref(), None).unwrap();
+            storage.put_manifest(&repo, manifest, &[Tag::parse(tag).unwrap()], None).unwrap();
         }
         assert_eq!(storage.tags(&repo, None, 10).unwrap().unwrap().names, ["half", "new"]);
         assert_eq!(fs::read_dir(storage.layout.tmp()).unwrap().count(), 0);
