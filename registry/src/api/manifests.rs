@@ -173,6 +173,7 @@ fn store(
     bytes: bytes::Bytes,
     content_type: Option<&str>,
 ) -> Result<Response, ApiError> {
+    let by_digest = digest.is_some();
     let digest = match digest {
         None => Digest::of(Algorithm::Sha256, &bytes),
         Some(expected) => {
@@ -217,7 +218,7 @@ fn store(
     if let Some(subject) = &checked.subject {
         headers.insert(OCI_SUBJECT, header(subject.as_str()));
     }
-    for tag in &tags {
+    for tag in tags.iter().filter(|_| by_digest) {
         headers.append(OCI_TAG, header(tag.as_str()));
     }
     if let Some(text) = checked.warning {

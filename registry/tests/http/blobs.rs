@@ -82,7 +82,7 @@ fn every_range_is_the_slice_of_the_blob() {
         ]
     };
     let asked = prop_oneof![
-        (offset(), offset()).prop_map(|(one, other)| Asked::Closed(one.min(other), one.max(other))),
+        (offset(), offset()).prop_map(|(one, other)| Asked::Closed(one, other)),
         (offset(), 0..100u64).prop_map(|(first, more)| Asked::Closed(first, first.saturating_add(more))),
         offset().prop_map(Asked::From),
         offset().prop_map(Asked::Suffix),
@@ -116,7 +116,7 @@ async fn what_is_no_single_byte_range_gets_the_whole_blob() {
     let served = Served::new().await;
     let bytes = noise(1000, 1);
     let path = format!("/v2/a/blobs/{}", served.push_blob("a", &bytes).await);
-    for range in ["bytes=0-1,5-6", "lines=0-1", "bytes=5-1", "bytes=x-y", "bytes=-", "nonsense"] {
+    for range in ["bytes=0-1,5-6", "lines=0-1", "bytes=x-y", "bytes=-", "nonsense"] {
         let reply = served.send("GET", &path, &[("range", range)], "").await.expect(200);
         assert!(reply.body == bytes, "{range}");
     }

@@ -223,3 +223,176 @@ async fn immutable_tags_neither_move_nor_go() {
     served.push_image("a", "v1", 1).await;
     served.ask("DELETE", "/v2/a/manifests/v1").await.expect(202);
 }
+
+#[tokio::test]
+async fn a_push_by_digest_brings_its_tags_along() {
+    let served = Served::new().await;
+    served.push_blob("a", b"{}").await;
+    let bytes = image(OCI_MANIFEST, b"{}", &[]).to_string();
+    let content_type = [("content-type", OCI_MANIFEST)];
+    for (digest, tags) in [
+        (sha256(bytes.as_bytes()), ["1.2.3", "1.2", "latest"]),
+        // The only way to a tag that names a digest by sha512; one of them moves.
+        (sha512(bytes.as_bytes()), ["512", "512-too", "latest"]),
+    ] {
+        let path = format!("/v2/a/manifests/{digest}");
+        let [one, two, three] = tags;
+        // Twice the same is once.
+        let put = format!("{path}?tag={one}&tag={two}&tag={three}&tag={one}");
+        let put = served.send("PUT", &put, &content_type, bytes.clone()).await.expect(201);
+        assert_eq!(put.location(), path);
+        assert_eq!(put.header("docker-content-digest"), digest);
+        let told: Vec<_> = put.headers.get_all("oci-tag").iter().collect();
+        assert_eq!(told, tags);
+        for tag in tags {
+            let got = served.get(&format!("/v2/a/manifests/{tag}")).await.expect(200);
+            assert_eq!((got.text(), got.header("docker-content-digest")), (bytes.clone(), digest.as_str()));
+        }
+    }
+    let listed = served.get("/v2/a/tags/list").await.json();
+    assert_eq!(listed["tags"], json!(["1.2", "1.2.3", "512", "512-too", "latest"]));
+    let plain = served.send("PUT", "/v2/a/manifests/plain", &content_type, bytes.clone()).await.expect(201);
+    assert_eq!(plain.header("oci-tag"), "");
+}
+
+#[tokio::test]
+async fn tags_that_cannot_be_put_keep_a_push_from_being_taken() {
+    /// Tags in one push.
+    const TAG_PARAMS_MAX: usize = 50;
+    let served = Served::new().await;
+    served.push_blob("a", b"{}").await;
+    let bytes = image(OCI_MANIFEST, b"{}", &[]).to_string();
+    let path = format!("/v2/a/manifests/{}", sha256(bytes.as_bytes()));
+    let put = async |path: &str, query: &str| {
+        let path = format!("{path}?{query}");
+        served.send("PUT", &path, &[("content-type", OCI_MANIFEST)], bytes.clone()).await
+    };
+    put(&path, "tag=good&tag=-bad").await.expect_error(400, "TAG_INVALID");
+    put("/v2/a/manifests/one", "tag=two").await.expect_error(400, "TAG_INVALID");
+    let many = |count: usize| (0..count).map(|n| format!("tag=t{n}")).collect::<Vec<_>>().join("&");
+    put(&path, &many(TAG_PARAMS_MAX + 1)).await.expect_error(414, "TAG_INVALID");
+    served.get(&path).await.expect_error(404, "MANIFEST_UNKNOWN");
+    put(&path, &many(TAG_PARAMS_MAX)).await.expect(201);
+    let listed = served.get("/v2/a/tags/list").await.json();
+    assert_eq!(listed["tags"].as_array().unwrap().len(), TAG_PARAMS_MAX);
+}
+
+#[tokio::test]
+async fn an_immutable_tag_is_not_moved_by_a_parameter() {
+    let served = Served::open_with(tempfile::tempdir().unwrap(), |config| {
+        let immutable = json!({"immutable": [{"repositories": "a", "tags": "v*"}]});
+        config.rules = serde_json::from_value(immutable).unwrap();
+    })
+    .await;
+    let first = served.push_image("a", "v1", 1).await;
+    let second = served.push_image("a", "other", 2).await;
+    let bytes = served.get("/v2/a/manifests/other").await.expect(200).body;
+    let put = async |query: &str| {
+        let path = format!("/v2/a/manifests/{second}?{query}");
+        served.send("PUT", &path, &[("content-type", OCI_MANIFEST)], bytes.clone()).await
+    };
+    put("tag=new&tag=v1").await.expect_error(403, "DENIED");
+    served.get("/v2/a/manifests/new").await.expect_error(404, "MANIFEST_UNKNOWN");
+    assert_eq!(served.get("/v2/a/manifests/v1").await.expect(200).header("docker-content-digest"), first);
+    put("tag=new&tag=v2").await.expect(201);
+    put("tag=v2").await.expect(201);
+}
+
+#[tokio::test]
+async fn a_sparse_manifest_is_taken_where_the_rules_let_it() {
+    let served = Served::open_with(tempfile::tempdir().unwrap(), |config| {
+        config.rules.sparse_manifests = vec!["mirror/**".parse().unwrap()];
+    })
+    .await;
+    let layers = [noise(1000, 1), noise(1000, 2)];
+    let manifest = image(OCI_MANIFEST, b"{}", &[&layers[0], &layers[1]]);
+    let absent = image(OCI_MANIFEST, b"{}", &[]);
+    let list = index(OCI_INDEX, &[&manifest, &absent]);
+    for repo in ["mirror/a", "other/a"] {
+        served.push_blob(repo, b"{}").await;
+        served.push_blob(repo, &layers[0]).await;
+    }
+    for (repo, status) in [("other/a", 400), ("mirror/a", 201)] {
+        for (tag, manifest) in [("image", &manifest), ("list", &list)] {
+            let content_type = [("content-type", manifest["mediaType"].as_str().unwrap())];
+            let path = format!("/v2/{repo}/manifests/{tag}");
+            let put = served.send("PUT", &path, &content_type, manifest.to_string()).await.expect(status);
+            match status {
+                201 => {
+                    let warning =
+                        format!("299 - \"the manifest refers to 1 blobs or manifests that {repo} lacks\"");
+                    // The index has both images in its list, one of which was pushed under a tag.
+                    assert_eq!(put.header("warning"), warning);
+                    assert_eq!(served.get(&path).await.expect(200).text(), manifest.to_string());
+                }
+                _ => drop(put.expect_error(400, "MANIFEST_BLOB_UNKNOWN")),
+            }
+        }
+    }
+    // What is missing comes later.
+    served.push_blob("mirror/a", &layers[1]).await;
+    let again = served
+        .send("PUT", "/v2/mirror/a/manifests/image", &[("content-type", OCI_MANIFEST)], manifest.to_string())
+        .await;
+    assert_eq!(again.expect(201).header("warning"), "");
+}
+
+#[tokio::test]
+async fn deprecated_kinds_come_with_a_warning() {
+    const SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+json";
+    let served = Served::new().await;
+    served.push_blob("a", b"{}").await;
+    let content_type = [("content-type", OCI_MANIFEST)];
+    let mut manifest = image(OCI_MANIFEST, b"{}", &[&noise(10, 1)]);
+    manifest["layers"][0]["mediaType"] = "application/vnd.oci.image.layer.nondistributable.v1.tar".into();
+    let put = served.send("PUT", "/v2/a/manifests/foreign", &content_type, manifest.to_string()).await;
+    let put = put.expect(201);
+    let text =
+        put.header("warning").strip_prefix("299 - \"").and_then(|text| text.strip_suffix('"')).unwrap();
+    assert!(text.contains("deprecated") && !text.contains('"'), "{text}");
+    assert_eq!(served.get("/v2/a/manifests/foreign").await.expect(200).header("warning"), "");
+
+    // An image of old times, as a registry of old times laid it down.
+    let old = json!({
+        "schemaVersion": 1,
+        "name": "a",
+        "tag": "old",
+        "architecture": "amd64",
+        "fsLayers": [{"blobSum": sha256(b"{}")}],
+        "history": [{"v1Compatibility": "{}"}],
+    })
+    .to_string();
+    let digest = sha256(old.as_bytes());
+    let put = served.send("PUT", "/v2/a/manifests/old", &[("content-type", SCHEMA_1)], old.clone()).await;
+    put.expect_error(400, "MANIFEST_INVALID");
+    let revision = format!("repositories/a/_manifests/revisions/{}/link", digest.replacen(':', "/", 1));
+    let tag = "repositories/a/_manifests/tags/old/current/link".to_owned();
+    for (path, bytes) in [(blob_path(&digest), &old), (revision, &digest), (tag, &digest)] {
+        let path = served.path(&path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, bytes).unwrap();
+    }
+    for method in ["GET", "HEAD"] {
+        let got = served.ask(method, "/v2/a/manifests/old").await.expect(200);
+        assert_eq!(got.header("content-type"), SCHEMA_1);
+        assert!(got.header("warning").starts_with("299 - \"this image is of Docker schema 1"), "{method}");
+    }
+}
+
+#[tokio::test]
+async fn parameters_that_are_meant_for_others_are_let_be() {
+    let served = Served::new().await;
+    let blob = served.push_blob("a", b"{}").await;
+    served.push_image("a", "one", 1).await;
+    let ns = "ns=registry.example.com";
+    for path in ["manifests/one".to_owned(), format!("blobs/{blob}"), "tags/list".to_owned()] {
+        let plain = served.get(&format!("/v2/a/{path}")).await.expect(200);
+        let proxied = served.get(&format!("/v2/a/{path}?{ns}")).await.expect(200);
+        assert_eq!(plain.body, proxied.body, "{path}");
+    }
+    let referrers = served.get(&format!("/v2/a/referrers/{blob}?{ns}")).await.expect(200);
+    assert_eq!(referrers.json()["manifests"], json!([]));
+    let session = served.ask("POST", &format!("/v2/a/blobs/uploads/?{ns}")).await.expect(202).location();
+    let put = format!("{session}?{ns}&digest={}", sha256(b"x"));
+    served.send("PUT", &put, &[], "x").await.expect(201);
+}

@@ -325,3 +325,16 @@ async fn an_upload_beyond_the_bound_waits_and_is_then_turned_away() {
     let put = format!("{second}?digest={}", sha256(&bytes));
     served.send("PUT", &put, &[], bytes).await.expect(201);
 }
+
+#[tokio::test]
+async fn a_new_upload_tells_the_least_chunk_and_shorter_ones_are_taken() {
+    let served = Served::new().await;
+    let begun = served.ask("POST", "/v2/a/blobs/uploads/").await.expect(202);
+    assert_eq!(begun.header("oci-chunk-min-length"), (1 << 20).to_string());
+    let session = begun.location();
+    for (at, byte) in ["x", "y"].into_iter().enumerate() {
+        let range = format!("{at}-{at}");
+        served.send("PATCH", &session, &[("content-range", &range)], byte).await.expect(202);
+    }
+    served.ask("PUT", &format!("{session}?digest={}", sha256(b"xy"))).await.expect(201);
+}
