@@ -76,7 +76,11 @@ pub fn layers(seed: u64, lengths: &[usize]) -> Vec<Bytes> {
 }
 
 pub fn descriptor(media_type: &str, bytes: &Bytes) -> Value {
-    json!({"mediaType": media_type, "digest": digest(bytes), "size": bytes.len()})
+    descriptor_of(media_type, digest(bytes), bytes)
+}
+
+pub fn descriptor_of(media_type: &str, digest: String, bytes: &Bytes) -> Value {
+    json!({"mediaType": media_type, "digest": digest, "size": bytes.len()})
 }
 
 pub fn digest(bytes: &Bytes) -> String {
@@ -146,6 +150,13 @@ impl Reply {
     /// The value of a header; empty if there is none.
     pub fn header(&self, name: &str) -> &str {
         self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+}
+
+impl Reply {
+    /// All values of a header.
+    pub fn headers(&self, name: &str) -> Vec<&str> {
+        self.headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect()
     }
 }
 
