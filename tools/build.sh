@@ -5,6 +5,9 @@
 #   registry          CNCF distribution v3
 #   docker-registry   distribution 2.8, from Debian's package
 #   conformance.test  the conformance program of the OCI distribution specification
+#   oras              a client for artifacts (oras.land/oras)
+#   helm              the package manager of Kubernetes
+#   containerd, ctr   a container runtime and its client, from Debian's package
 #
 # Each Go program has its own module here, so that one's dependencies never change the other's. Versions and checksums are
 # pinned by go.mod and go.sum; a program is built again only when one of these changes.
@@ -84,20 +87,29 @@ build() {
     say "built $program: $((SECONDS - started)) s"
 }
 
-# Debian's registry is unpacked rather than installed: installing it starts a service on the machine.
-unpack_docker_registry() {
-    [ ! -x "$cache/bin/docker-registry" ] || return 0
-    local dir
+# Debian's servers are unpacked rather than installed: installing them starts services on the machine.
+unpack() {
+    local package=$1 program dir
+    shift
+    for program in "$@"; do
+        [ -x "$cache/bin/$program" ] || break
+    done
+    [ ! -x "$cache/bin/$program" ] || return 0
     dir=$(mktemp -d)
-    say "unpacking Debian's docker-registry ..."
+    say "unpacking Debian's $package ..."
     # As root, apt would drop its rights and warn that it cannot write here.
-    (cd "$dir" && apt-get download -qq -o APT::Sandbox::User=root docker-registry && dpkg-deb -x ./*.deb x) ||
-        fail "cannot download Debian's docker-registry; run 'apt-get update' and try again"
-    mv "$dir/x/usr/bin/docker-registry" "$cache/bin/docker-registry"
+    (cd "$dir" && apt-get download -qq -o APT::Sandbox::User=root "$package" && dpkg-deb -x ./*.deb x) ||
+        fail "cannot download Debian's $package; run 'apt-get update' and try again"
+    for program in "$@"; do
+        mv "$dir/x/usr/bin/$program" "$cache/bin/$program"
+    done
     rm -r "$dir"
 }
 
-unpack_docker_registry
+unpack docker-registry docker-registry
+unpack containerd containerd ctr
 build crane crane github.com/google/go-containerregistry/cmd/crane build -trimpath
 build registry registry github.com/distribution/distribution/v3/cmd/registry build -trimpath
 build conformance conformance.test github.com/opencontainers/distribution-spec/conformance test -c
+build oras oras oras.land/oras/cmd/oras build -trimpath
+build helm helm helm.sh/helm/v3/cmd/helm build -trimpath
