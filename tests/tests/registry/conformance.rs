@@ -22,7 +22,7 @@ const OTHER_ARTIFACT: &str = "application/vnd.example.artifact.v2";
 /// Where manifests may be sparse.
 const SPARSE_REPO: &str = "sparse/repo";
 /// So many questions are asked; less means that some were lost.
-const CHECKS_MIN: usize = 700;
+const CHECKS_MIN: usize = 1300;
 
 type Hash = fn(&Bytes) -> String;
 

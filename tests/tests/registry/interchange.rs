@@ -10,7 +10,7 @@ use dvcr_tests::{PeerRegistry, Registry, cmd, run, temp_dir, tool, utf8};
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 type StartPeer = fn(&Path) -> Result<PeerRegistry>;
 
@@ -211,7 +211,7 @@ impl Content {
 }
 
 /// An upload that is half done.
-struct Half {
+pub struct Half {
     repo: String,
     session: String,
     bytes: Bytes,
@@ -219,7 +219,7 @@ struct Half {
 }
 
 impl Half {
-    async fn push(client: &Client, repo: &str) -> Result<Self> {
+    pub async fn push(client: &Client, repo: &str) -> Result<Self> {
         let bytes = noise(1_500_000, 9);
         let session = client.begin(repo).await?;
         let came = 1_000_001;
@@ -231,13 +231,24 @@ impl Half {
         Ok(Self { repo: repo.to_owned(), session: path, bytes, came })
     }
 
-    async fn finish(self, client: &Client) -> Result<()> {
+    /// How many bytes were acknowledged.
+    pub fn came(&self) -> usize {
+        self.came
+    }
+
+    /// Returns its directory.
+    pub fn dir(&self, root: &Path) -> Result<PathBuf> {
+        let id = self.session.rsplit('/').next().context("the session's id")?;
+        Ok(root.join("docker/registry/v2/repositories").join(&self.repo).join("_uploads").join(id))
+    }
+
+    pub async fn finish(self, client: &Client) -> Result<()> {
         assert_eq!(client.offset(&self.session).await?, self.came);
         client.finish(&self.session, self.came, &self.bytes).await
     }
 
     /// Ends it at one of the others, who believe a session's offset only from a token that they signed.
-    async fn finish_with_token(self, client: &Client) -> Result<()> {
+    pub async fn finish_with_token(self, client: &Client) -> Result<()> {
         let id = self.session.rsplit('/').next().context("the session's id")?;
         let state = json!({
             "Name": self.repo,

@@ -4,6 +4,7 @@ mod conformance;
 mod crash;
 mod interchange;
 mod support;
+mod takeover;
 
 use anyhow::{Context, Result};
 use dvcr_tests::{Registry, cmd, run_output, temp_dir, tool};

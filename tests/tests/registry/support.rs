@@ -13,6 +13,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 
 /// An image: config and layers, and the manifest that names them.
@@ -185,7 +186,7 @@ impl Client {
 
     pub async fn get(&self, path: &str) -> Result<Reply> {
         // Distribution answers by what is accepted.
-        let accept = [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST].join(", ");
+        let accept = [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST].join(", ");
         self.send("GET", path, &[("accept", &accept)], Bytes::new()).await
     }
 
