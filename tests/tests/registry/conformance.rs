@@ -4,7 +4,9 @@
 //! had as a Go module, so its questions are asked here: every way to push a blob, by both digests; every shape of manifest
 //! pushed, listed, looked at, pulled, found by its subject, and deleted.
 
-use crate::support::{Client, OCI_INDEX, OCI_MANIFEST, Reply, descriptor_of, digest, digest_512, noise};
+use crate::support::{
+    Client, OCI_INDEX, OCI_MANIFEST, Reply, descriptor_of, digest, digest_512, noise, with_digest,
+};
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use dvcr_tests::{Registry, temp_dir};
@@ -139,7 +141,7 @@ async fn blobs(client: &Client, report: &mut Report, algorithm: &str, hash: Hash
     let session = client.begin(REPO).await?;
     let cancelled = client.send("DELETE", &session, &[], Bytes::new()).await?;
     report.add(format!("{algorithm}: an upload is cancelled"), cancelled.expect(204).map(drop));
-    let put = client.send("PUT", &format!("{session}?digest={missing}"), &[], noise(512, 1)).await?;
+    let put = client.send("PUT", &with_digest(&session, &missing), &[], noise(512, 1)).await?;
     report.add(format!("{algorithm}: a cancelled upload is gone"), put.expect(404).map(drop));
     Ok(())
 }
@@ -161,7 +163,7 @@ async fn mounts(client: &Client, report: &mut Report, algorithm: &str, hash: Has
     report.add(format!("{algorithm}: a mounted blob is deleted"), is_deleted(client, &path).await);
     // Without a source the registry may look for one or begin an upload.
     let anonymous = mount("").await?.expect(202)?;
-    let put = format!("{}?digest={expected}", anonymous.header("location"));
+    let put = with_digest(anonymous.header("location"), &expected);
     let put = client.send("PUT", &put, &[], bytes.clone()).await.and_then(|reply| created(reply, &expected));
     report.add(format!("{algorithm}: a mount from nowhere in particular"), put.map(drop));
     is_deleted(client, &path).await?;
@@ -171,7 +173,7 @@ async fn mounts(client: &Client, report: &mut Report, algorithm: &str, hash: Has
 async fn ranges(client: &Client, report: &mut Report, algorithm: &str, hash: Hash) -> Result<()> {
     let bytes = noise(2048, 5);
     let expected = hash(&bytes);
-    push_blob(client, "conformance/blobs", Way::PostOnly, &expected, &bytes).await?.expect(201)?;
+    push_blob(client, "conformance/blobs", Way::PostPut, &expected, &bytes).await?.expect(201)?;
     let path = format!("/v2/conformance/blobs/blobs/{expected}");
     for (range, part) in [
         ("500-1499", Some(500..1500)),
@@ -202,7 +204,7 @@ async fn push_blob(client: &Client, repo: &str, way: Way, digest: &str, bytes: &
     let uploads = format!("/v2/{repo}/blobs/uploads/");
     let close = async |session: &str, rest: Bytes, range: Option<&str>| {
         let headers: Vec<_> = octets.into_iter().chain(range.map(|range| ("content-range", range))).collect();
-        client.send("PUT", &format!("{session}?digest={digest}"), &headers, rest).await
+        client.send("PUT", &with_digest(session, digest), &headers, rest).await
     };
     match way {
         Way::PostOnly => {

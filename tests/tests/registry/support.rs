@@ -110,6 +110,12 @@ pub fn noise(length: usize, seed: u64) -> Bytes {
     bytes.into()
 }
 
+/// Adds the digest to a session's location, which has a query of its own with the others.
+pub fn with_digest(session: &str, digest: &str) -> String {
+    let mark = if session.contains('?') { '&' } else { '?' };
+    format!("{session}{mark}digest={digest}")
+}
+
 /// Polls until the work says yes.
 pub async fn eventually(what: &str, mut work: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + STATE_TIMEOUT;
@@ -269,9 +275,8 @@ impl Client {
 
     pub async fn push_blob_as(&self, repo: &str, digest: &str, bytes: &Bytes) -> Result<Reply> {
         let session = self.begin(repo).await?;
-        let mark = if session.contains('?') { '&' } else { '?' };
         let headers = [("content-type", "application/octet-stream")];
-        self.send("PUT", &format!("{session}{mark}digest={digest}"), &headers, bytes.clone()).await
+        self.send("PUT", &with_digest(&session, digest), &headers, bytes.clone()).await
     }
 
     /// Pushes a blob in one of the ways there are.
@@ -287,8 +292,6 @@ impl Client {
             session = patched.header("location").to_owned();
             came += chunk.len();
         }
-        let mark = if session.contains('?') { '&' } else { '?' };
-        let path = format!("{session}{mark}digest={digest}");
-        self.send("PUT", &path, &[], Bytes::new()).await?.expect(201).map(drop)
+        self.send("PUT", &with_digest(&session, &digest), &[], Bytes::new()).await?.expect(201).map(drop)
     }
 }
