@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!            serve (server.rs): connections, orderly end ── tasks, control: work beside requests
+//!              │   └── tls, reload          certificates; files that are read again
 //!              │
-//!            api/ ── auth, metrics      HTTP: routes, answers, error codes
+//!            api/ ── auth/, metrics     HTTP: routes, answers, error codes; who may do what
 //!              ├── uploads  blobs  manifests  lists
 //!              │          │
 //!              │        model           what is read of a manifest
@@ -29,10 +30,12 @@ pub mod inventory;
 mod metrics;
 mod model;
 mod names;
+mod reload;
 mod rules;
 mod server;
 mod storage;
 mod tasks;
+mod tls;
 
 use std::io;
 use std::path::PathBuf;
@@ -41,14 +44,17 @@ use std::time::Duration;
 
 use axum::Router;
 
-pub use auth::{Auth, Htpasswd};
+pub use auth::{Auth, Bearer, ExternalUrl, UrlError};
 pub use rules::{Pattern, Retention, Rules, Tags, parse_time};
 pub use server::serve;
 pub use tasks::{Collected, Outcome, Schedule, Task, Watch};
+pub use tls::Tls;
 
 use api::App;
+use auth::Guard;
 use storage::Storage;
 use storage::collect::Grace;
+use tls::Acceptors;
 
 /// Result of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -63,6 +69,10 @@ pub enum Error {
     Read { path: PathBuf, source: io::Error },
     #[error("{path}, line {line}: {why}")]
     Htpasswd { path: PathBuf, line: usize, why: &'static str },
+    #[error("{path} {why}")]
+    Secret { path: PathBuf, why: &'static str },
+    #[error("cannot use {path} for TLS")]
+    Tls { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("{what} is running already; wait for its end")]
     Busy { what: &'static str },
     #[error("{why}")]
@@ -82,7 +92,10 @@ pub enum Error {
 pub struct Config {
     /// The directory; distribution's `rootdirectory`.
     pub root: PathBuf,
-    pub auth: Auth,
+    /// Who may do what; `None` lets everybody do everything.
+    pub auth: Option<Auth>,
+    /// `None` is plain HTTP.
+    pub tls: Option<Tls>,
     /// Requests that stream content in at a time; more wait 10 s and are then turned away with 429. Each may hold up to
     /// 4 MiB, all together 48 MiB.
     pub uploads_max: usize,
@@ -124,7 +137,8 @@ impl Config {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
-            auth: Auth::Anonymous,
+            auth: None,
+            tls: None,
             uploads_max: 40,
             connections_max: 1024,
             collection: Collection::default(),
@@ -141,6 +155,7 @@ pub struct Registry {
     uploads_max: usize,
     connections_max: usize,
     collection: Collection,
+    tls: Option<Arc<Acceptors>>,
     /// What the tasks that nobody waits for are stopped by.
     background: Watch,
 }
@@ -149,14 +164,32 @@ impl Registry {
     /// Opens the directory, making it if it is not there. Blocks on the filesystem.
     ///
     /// # Errors
-    /// When another process of ours serves the same directory, or it cannot be written.
+    /// When another process of ours serves the same directory, it cannot be written, or a file with secrets or certificates
+    /// cannot be used.
     pub fn open(config: Config) -> Result<Self> {
-        let Config { root, auth, uploads_max, connections_max, collection, rules } = config;
+        let Config { root, auth, tls, uploads_max, connections_max, collection, rules } = config;
+        let guard = auth.map(|auth| Guard::open(auth, tls.is_some())).transpose()?;
+        let tls = tls.map(Acceptors::open).transpose()?.map(Arc::new);
         let storage = Storage::open(&root, Grace::new(collection.grace))
             .map_err(|source| Error::Open { path: root.clone(), source })?;
         let (uploads_max, connections_max) = (uploads_max.max(1), connections_max.max(1));
-        let app = Arc::new(App::new(storage, auth, rules, uploads_max));
-        Ok(Self { app, root, uploads_max, connections_max, collection, background: Watch::default() })
+        let app = Arc::new(App::new(storage, guard, rules, uploads_max));
+        Ok(Self { app, root, uploads_max, connections_max, collection, tls, background: Watch::default() })
+    }
+
+    /// Reads the files with secrets and certificates again, whether they changed or not; the log tells how that went.
+    /// While it is served, a registry looks itself every 5 s whether they changed. Blocks.
+    pub fn reload(&self) {
+        self.refresh(true);
+    }
+
+    fn refresh(&self, force: bool) {
+        if let Some(guard) = &self.app.guard {
+            guard.refresh(force);
+        }
+        if let Some(tls) = &self.tls {
+            tls.refresh(force);
+        }
     }
 
     /// Returns the service: the API below `/v2/`, and `/healthz`, `/readyz`, `/metrics`.

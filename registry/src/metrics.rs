@@ -16,10 +16,11 @@ pub(crate) enum RouteLabel {
     Tags,
     Referrers,
     Catalog,
+    Token,
     Other,
 }
 
-const ROUTES: [(RouteLabel, &str); 8] = [
+const ROUTES: [(RouteLabel, &str); 9] = [
     (RouteLabel::Base, "base"),
     (RouteLabel::Blob, "blob"),
     (RouteLabel::Upload, "upload"),
@@ -27,6 +28,7 @@ const ROUTES: [(RouteLabel, &str); 8] = [
     (RouteLabel::Tags, "tags"),
     (RouteLabel::Referrers, "referrers"),
     (RouteLabel::Catalog, "catalog"),
+    (RouteLabel::Token, "token"),
     (RouteLabel::Other, "other"),
 ];
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "other"];
@@ -42,7 +44,8 @@ pub(crate) struct Metrics {
     pub(crate) received_bytes: AtomicU64,
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) uploads: AtomicU64,
-    pub(crate) unauthorized: AtomicU64,
+    unauthorized: AtomicU64,
+    denied: AtomicU64,
     collections: AtomicU64,
     failed_collections: AtomicU64,
     freed_bytes: AtomicU64,
@@ -64,6 +67,11 @@ impl Metrics {
         let method = METHODS.iter().position(|name| *name == method).unwrap_or(METHODS.len() - 1);
         let class = usize::from(status / 100).clamp(1, CLASSES.len()) - 1;
         self.requests[route as usize][method][class].fetch_add(1, Ordering::Relaxed);
+        match status {
+            401 => drop(self.unauthorized.fetch_add(1, Ordering::Relaxed)),
+            403 => drop(self.denied.fetch_add(1, Ordering::Relaxed)),
+            _ => {}
+        }
         let histogram = &self.durations[route as usize];
         let bucket = BUCKETS_MS.iter().position(|bound| duration <= Duration::from_millis(*bound));
         if let Some(bucket) = bucket {
@@ -132,6 +140,7 @@ impl Metrics {
             ("received_bytes_total", "counter", "Bytes of content received.", &self.received_bytes),
             ("sent_bytes_total", "counter", "Bytes of content sent.", &self.sent_bytes),
             ("unauthorized_total", "counter", "Requests without valid credentials.", &self.unauthorized),
+            ("denied_total", "counter", "Requests of known callers without the right.", &self.denied),
             ("uploads_in_progress", "gauge", "Requests that bring content just now.", &self.uploads),
             ("gc_runs_total", "counter", "Collections of garbage.", &self.collections),
             (

@@ -1,20 +1,25 @@
-//! Accepts connections and speaks HTTP/1.1 on them.
+//! Accepts connections and speaks HTTP/1.1 on them, inside TLS where that is set up.
 
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::{Extension, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsAcceptor;
 
+use crate::auth::Peer;
 use crate::control::Control;
+use crate::reload::RELOAD_INTERVAL;
+use crate::tls;
 use crate::{Error, Registry, Result};
 
 /// How long requests may go on after the end was asked for.
@@ -23,6 +28,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a request's head may take, and a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(75);
+/// How long a client may take to agree on a TLS connection.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most bytes received that wait to be taken, per connection.
 const RECEIVE_BYTES_MAX: usize = 256 << 10;
 /// Pause after a failure to accept that does not go away at once, such as too many open files.
@@ -45,6 +52,7 @@ pub async fn serve(
     let mut tasks = JoinSet::new();
     let mut beside = JoinSet::new();
     beside.spawn(registry.clone().keep_schedule());
+    beside.spawn(registry.clone().keep_files());
     match Control::listen(&registry.root) {
         Ok(control) => {
             beside.spawn(control.serve(registry.clone()));
@@ -59,10 +67,19 @@ pub async fn serve(
         };
         // Answers are small or come in large pieces: waiting for more to send gains nothing.
         let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(router.clone());
-        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         // Forgets those that have ended.
         while tasks.try_join_next().is_some() {}
+        if let Some(acceptors) = &registry.tls {
+            let (acceptor, router, http) = (acceptors.get(), router.clone(), http.clone());
+            let watcher = graceful.watcher();
+            tasks.spawn(async move {
+                secured(&acceptor, stream, router, &http, watcher).await;
+                drop(permit);
+            });
+            continue;
+        }
+        let service = TowerToHyperService::new(router.clone());
+        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         tasks.spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection ended early");
@@ -79,6 +96,30 @@ pub async fn serve(
     // A body breaks off with its connection, and the upload it was for puts away what has come.
     tasks.shutdown().await;
     registry.finish(KEEP_TIMEOUT).await
+}
+
+/// Serves one connection inside TLS.
+async fn secured(
+    acceptor: &TlsAcceptor,
+    stream: TcpStream,
+    router: Router,
+    http: &http1::Builder,
+    watcher: Watcher,
+) {
+    let stream = match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return tracing::debug!(%error, "no agreement on TLS"),
+        Err(_) => return tracing::debug!("no agreement on TLS in time"),
+    };
+    let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let router = match certificate.and_then(tls::common_name) {
+        Some(name) => router.layer(Extension(Peer::new(&name))),
+        None => router,
+    };
+    let service = TowerToHyperService::new(router);
+    if let Err(error) = watcher.watch(http.serve_connection(TokioIo::new(stream), service)).await {
+        tracing::debug!(%error, "connection ended early");
+    }
 }
 
 /// Waits for a connection, and first for room for one.
@@ -107,6 +148,19 @@ fn is_of_connection(error: &io::Error) -> bool {
 }
 
 impl Registry {
+    /// Looks now and then whether files with secrets and certificates changed.
+    async fn keep_files(self) {
+        if self.app.guard.is_none() && self.tls.is_none() {
+            return;
+        }
+        loop {
+            sleep(RELOAD_INTERVAL).await;
+            let registry = self.clone();
+            // Should it panic, there is the next time.
+            let _ = tokio::task::spawn_blocking(move || registry.refresh(false)).await;
+        }
+    }
+
     async fn finish(self, limit: Duration) -> Result<()> {
         let all = u32::try_from(self.uploads_max).unwrap_or(u32::MAX);
         if timeout(limit, self.app.uploads.acquire_many(all)).await.is_err() {

@@ -1,5 +1,7 @@
 //! `dvcr registry`.
 
+mod access;
+
 use std::fmt;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::net::SocketAddr;
@@ -11,13 +13,13 @@ use anyhow::{Context, bail};
 use clap::Subcommand;
 use dvcr_registry::inventory::{Inventory, Listed, Usage};
 use dvcr_registry::{
-    Auth, Collected, Collection, Config, Htpasswd, Outcome, Pattern, Registry, Rules, Schedule, Task,
-    control, parse_time,
+    Collected, Collection, Config, Outcome, Pattern, Registry, Rules, Schedule, Task, control, parse_time,
 };
 use indicatif::ProgressBar;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::access::AccessArgs;
 use super::Output;
 use crate::size::Human;
 use crate::work::{self, Signals};
@@ -27,8 +29,8 @@ const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Serves an OCI registry from a directory, in the layout of CNCF distribution
 ///
-/// On a loopback address anybody is served; elsewhere the registry wants to know who may use it. SIGUSR1 collects
-/// garbage.
+/// On a loopback address anybody is served over plain HTTP; elsewhere the registry wants to know who may use it, and a
+/// certificate. SIGUSR1 collects garbage; SIGHUP reads the files with secrets and certificates again.
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Args {
@@ -122,14 +124,6 @@ struct Serve {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:5000")]
     listen: SocketAddr,
 
-    /// File of users and bcrypt hashes, as `htpasswd -B` writes it; every request then needs one of them
-    #[arg(long, value_name = "FILE")]
-    htpasswd: Option<PathBuf>,
-
-    /// Serve anybody, on any address
-    #[arg(long, conflicts_with = "htpasswd")]
-    allow_anonymous: bool,
-
     /// When garbage is collected: five fields of cron, in UTC, or `off`
     #[arg(long, value_name = "CRON", default_value = "0 2 * * *", value_parser = schedule)]
     gc_schedule: MaybeSchedule,
@@ -140,6 +134,9 @@ struct Serve {
 
     #[command(flatten)]
     collection: CollectionArgs,
+
+    #[command(flatten)]
+    access: AccessArgs,
 }
 
 /// Spelled so, a value of its own for the parser of arguments, and not one that may be left out.
@@ -227,24 +224,17 @@ fn serve(args: Serve) -> anyhow::Result<()> {
     args.collection.apply(&mut config)?;
     config.collection.schedule = args.gc_schedule;
     config.rules.sparse_manifests.extend(args.allow_sparse_manifests);
-    config.auth = match &args.htpasswd {
-        Some(file) => Auth::Htpasswd(Htpasswd::load(file)?),
-        None if args.allow_anonymous || args.listen.ip().is_loopback() => Auth::Anonymous,
-        None => bail!(
-            "{} is not a loopback address: name the users with --htpasswd FILE, or serve anybody with \
-             --allow-anonymous",
-            args.listen
-        ),
-    };
+    args.access.apply(args.listen, &mut config)?;
     work::runtime()?.block_on(async {
         let mut signals = Signals::listen()?;
         let mut wanted = signal(SignalKind::user_defined1()).context("cannot listen for SIGUSR1")?;
+        let mut reread = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
         let registry = Registry::open(config)?;
         let listener = TcpListener::bind(args.listen)
             .await
             .with_context(|| format!("cannot listen on {}", args.listen))?;
         tracing::info!(addr = %listener.local_addr()?, root = %root.display(), "listening");
-        let collector = registry.clone();
+        let told = registry.clone();
         let ended = async {
             loop {
                 tokio::select! {
@@ -252,7 +242,12 @@ fn serve(args: Serve) -> anyhow::Result<()> {
                         tracing::info!(?signal, "ending");
                         return;
                     }
-                    Some(()) = wanted.recv() => collector.collect_in_background(),
+                    Some(()) = wanted.recv() => told.collect_in_background(),
+                    Some(()) = reread.recv() => {
+                        let registry = told.clone();
+                        // The log tells how it went.
+                        let _ = tokio::task::spawn_blocking(move || registry.reload()).await;
+                    }
                 }
             }
         };

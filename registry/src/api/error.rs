@@ -97,13 +97,17 @@ impl ApiError {
             .with(RETRY_AFTER, RETRY_AFTER_SECONDS.into())
     }
 
+    pub(crate) fn status(&self) -> StatusCode {
+        self.0.status
+    }
+
     pub(crate) fn detail(mut self, detail: Value) -> Self {
         self.0.detail = detail;
         self
     }
 
     pub(crate) fn with(mut self, name: HeaderName, value: HeaderValue) -> Self {
-        self.0.headers.insert(name, value);
+        self.0.headers.append(name, value);
         self
     }
 
@@ -160,7 +164,7 @@ impl IntoResponse for ApiError {
 }
 
 /// Shows an error with everything below it.
-struct Chain<'a>(&'a dyn std::error::Error);
+pub(crate) struct Chain<'a>(pub(crate) &'a dyn std::error::Error);
 
 impl std::fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -2,21 +2,24 @@
 //!
 //! ```text
 //!  request ──> /healthz /readyz /metrics ──────────────────────────────────────────┐
-//!     └──────> authorize ──> Route::parse ──> blobs uploads manifests lists ──> headers, metrics, log ──> answer
+//!     ├──────> token ──────────────────────────────────────────────────────────────┤
+//!     └──────> admit: who, Route::parse, may they ──> blobs uploads manifests lists ──> headers, metrics, log ──> answer
 //! ```
 //!
 //! Small lookups (a link, a length, a manifest in memory) run on the async threads: they are answered from the kernel's
 //! caches in microseconds, less than handing them to another thread costs. What syncs, hashes or moves content does not.
 
+#[cfg(test)]
+mod access;
 mod blobs;
-mod error;
+pub(crate) mod error;
 mod lists;
 mod manifests;
 mod range;
-mod route;
+pub(crate) mod route;
+mod token;
 mod uploads;
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,7 +27,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use http::header::{ALLOW, AUTHORIZATION, CONTENT_LENGTH, EXPECT, HeaderName, WWW_AUTHENTICATE};
+use http::header::{ALLOW, CONTENT_LENGTH, EXPECT, HeaderName};
 use http::request::Parts;
 use http::{HeaderValue, Method, Request, StatusCode};
 use http_body_util::BodyExt;
@@ -32,7 +35,7 @@ use tokio::sync::Semaphore;
 
 use self::error::{ApiError, Code};
 use self::route::Route;
-use crate::auth::Auth;
+use crate::auth::{Guard, Identity, TOKEN_PATH};
 use crate::metrics::{Metrics, RouteLabel};
 use crate::rules::Rules;
 use crate::storage::Storage;
@@ -56,7 +59,8 @@ const UPLOAD_UUID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 #[derive(Debug)]
 pub(crate) struct App {
     pub(crate) storage: Arc<Storage>,
-    pub(crate) auth: Auth,
+    /// Who may do what; `None` lets everybody do everything.
+    pub(crate) guard: Option<Guard>,
     pub(crate) rules: Arc<Rules>,
     /// Held while a tag that never changes is put.
     pub(crate) immutable: Mutex<()>,
@@ -70,10 +74,10 @@ pub(crate) struct App {
 }
 
 impl App {
-    pub(crate) fn new(storage: Storage, auth: Auth, rules: Rules, uploads_max: usize) -> Self {
+    pub(crate) fn new(storage: Storage, guard: Option<Guard>, rules: Rules, uploads_max: usize) -> Self {
         Self {
             storage: Arc::new(storage),
-            auth,
+            guard,
             rules: Arc::new(rules),
             immutable: Mutex::default(),
             metrics: Metrics::default(),
@@ -119,24 +123,48 @@ async fn dispatch(app: &Arc<App>, parts: Parts, body: Body) -> (RouteLabel, Opti
     if let Some(answer) = probe(app, &parts).await {
         return (RouteLabel::Other, None, answer);
     }
+    if let Some(guard) = app.guard.as_ref().filter(|guard| guard.issues_tokens())
+        && parts.uri.path() == TOKEN_PATH
+    {
+        let (user, answer) = token::answer(guard, parts, body).await;
+        return (RouteLabel::Token, user, answer);
+    }
     let expects = parts.headers.contains_key(EXPECT);
-    let user = match authorize(app, &parts).await {
-        Ok(user) => user,
-        Err(error) => {
-            app.metrics.unauthorized.fetch_add(1, Ordering::Relaxed);
-            drain(body, expects, UNAUTHORIZED_DRAIN_BYTES_MAX).await;
-            return (RouteLabel::Other, None, Err(error));
+    match admit(app, &parts).await {
+        Ok((who, route)) => {
+            let label = route.label();
+            (label, who.name().map(str::to_owned), serve(app, parts, body, route).await)
         }
-    };
-    let route = match Route::parse(&parts.method, parts.uri.path()) {
-        Ok(route) => route,
-        Err(error) => {
-            drain(body, expects, DRAIN_BYTES_MAX).await;
-            return (RouteLabel::Other, user, Err(error));
+        Err((who, error)) => {
+            let is_stranger = error.status() == StatusCode::UNAUTHORIZED;
+            let bytes_max = if is_stranger { UNAUTHORIZED_DRAIN_BYTES_MAX } else { DRAIN_BYTES_MAX };
+            drain(body, expects, bytes_max).await;
+            (RouteLabel::Other, who.name().map(str::to_owned), Err(error))
         }
+    }
+}
+
+/// Finds out who asks for what, and whether they may. Who is not known learns nothing about paths.
+async fn admit(app: &App, parts: &Parts) -> Result<(Identity, Route), (Identity, ApiError)> {
+    let route = Route::parse(&parts.method, parts.uri.path());
+    let Some(guard) = &app.guard else {
+        return match route {
+            Ok(route) => Ok((Identity::Anybody, route)),
+            Err(error) => Err((Identity::Anybody, error)),
+        };
     };
-    let label = route.label();
-    (label, user, serve(app, parts, body, route).await)
+    let who = guard.identify(parts).await.map_err(|error| (Identity::Anonymous, error))?;
+    match route {
+        Ok(route) => match guard.authorize(&who, &route, parts) {
+            Ok(()) => Ok((who, route)),
+            Err(error) => Err((who, error)),
+        },
+        Err(_) if matches!(who, Identity::Anonymous) => {
+            let error = guard.challenge(parts, "user name and password are needed", None);
+            Err((who, error))
+        }
+        Err(error) => Err((who, error)),
+    }
 }
 
 /// Answers those that look whether we live; they need no credentials.
@@ -164,23 +192,6 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
         }
         _ => Ok("ok\n".into_response()),
     })
-}
-
-/// Finds the user; `None` is anybody.
-async fn authorize(app: &App, parts: &Parts) -> Result<Option<String>, ApiError> {
-    let Auth::Htpasswd(users) = &app.auth else { return Ok(None) };
-    let user = match parts.headers.get(AUTHORIZATION) {
-        Some(authorization) => users.verify(authorization.as_bytes()).await,
-        None => None,
-    };
-    match user {
-        Some(user) => Ok(Some(user)),
-        None => {
-            let message = "user name and password are needed";
-            Err(ApiError::new(StatusCode::UNAUTHORIZED, Code::Unauthorized, message)
-                .with(WWW_AUTHENTICATE, HeaderValue::from_static("Basic realm=\"dvcr\"")))
-        }
-    }
 }
 
 async fn serve(app: &Arc<App>, parts: Parts, body: Body, route: Route) -> Answer {

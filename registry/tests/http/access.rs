@@ -2,7 +2,7 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use dvcr_registry::{Auth, Htpasswd};
+use dvcr_registry::Auth;
 use tempfile::TempDir;
 
 use crate::support::{Served, files, sha256};
@@ -17,8 +17,8 @@ async fn with_users() -> Served {
     let users = [("admin", "secret"), ("other", "pass:word")];
     let lines = users.map(|(user, password)| format!("{user}:{}\n", bcrypt::hash(password, 4).unwrap()));
     std::fs::write(&file, lines.concat()).unwrap();
-    let users = Htpasswd::load(&file).unwrap();
-    Served::open_with(dir, |config| config.auth = Auth::Htpasswd(users)).await
+    Served::open_with(dir, |config| config.auth = Some(Auth { htpasswd: Some(file), ..Auth::default() }))
+        .await
 }
 
 #[tokio::test]

@@ -12,4 +12,5 @@ mod leftovers;
 mod lists;
 mod manifests;
 mod support;
+mod tls;
 mod uploads;
