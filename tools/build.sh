@@ -7,6 +7,7 @@
 #   conformance.test  the conformance program of the OCI distribution specification
 #   oras              a client for artifacts (oras.land/oras)
 #   helm              the package manager of Kubernetes
+#   cosign            a client that signs images (sigstore)
 #   containerd, ctr   a container runtime and its client, from Debian's package
 #
 # Each Go program has its own module here, so that one's dependencies never change the other's. Versions and checksums are
@@ -113,3 +114,4 @@ build registry registry github.com/distribution/distribution/v3/cmd/registry bui
 build conformance conformance.test github.com/opencontainers/distribution-spec/conformance test -c
 build oras oras oras.land/oras/cmd/oras build -trimpath
 build helm helm helm.sh/helm/v3/cmd/helm build -trimpath
+build cosign cosign github.com/sigstore/cosign/v3/cmd/cosign build -trimpath

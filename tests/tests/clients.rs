@@ -269,6 +269,36 @@ fn helm_pushes_and_pulls_a_chart() -> Result<()> {
 }
 
 #[test]
+fn cosign_signs_and_verifies_with_a_key() -> Result<()> {
+    let setup = Plain::new()?;
+    let dir = setup.dir.path();
+    let cosign = |args: &[&str]| {
+        let mut command = cmd(tool("cosign")?, args);
+        run(command
+            .current_dir(dir)
+            .env("HOME", dir)
+            .env("DOCKER_CONFIG", dir)
+            .env("COSIGN_PASSWORD", "test"))
+    };
+    let by_digest = |name: &str| -> Result<String> {
+        let digest = run(&cmd(tool("crane")?, ["digest", &setup.named(name)]))?;
+        Ok(setup.named(&format!("app@{}", digest.trim())))
+    };
+    let (signed, unsigned) = (by_digest("app:oci")?, by_digest("app:docker")?);
+    cosign(&["generate-key-pair"])?;
+    // Nothing leaves the machine: no transparency log, no services of others.
+    let alone = ["--tlog-upload=false", "--use-signing-config=false", "--allow-http-registry", "--yes"];
+    cosign(&[&["sign", "--key", "cosign.key"], alone.as_slice(), &[signed.as_str()]].concat())?;
+    let verify = |name: &str| {
+        let known = ["--key", "cosign.pub", "--insecure-ignore-tlog=true", "--allow-http-registry"];
+        cosign(&[&["verify"], known.as_slice(), &[name]].concat())
+    };
+    verify(&signed)?;
+    assert!(verify(&unsigned).is_err());
+    Ok(())
+}
+
+#[test]
 fn containerd_pulls_and_pushes_with_the_same_digest() -> Result<()> {
     let setup = Plain::new()?;
     let containerd = Containerd::start(&setup.dir.path().join("containerd"))?;
