@@ -11,7 +11,7 @@
 //!              │          │
 //!            storage/ ──┬── uploads, ingest   sessions; hash and write while bytes arrive
 //!                       ├── blobs, manifests, referrers
-//!                       ├── collect            garbage
+//!                       ├── collect, scrub     garbage; damage
 //!                       └── sync, layout      durable placement; who lies where
 //!            inventory                  what a directory holds, for people
 //!            rules                      what is kept, what never changes
@@ -30,6 +30,7 @@ pub mod inventory;
 mod metrics;
 mod model;
 mod names;
+mod patience;
 mod reload;
 mod rules;
 mod server;
@@ -47,7 +48,8 @@ use axum::Router;
 pub use auth::{Auth, Bearer, ExternalUrl, UrlError};
 pub use rules::{Pattern, Retention, Rules, Tags, parse_time};
 pub use server::serve;
-pub use tasks::{Collected, Outcome, Schedule, Task, Watch};
+pub use storage::quota::{Prefix, Quota};
+pub use tasks::{Collected, Outcome, Schedule, Scrubbed, Task, Watch};
 pub use tls::Tls;
 
 use api::App;
@@ -105,6 +107,52 @@ pub struct Config {
     pub collection: Collection,
     /// What of the repositories is kept, and what never changes.
     pub rules: Rules,
+    /// How damage is looked for.
+    pub scrub: Scrub,
+    /// What clients may take of the machine.
+    pub limits: Limits,
+}
+
+/// What clients may take of the machine.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Bytes by prefix of repositories; the longest prefix counts.
+    pub quotas: Vec<Quota>,
+    /// Free bytes that uploads leave; `None` is the smaller of 1 GiB and a twentieth of the volume.
+    pub reserve_bytes: Option<u64>,
+    /// Requests per second of one user, or, where there are no users, of one address; `None` counts none. Ten seconds'
+    /// worth may come at once.
+    pub request_rate: Option<u32>,
+    /// How long a client may take to bring, or to take, 16 KiB, or what is left of a body.
+    pub idle_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            quotas: Vec::new(),
+            reserve_bytes: None,
+            request_rate: None,
+            idle_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// How damage is looked for while the registry serves.
+#[derive(Clone, Debug)]
+pub struct Scrub {
+    /// Bytes read per second, at most; `None` is only when asked for.
+    pub rate: Option<u64>,
+    /// How long after the start it begins.
+    pub delay: Duration,
+    /// How long from the beginning of one pass over all blobs to the next, at least.
+    pub period: Duration,
+}
+
+impl Default for Scrub {
+    fn default() -> Self {
+        Self { rate: Some(8 << 20), delay: Duration::from_secs(60), period: Duration::from_secs(86_400) }
+    }
 }
 
 /// How garbage is collected.
@@ -143,6 +191,8 @@ impl Config {
             connections_max: 1024,
             collection: Collection::default(),
             rules: Rules::default(),
+            scrub: Scrub::default(),
+            limits: Limits::default(),
         }
     }
 }
@@ -156,6 +206,10 @@ pub struct Registry {
     connections_max: usize,
     collection: Collection,
     tls: Option<Arc<Acceptors>>,
+    scrub: Scrub,
+    idle_timeout: Duration,
+    /// Held while damage is looked for in the background.
+    scrubbing: Arc<tokio::sync::Mutex<()>>,
     /// What the tasks that nobody waits for are stopped by.
     background: Watch,
 }
@@ -167,14 +221,28 @@ impl Registry {
     /// When another process of ours serves the same directory, it cannot be written, or a file with secrets or certificates
     /// cannot be used.
     pub fn open(config: Config) -> Result<Self> {
-        let Config { root, auth, tls, uploads_max, connections_max, collection, rules } = config;
+        let Config { root, auth, tls, uploads_max, connections_max, collection, rules, scrub, limits } =
+            config;
         let guard = auth.map(|auth| Guard::open(auth, tls.is_some())).transpose()?;
         let tls = tls.map(Acceptors::open).transpose()?.map(Arc::new);
         let storage = Storage::open(&root, Grace::new(collection.grace))
-            .map_err(|source| Error::Open { path: root.clone(), source })?;
-        let (uploads_max, connections_max) = (uploads_max.max(1), connections_max.max(1));
-        let app = Arc::new(App::new(storage, guard, rules, uploads_max));
-        Ok(Self { app, root, uploads_max, connections_max, collection, tls, background: Watch::default() })
+            .map_err(|source| Error::Open { path: root.clone(), source })?
+            .bounded(limits.quotas.clone(), limits.reserve_bytes);
+        let bounded = |permits: usize| permits.clamp(1, tokio::sync::Semaphore::MAX_PERMITS);
+        let (uploads_max, connections_max) = (bounded(uploads_max), bounded(connections_max));
+        let app = Arc::new(App::new(storage, guard, rules, uploads_max, &limits));
+        Ok(Self {
+            app,
+            root,
+            uploads_max,
+            connections_max,
+            collection,
+            tls,
+            scrub,
+            idle_timeout: limits.idle_timeout,
+            scrubbing: Arc::default(),
+            background: Watch::default(),
+        })
     }
 
     /// Reads the files with secrets and certificates again, whether they changed or not; the log tells how that went.

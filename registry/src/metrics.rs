@@ -4,6 +4,8 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::storage::Stats;
+use crate::storage::quota::Usage;
 use crate::tasks::Collected;
 
 /// What a request is about; the label `route`.
@@ -46,6 +48,7 @@ pub(crate) struct Metrics {
     pub(crate) uploads: AtomicU64,
     unauthorized: AtomicU64,
     denied: AtomicU64,
+    pub(crate) rate_limited: AtomicU64,
     collections: AtomicU64,
     failed_collections: AtomicU64,
     freed_bytes: AtomicU64,
@@ -96,10 +99,10 @@ impl Metrics {
     }
 
     /// Writes everything as text.
-    pub(crate) fn render(&self) -> String {
+    pub(crate) fn render(&self, stats: &Stats) -> String {
         let mut out = String::new();
         // Writing to a string does not fail.
-        let _ = self.write(&mut out);
+        let _ = self.write(&mut out).and_then(|()| write_stats(&mut out, stats));
         out
     }
 
@@ -139,6 +142,12 @@ impl Metrics {
         for (name, kind, help, counter) in [
             ("received_bytes_total", "counter", "Bytes of content received.", &self.received_bytes),
             ("sent_bytes_total", "counter", "Bytes of content sent.", &self.sent_bytes),
+            (
+                "rate_limited_total",
+                "counter",
+                "Requests of clients that asked too often.",
+                &self.rate_limited,
+            ),
             ("unauthorized_total", "counter", "Requests without valid credentials.", &self.unauthorized),
             ("denied_total", "counter", "Requests of known callers without the right.", &self.denied),
             ("uploads_in_progress", "gauge", "Requests that bring content just now.", &self.uploads),
@@ -166,6 +175,49 @@ impl Metrics {
     }
 }
 
+fn write_stats(out: &mut String, stats: &Stats) -> std::fmt::Result {
+    for (name, kind, help, value) in [
+        ("scrub_blobs_total", "counter", "Blobs read to find damage.", stats.scrubbed_blobs),
+        ("scrub_bytes_total", "counter", "Bytes read to find damage.", stats.scrubbed_bytes),
+        ("scrub_damaged_blobs_total", "counter", "Blobs found damaged.", stats.damaged_blobs),
+        (
+            "scrub_last_pass_timestamp_seconds",
+            "gauge",
+            "When all blobs had been read; 0 for never since the start.",
+            stats.scrub_finished,
+        ),
+        ("reserved_bytes", "gauge", "Free bytes that uploads leave.", stats.reserved_bytes),
+        (
+            "quarantined_blobs",
+            "gauge",
+            "Damaged blobs that nobody has pushed again.",
+            stats.quarantined_blobs,
+        ),
+    ] {
+        let name = format!("dvcr_registry_{name}");
+        head(out, &name, kind, help)?;
+        writeln!(out, "{name} {value}")?;
+    }
+    if let Some(free) = stats.free_bytes {
+        head(out, "dvcr_registry_free_bytes", "gauge", "Free on the volume, the reserve included.")?;
+        writeln!(out, "dvcr_registry_free_bytes {free}")?;
+    }
+    if stats.quotas.is_empty() {
+        return Ok(());
+    }
+    head(out, "dvcr_registry_quota_limit_bytes", "gauge", "What the repositories below a prefix may have.")?;
+    for Usage { prefix, limit, .. } in &stats.quotas {
+        writeln!(out, "dvcr_registry_quota_limit_bytes{{prefix=\"{prefix}\"}} {limit}")?;
+    }
+    head(out, "dvcr_registry_quota_used_bytes", "gauge", "What the repositories below a prefix have.")?;
+    for Usage { prefix, used, .. } in &stats.quotas {
+        if let Some(used) = used {
+            writeln!(out, "dvcr_registry_quota_used_bytes{{prefix=\"{prefix}\"}} {used}")?;
+        }
+    }
+    Ok(())
+}
+
 fn head(out: &mut String, name: &str, kind: &str, help: &str) -> std::fmt::Result {
     writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}")
 }
@@ -187,7 +239,7 @@ mod tests {
         for ms in [0, 2, 2, 1_000_000] {
             metrics.record(RouteLabel::Blob, "GET", 200, Duration::from_millis(ms));
         }
-        let text = metrics.render();
+        let text = metrics.render(&Stats::default());
         assert!(text.contains("requests_total{route=\"blob\",method=\"GET\",status=\"2xx\"} 4\n"), "{text}");
         assert!(text.contains("_bucket{route=\"blob\",le=\"0.001\"} 1\n"), "{text}");
         assert!(text.contains("_bucket{route=\"blob\",le=\"100\"} 3\n"), "{text}");

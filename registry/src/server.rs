@@ -1,6 +1,7 @@
 //! Accepts connections and speaks HTTP/1.1 on them, inside TLS where that is set up.
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,8 +17,10 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
+use crate::api::limits::Address;
 use crate::auth::Peer;
 use crate::control::Control;
+use crate::patience::Patient;
 use crate::reload::RELOAD_INTERVAL;
 use crate::tls;
 use crate::{Error, Registry, Result};
@@ -53,6 +56,7 @@ pub async fn serve(
     let mut beside = JoinSet::new();
     beside.spawn(registry.clone().keep_schedule());
     beside.spawn(registry.clone().keep_files());
+    beside.spawn(registry.clone().keep_scrubbing());
     match Control::listen(&registry.root) {
         Ok(control) => {
             beside.spawn(control.serve(registry.clone()));
@@ -61,16 +65,21 @@ pub async fn serve(
     }
     let mut shutdown = pin!(shutdown);
     loop {
-        let (stream, permit) = tokio::select! {
+        let (stream, peer, permit) = tokio::select! {
             accepted = accept(&listener, &connections) => accepted,
             () = &mut shutdown => break,
         };
         // Answers are small or come in large pieces: waiting for more to send gains nothing.
         let _ = stream.set_nodelay(true);
+        let router = match registry.app.rates {
+            Some(_) => router.clone().layer(Extension(Address(peer))),
+            None => router.clone(),
+        };
+        let stream = Patient::new(stream, registry.idle_timeout);
         // Forgets those that have ended.
         while tasks.try_join_next().is_some() {}
         if let Some(acceptors) = &registry.tls {
-            let (acceptor, router, http) = (acceptors.get(), router.clone(), http.clone());
+            let (acceptor, router, http) = (acceptors.get(), router, http.clone());
             let watcher = graceful.watcher();
             tasks.spawn(async move {
                 secured(&acceptor, stream, router, &http, watcher).await;
@@ -78,7 +87,7 @@ pub async fn serve(
             });
             continue;
         }
-        let service = TowerToHyperService::new(router.clone());
+        let service = TowerToHyperService::new(router);
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         tasks.spawn(async move {
             if let Err(error) = connection.await {
@@ -90,6 +99,7 @@ pub async fn serve(
     drop(listener);
     registry.background.stop();
     beside.shutdown().await;
+    registry.scrubbing_ended().await;
     if timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
         tracing::warn!(seconds = DRAIN_TIMEOUT.as_secs(), "requests still run at the end and are cut");
     }
@@ -101,7 +111,7 @@ pub async fn serve(
 /// Serves one connection inside TLS.
 async fn secured(
     acceptor: &TlsAcceptor,
-    stream: TcpStream,
+    stream: Patient<TcpStream>,
     router: Router,
     http: &http1::Builder,
     watcher: Watcher,
@@ -126,12 +136,12 @@ async fn secured(
 async fn accept(
     listener: &TcpListener,
     connections: &Arc<Semaphore>,
-) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+) -> (TcpStream, IpAddr, Option<OwnedSemaphorePermit>) {
     // The semaphore is never closed.
     let permit = Arc::clone(connections).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, permit),
+            Ok((stream, peer)) => return (stream, peer.ip(), permit),
             Err(error) if is_of_connection(&error) => {}
             Err(error) => {
                 tracing::error!(%error, "cannot accept connections");

@@ -9,8 +9,8 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use croner::Cron;
@@ -18,10 +18,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::names::{Reference, RepoName};
 use crate::storage::collect::{Counts, Options};
+use crate::storage::scrub::{self, Pass};
 use crate::{Error, Registry, Result, inventory, storage};
 
 /// Pause before a schedule is looked at again that has no next time.
 const NEVER_PAUSE: Duration = Duration::from_secs(86_400);
+/// Pause before a search for damage goes on that failed.
+const FAILURE_PAUSE: Duration = Duration::from_secs(3600);
+/// Pause between two searches for damage, at least.
+const SCRUB_PAUSE_MIN: Duration = Duration::from_millis(100);
 
 /// Something to be done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +39,12 @@ pub enum Task {
     },
     /// Deletes a tag, a manifest by its digest, or, without a reference, all of a repository.
     Remove { repository: String, reference: Option<String> },
+    /// Reads all blobs, and puts those aside that are damaged.
+    Scrub {
+        /// Bytes per second, at most.
+        #[serde(default)]
+        rate: Option<u64>,
+    },
 }
 
 /// What was done.
@@ -43,6 +54,18 @@ pub enum Outcome {
     Collected(Collected),
     /// So many tags or manifests are gone.
     Removed(u64),
+    Scrubbed(Scrubbed),
+}
+
+/// What a search for damage has found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Scrubbed {
+    pub blobs: u64,
+    pub bytes: u64,
+    /// Blobs that are damaged and were put aside.
+    pub damaged: u64,
+    pub seconds: f64,
 }
 
 /// What a collection has found and removed; a dry run has removed nothing.
@@ -76,8 +99,10 @@ pub struct Watch(Arc<Watched>);
 
 #[derive(Debug, Default)]
 struct Watched {
-    stop: AtomicBool,
+    stop: Arc<AtomicBool>,
+    task: OnceLock<Task>,
     counts: Counts,
+    scrubbed: scrub::Counts,
 }
 
 impl Watch {
@@ -86,10 +111,23 @@ impl Watch {
         self.0.stop.store(true, Ordering::Relaxed);
     }
 
+    /// Watches another task, which the same request ends.
+    fn another(&self) -> Self {
+        Self(Arc::new(Watched { stop: Arc::clone(&self.0.stop), ..Watched::default() }))
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.0.stop.load(Ordering::Relaxed)
+    }
+
     /// Tells in a few words how far the task is.
     pub fn progress(&self) -> String {
-        let counts = &self.0.counts;
+        let Watched { counts, scrubbed, task, .. } = &*self.0;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        if let Some(Task::Scrub { .. }) = task.get() {
+            let [blobs, bytes, damaged] = [&scrubbed.blobs, &scrubbed.bytes, &scrubbed.damaged].map(get);
+            return format!("{blobs} blobs, {bytes} bytes; {damaged} are damaged");
+        }
         format!(
             "{} repositories, {} manifests, {} blobs; {} blobs and {} bytes are garbage",
             get(&counts.repositories),
@@ -139,8 +177,10 @@ impl Registry {
     /// # Errors
     /// When the task is running already, is stopped, or the filesystem fails.
     pub fn perform(&self, task: &Task, watch: &Watch) -> Result<Outcome> {
+        let _ = watch.0.task.set(task.clone());
         match task {
             Task::Collect { dry_run } => self.collect(*dry_run, watch).map(Outcome::Collected),
+            Task::Scrub { rate } => self.scrub(*rate, watch).map(Outcome::Scrubbed),
             Task::Remove { repository, reference } => {
                 self.remove(repository, reference.as_deref()).map(Outcome::Removed)
             }
@@ -172,6 +212,16 @@ impl Registry {
         inventory::remove(storage, &repo, reference.as_ref()).map_err(failed)
     }
 
+    fn scrub(&self, rate: Option<u64>, watch: &Watch) -> Result<Scrubbed> {
+        let begun = Instant::now();
+        let Watched { stop, scrubbed, .. } = &*watch.0;
+        let done = self.app.storage.scrub(&Pass { rate, counts: scrubbed, stop });
+        done.map_err(|error| Error::Task { source: Box::new(error) })?;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (blobs, bytes, damaged) = (get(&scrubbed.blobs), get(&scrubbed.bytes), get(&scrubbed.damaged));
+        Ok(Scrubbed { blobs, bytes, damaged, seconds: begun.elapsed().as_secs_f64() })
+    }
+
     fn collect(&self, dry_run: bool, watch: &Watch) -> Result<Collected> {
         let begun = Instant::now();
         let options = Options {
@@ -180,7 +230,7 @@ impl Registry {
             dry_run,
             removals_per_second: self.collection.removals_per_second,
         };
-        let Watched { stop, counts } = &*watch.0;
+        let Watched { stop, counts, .. } = &*watch.0;
         let done = self.app.storage.collect(&options, counts, stop);
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let collected = Collected {
@@ -214,7 +264,7 @@ impl Registry {
     }
 
     fn collect_and_log(&self) {
-        match self.collect(false, &self.background) {
+        match self.collect(false, &self.background.another()) {
             Ok(done) => tracing::info!(
                 blobs = done.blobs,
                 removed_tags = done.removed_tags,
@@ -230,6 +280,57 @@ impl Registry {
                 tracing::error!(error = &error as &dyn std::error::Error, "garbage is not collected")
             }
         }
+    }
+
+    /// Reads all blobs again and again, to find damage; never ends.
+    pub(crate) async fn keep_scrubbing(self) {
+        let Some(rate) = self.scrub.rate else { return std::future::pending().await };
+        tokio::time::sleep(self.scrub.delay).await;
+        loop {
+            let running = Arc::clone(&self.scrubbing).lock_owned().await;
+            let registry = self.clone();
+            let pause = tokio::task::spawn_blocking(move || {
+                let pause = registry.scrub_and_log(rate);
+                // Whoever waits for its end may then open the directory.
+                drop(registry);
+                drop(running);
+                pause
+            });
+            tokio::time::sleep(pause.await.unwrap_or(FAILURE_PAUSE)).await;
+        }
+    }
+
+    /// Goes on with the search for damage and returns how long it is until the next.
+    fn scrub_and_log(&self, rate: u64) -> Duration {
+        let watch = self.background.another();
+        let Watched { stop, scrubbed, .. } = &*watch.0;
+        let pass = Pass { rate: Some(rate), counts: scrubbed, stop };
+        match self.app.storage.scrub_on(&pass, self.scrub.period) {
+            Ok(pause) => {
+                let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+                let (blobs, damaged) = (get(&scrubbed.blobs), get(&scrubbed.damaged));
+                if blobs > 0 {
+                    tracing::info!(
+                        blobs,
+                        bytes = get(&scrubbed.bytes),
+                        damaged,
+                        "all blobs have been read for damage"
+                    );
+                }
+                // Not at once again, even when a pass takes longer than the period.
+                pause.max(SCRUB_PAUSE_MIN)
+            }
+            Err(_) if watch.is_stopped() => FAILURE_PAUSE,
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "blobs cannot be read for damage");
+                FAILURE_PAUSE
+            }
+        }
+    }
+
+    /// Waits for the end of a search for damage that was told to stop.
+    pub(crate) async fn scrubbing_ended(&self) {
+        let _ended = self.scrubbing.lock().await;
     }
 
     /// Collects garbage whenever its time has come; never ends.

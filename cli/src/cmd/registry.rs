@@ -13,7 +13,8 @@ use anyhow::{Context, bail};
 use clap::Subcommand;
 use dvcr_registry::inventory::{Inventory, Listed, Usage};
 use dvcr_registry::{
-    Collected, Collection, Config, Outcome, Pattern, Registry, Rules, Schedule, Task, control, parse_time,
+    Collected, Collection, Config, Outcome, Pattern, Quota, Registry, Rules, Schedule, Task, control,
+    parse_time,
 };
 use indicatif::ProgressBar;
 use tokio::net::TcpListener;
@@ -47,6 +48,7 @@ enum Command {
     Check(Check),
     Rm(Rm),
     Gc(Gc),
+    Scrub(Scrub),
 }
 
 /// Where a command looks.
@@ -135,9 +137,41 @@ struct Serve {
     #[command(flatten)]
     collection: CollectionArgs,
 
+    /// Bytes per second that are read again in the background to find damage, at most, or `off`
+    #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = scrub_rate)]
+    scrub_rate: MaybeRate,
+
+    /// Bytes that all repositories below a prefix may have, as in vi/ns1/=100G, or vi/*/=50G for each name in place of
+    /// the star; the longest prefix counts; may be repeated
+    #[arg(long, value_name = "PREFIX=SIZE", value_parser = quota)]
+    quota: Vec<Quota>,
+
+    /// Free bytes that uploads leave; by default 1 GiB, or a twentieth of the volume if that is less
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
+    reserve_space: Option<u64>,
+
+    /// Requests per second that one user, or one address where there are no users, may make; no bound by default
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    request_rate: Option<u32>,
+
+    /// How long a client may take to send, or to read, the next 16 KiB of a body, such as 30s
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
+    idle_timeout: Duration,
+
+    /// Requests that bring content at a time; others wait 10 s and are then told to come again
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    uploads_max: usize,
+
+    /// Connections at a time; others wait
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    connections_max: usize,
+
     #[command(flatten)]
     access: AccessArgs,
 }
+
+/// As [`MaybeSchedule`].
+type MaybeRate = Option<u64>;
 
 /// Spelled so, a value of its own for the parser of arguments, and not one that may be left out.
 type MaybeSchedule = Option<Schedule>;
@@ -162,6 +196,26 @@ struct Gc {
 
     #[command(flatten)]
     collection: CollectionArgs,
+}
+
+/// Reads all blobs once and puts damaged ones aside, while the registry goes on
+///
+/// Clients are then told that a damaged blob is unknown, and the next push of it heals it. Works by way of the registry
+/// that serves the directory, or, if there is none, on the directory itself. The registry's log names damaged
+/// blobs and who has them. Exit codes: 0 sound, 1 not all could be read, 2 blobs are damaged.
+#[derive(Debug, clap::Args)]
+struct Scrub {
+    /// Directory that holds the registry's data
+    #[arg(long, value_name = "DIR")]
+    root: PathBuf,
+
+    /// Bytes read per second, at most, such as 100M
+    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
+    rate: Option<u64>,
+
+    /// How to print the answer
+    #[arg(long, value_enum, default_value_t = Output::Human)]
+    output: Output,
 }
 
 /// How garbage is collected; of a command only when nobody serves the directory.
@@ -213,6 +267,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Command::Check(args)) => return check(&args.place),
         Some(Command::Rm(args)) => remove(&args),
         Some(Command::Gc(args)) => collect(&args),
+        Some(Command::Scrub(args)) => return search(&args),
         None => serve(args.serve),
     }
     .map(|()| ExitCode::SUCCESS)
@@ -225,6 +280,12 @@ fn serve(args: Serve) -> anyhow::Result<()> {
     config.collection.schedule = args.gc_schedule;
     config.rules.sparse_manifests.extend(args.allow_sparse_manifests);
     args.access.apply(args.listen, &mut config)?;
+    config.scrub.rate = args.scrub_rate;
+    config.limits.quotas = args.quota;
+    config.limits.reserve_bytes = args.reserve_space;
+    config.limits.request_rate = args.request_rate;
+    config.limits.idle_timeout = args.idle_timeout;
+    (config.uploads_max, config.connections_max) = (args.uploads_max, args.connections_max);
     work::runtime()?.block_on(async {
         let mut signals = Signals::listen()?;
         let mut wanted = signal(SignalKind::user_defined1()).context("cannot listen for SIGUSR1")?;
@@ -339,6 +400,25 @@ fn collect(args: &Gc) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Looks for damage.
+fn search(args: &Scrub) -> anyhow::Result<ExitCode> {
+    let done = match perform(Config::new(&args.root), &Task::Scrub { rate: args.rate })? {
+        Outcome::Scrubbed(done) => done,
+        other => bail!("the registry gave the answer to another question: {other:?}"),
+    };
+    match args.output {
+        Output::Human => println!(
+            "read {} blobs of {} in {:.1} s; {} are damaged",
+            done.blobs,
+            Human(done.bytes),
+            done.seconds,
+            done.damaged
+        ),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&done)?),
+    }
+    Ok(if done.damaged == 0 { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}
+
 /// Does a task, and shows on standard error how far it is.
 fn perform(config: Config, task: &Task) -> anyhow::Result<Outcome> {
     let bar = if io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
@@ -383,6 +463,22 @@ impl fmt::Display for Utc {
             Some(time) => write!(f, "{}", time.format("%Y-%m-%d %H:%M")),
             None => f.write_str("-"),
         }
+    }
+}
+
+fn quota(text: &str) -> Result<Quota, String> {
+    let (prefix, size) = text.split_once('=').ok_or("write a prefix and a size, as in vi/ns1/=100G")?;
+    Ok(Quota { prefix: prefix.parse()?, bytes: crate::size::parse(size)? })
+}
+
+/// Reads a rate; `off` is none.
+fn scrub_rate(text: &str) -> Result<Option<u64>, String> {
+    match text {
+        "off" => Ok(None),
+        _ => match crate::size::parse(text)? {
+            0 => Err("a rate of 0 never ends; write `off`".to_owned()),
+            rate => Ok(Some(rate)),
+        },
     }
 }
 

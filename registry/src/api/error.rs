@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::digest::DigestError;
 use crate::names::ReferenceError;
-use crate::storage;
+use crate::storage::{self, quota};
 
 /// Seconds after which a client that was turned away may come again.
 const RETRY_AFTER_SECONDS: u64 = 2;
@@ -120,11 +120,16 @@ impl ApiError {
 
 impl From<storage::Error> for ApiError {
     fn from(error: storage::Error) -> Self {
+        if let Some(exceeded) = error.exceeded() {
+            let message = format!("{exceeded}; delete what is not needed, or have the quota raised");
+            let quota::Exceeded { prefix, limit, used, .. } = exceeded;
+            return Self::denied(message).detail(json!({"prefix": prefix, "limit": limit, "used": used}));
+        }
         let full = error.is_full();
         let mut answer = Self::internal(&error);
         if full {
             answer.0.status = StatusCode::INSUFFICIENT_STORAGE;
-            answer.0.message = "the registry's disk is full".to_owned();
+            answer.0.message = "the registry's disk is full; nothing was stored".to_owned();
         }
         answer
     }

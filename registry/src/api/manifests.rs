@@ -81,14 +81,20 @@ pub(super) async fn put(
         return Err(too_large());
     }
     let _turn = super::uploads::turn(&app.manifests).await?;
-    let bytes = match super::uploads::patiently(Limited::new(body, MANIFEST_BYTES_MAX).collect()).await {
-        Ok(Ok(collected)) => collected.to_bytes(),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(too_large()),
-        Ok(Err(error)) => {
-            return Err(ApiError::bad_request(Code::ManifestInvalid, format!("the body broke off: {error}")));
-        }
-        Err(reason) => return Err(ApiError::bad_request(Code::ManifestInvalid, reason)),
-    };
+    let bytes =
+        match super::uploads::patiently(app.idle_timeout, Limited::new(body, MANIFEST_BYTES_MAX).collect())
+            .await
+        {
+            Ok(Ok(collected)) => collected.to_bytes(),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => return Err(too_large()),
+            Ok(Err(error)) => {
+                return Err(ApiError::bad_request(
+                    Code::ManifestInvalid,
+                    format!("the body broke off: {error}"),
+                ));
+            }
+            Err(reason) => return Err(ApiError::bad_request(Code::ManifestInvalid, reason)),
+        };
     app.metrics.received_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
     let content_type = header_str(parts, CONTENT_TYPE).map(str::to_owned);
     blocking(move || store(&app, &repo, target, bytes, content_type.as_deref())).await
@@ -190,6 +196,7 @@ fn store(
     let checked = model::check(&bytes, content_type)
         .map_err(|refusal| ApiError::bad_request(Code::ManifestInvalid, refusal.to_string()))?;
     let mut missing = Vec::new();
+    let _room = storage.admit_manifest(repo, &digest, bytes.len() as u64)?;
     let _accepting = storage.accepting();
     for blob in checked.blobs {
         if storage.claim_blob(repo, &blob)?.is_none() {

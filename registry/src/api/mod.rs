@@ -13,6 +13,7 @@
 mod access;
 mod blobs;
 pub(crate) mod error;
+pub(crate) mod limits;
 mod lists;
 mod manifests;
 mod range;
@@ -20,6 +21,7 @@ pub(crate) mod route;
 mod token;
 mod uploads;
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -30,11 +32,14 @@ use axum::response::{IntoResponse, Response};
 use http::header::{ALLOW, CONTENT_LENGTH, EXPECT, HeaderName};
 use http::request::Parts;
 use http::{HeaderValue, Method, Request, StatusCode};
+use http_body::Body as _;
 use http_body_util::BodyExt;
 use tokio::sync::Semaphore;
 
 use self::error::{ApiError, Code};
+use self::limits::{Address, Rates};
 use self::route::Route;
+use crate::Limits;
 use crate::auth::{Guard, Identity, TOKEN_PATH};
 use crate::metrics::{Metrics, RouteLabel};
 use crate::rules::Rules;
@@ -64,6 +69,10 @@ pub(crate) struct App {
     pub(crate) rules: Arc<Rules>,
     /// Held while a tag that never changes is put.
     pub(crate) immutable: Mutex<()>,
+    /// How often each client may ask.
+    pub(crate) rates: Option<Rates>,
+    /// How long a client may take to bring a little of a body.
+    pub(crate) idle_timeout: Duration,
     pub(crate) metrics: Metrics,
     /// Requests that stream content in.
     pub(crate) uploads: Arc<Semaphore>,
@@ -74,12 +83,20 @@ pub(crate) struct App {
 }
 
 impl App {
-    pub(crate) fn new(storage: Storage, guard: Option<Guard>, rules: Rules, uploads_max: usize) -> Self {
+    pub(crate) fn new(
+        storage: Storage,
+        guard: Option<Guard>,
+        rules: Rules,
+        uploads_max: usize,
+        limits: &Limits,
+    ) -> Self {
         Self {
             storage: Arc::new(storage),
             guard,
             rules: Arc::new(rules),
             immutable: Mutex::default(),
+            rates: limits.request_rate.map(Rates::new),
+            idle_timeout: limits.idle_timeout,
             metrics: Metrics::default(),
             uploads: Arc::new(Semaphore::new(uploads_max)),
             small_bodies: Arc::new(Semaphore::new(SMALL_BODIES_MAX)),
@@ -126,11 +143,24 @@ async fn dispatch(app: &Arc<App>, parts: Parts, body: Body) -> (RouteLabel, Opti
     if let Some(guard) = app.guard.as_ref().filter(|guard| guard.issues_tokens())
         && parts.uri.path() == TOKEN_PATH
     {
+        if let Err(error) = throttle(app, None, &parts) {
+            drain(body, false, UNAUTHORIZED_DRAIN_BYTES_MAX).await;
+            return (RouteLabel::Token, None, Err(error));
+        }
         let (user, answer) = token::answer(guard, parts, body).await;
         return (RouteLabel::Token, user, answer);
     }
     let expects = parts.headers.contains_key(EXPECT);
-    match admit(app, &parts).await {
+    let admitted = admit(app, &parts).await;
+    let name = match &admitted {
+        Ok((who, _)) | Err((who, _)) => who.name(),
+    };
+    if let Err(error) = throttle(app, name, &parts) {
+        let name = name.map(str::to_owned);
+        drain(body, expects, UNAUTHORIZED_DRAIN_BYTES_MAX).await;
+        return (RouteLabel::Other, name, Err(error));
+    }
+    match admitted {
         Ok((who, route)) => {
             let label = route.label();
             (label, who.name().map(str::to_owned), serve(app, parts, body, route).await)
@@ -167,6 +197,16 @@ async fn admit(app: &App, parts: &Parts) -> Result<(Identity, Route), (Identity,
     }
 }
 
+/// Turns away clients that ask too often.
+fn throttle(app: &App, user: Option<&str>, parts: &Parts) -> Result<(), ApiError> {
+    let Some(rates) = &app.rates else { return Ok(()) };
+    let checked = rates.check(user, parts.extensions.get::<Address>().copied());
+    if checked.is_err() {
+        app.metrics.rate_limited.fetch_add(1, Ordering::Relaxed);
+    }
+    checked
+}
+
 /// Answers those that look whether we live; they need no credentials.
 async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
     let path = parts.uri.path();
@@ -178,7 +218,7 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
     }
     Some(match path {
         "/metrics" => {
-            let mut response = app.metrics.render().into_response();
+            let mut response = app.metrics.render(&app.storage.stats()).into_response();
             let text = HeaderValue::from_static("text/plain; version=0.0.4");
             response.headers_mut().insert(http::header::CONTENT_TYPE, text);
             Ok(response)
@@ -270,9 +310,10 @@ where
     }
 }
 
-/// Reads and drops a body that is not wanted, within bounds; not if the client waits to be asked for it.
+/// Reads and drops a body that is not wanted, within bounds; not if the client waits to be asked for it, or it would not
+/// come to its end.
 async fn drain(mut body: Body, expects: bool, bytes_max: u64) {
-    if expects {
+    if expects || body.size_hint().lower() > bytes_max {
         return;
     }
     let mut left = bytes_max;

@@ -1,5 +1,7 @@
 //! The token endpoint, by GET as the token specification of CNCF distribution has it, and by POST as its OAuth2 one.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use chrono::{DateTime, SecondsFormat};
 use form_urlencoded::parse;
@@ -16,6 +18,8 @@ use crate::auth::{Guard, Identity, SERVICE, basic_header};
 
 /// Largest form, bytes.
 const FORM_BYTES_MAX: usize = 64 << 10;
+/// How long it may take to come.
+const FORM_TIMEOUT: Duration = Duration::from_secs(60);
 /// Most scopes that one token is asked for.
 const SCOPES_MAX: usize = 64;
 
@@ -49,7 +53,7 @@ async fn wanted(parts: &Parts, body: Body) -> Result<Wanted, ApiError> {
     let wanted = match parts.method {
         Method::GET => Wanted::read(parts.uri.query().unwrap_or_default().as_bytes()),
         Method::POST => {
-            let form = patiently(Limited::new(body, FORM_BYTES_MAX).collect()).await;
+            let form = patiently(FORM_TIMEOUT, Limited::new(body, FORM_BYTES_MAX).collect()).await;
             let form = form.map_err(|reason| bad(&reason))?;
             let form = form.map_err(|_| bad("the form is longer than 64 KiB, or broke off"))?.to_bytes();
             let wanted = Wanted::read(&form);

@@ -22,7 +22,7 @@ use http::{HeaderValue, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
 
 use super::error::{ApiError, Code};
@@ -31,8 +31,9 @@ use super::{
     Answer, App, CONTENT_DIGEST, DRAIN_BYTES_MAX, UPLOAD_UUID, blocking, drain, empty, header, header_str,
     range,
 };
-use crate::digest::{Algorithm, Digest};
+use crate::digest::{Algorithm, Digest, Hasher};
 use crate::names::RepoName;
+use crate::patience::PROGRESS_BYTES_MIN;
 use crate::storage::ingest::Ingest;
 use crate::storage::uploads::{Session, UploadError};
 
@@ -44,8 +45,6 @@ const CHUNK_MIN_LENGTH: HeaderValue = HeaderValue::from_static("1048576");
 const OCI_CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 /// How long a request waits for its turn before it is turned away.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a body may bring nothing.
-const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Begins a session, mounts a blob, or takes a whole blob.
 pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body) -> Answer {
@@ -67,14 +66,9 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
         if length != Some(0) || digest == Digest::of(digest.algorithm(), b"") {
             let id = app.storage.begin_upload(&repo, digest.algorithm())?;
             let session = open(&app, &repo, id).await?;
-            return detached(complete(
-                app,
-                repo,
-                session,
-                Incoming { body, length, expected: length },
-                digest,
-            ))
-            .await;
+            let incoming = Incoming { body, length, expected: length };
+            let (session, incoming) = admit(&app, session, incoming, &parts).await?;
+            return detached(complete(app, repo, session, incoming, digest)).await;
         }
     }
     let algorithm = match param(query, "digest-algorithm") {
@@ -101,6 +95,7 @@ pub(super) async fn patch(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts,
             return refuse(error, &parts, body).await;
         }
     };
+    let (session, incoming) = admit(&app, session, incoming, &parts).await?;
     detached(async move {
         let session = receive(&app, session, incoming, Ending::Acknowledged).await?;
         Ok(progress(StatusCode::ACCEPTED, &repo, session.id(), session.offset()))
@@ -122,7 +117,10 @@ pub(super) async fn put(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, b
     };
     let session = open(&app, &repo, id).await?;
     match Incoming::check(&parts, body, &repo, &session) {
-        Ok(incoming) => detached(complete(app, repo, session, incoming, digest)).await,
+        Ok(incoming) => {
+            let (session, incoming) = admit(&app, session, incoming, &parts).await?;
+            detached(complete(app, repo, session, incoming, digest)).await
+        }
         Err((error, body)) => {
             drop(session);
             refuse(error, &parts, body).await
@@ -187,6 +185,29 @@ impl Incoming {
     }
 }
 
+/// Asks, before the body is read, whether there is room for what it is told to bring.
+async fn admit(
+    app: &Arc<App>,
+    mut session: Session,
+    incoming: Incoming,
+    parts: &Parts,
+) -> Result<(Session, Incoming), ApiError> {
+    let length = incoming.length;
+    let admitted = if app.storage.admits_quickly(session.repo()) {
+        app.storage.admit(&mut session, length).map(|()| session).map_err(Into::into)
+    } else {
+        let storage = Arc::clone(&app.storage);
+        blocking(move || storage.admit(&mut session, length).map(|()| session)).await
+    };
+    match admitted {
+        Ok(session) => Ok((session, incoming)),
+        Err(error) => {
+            drain(incoming.body, parts.headers.contains_key(EXPECT), DRAIN_BYTES_MAX).await;
+            Err(error)
+        }
+    }
+}
+
 /// What a request that brings content leaves behind.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
@@ -238,12 +259,16 @@ async fn receive(
     .await?;
     let (began_with, began_at) = (session.hasher(), session.offset());
     let length = incoming.length.unwrap_or(0);
-    let pool = app.storage.ingest_pool();
+    let from = (app.storage.ingest_pool(), app.storage.space());
     let mut ingest =
-        Ingest::start(pool, &session.data(), session.hashstates(), began_at, session.hasher(), length);
-    let came = pour(app, incoming.body, &mut ingest).await;
+        Ingest::start(from, &session.data(), session.hashstates(), began_at, session.hasher(), length);
+    let came = pour(app, incoming.body, &mut ingest, &mut session).await;
     // A disk that took no more is told here.
-    let (hasher, offset) = ingest.finish().await?;
+    let ((hasher, offset), came) = match (ingest.finish().await, came) {
+        (Ok(_), Err(Break::Refused(error))) => return give_back(session, began_with, began_at, error).await,
+        (Err(error), _) if error.is_full() => return give_back(session, began_with, began_at, error).await,
+        (done, came) => (done?, came),
+    };
     let expected = incoming.expected.unwrap_or(offset - began_at);
     match came {
         Ok(()) if offset - began_at == expected => {
@@ -259,7 +284,8 @@ async fn receive(
             blocking(move || session.rewind(began_with, began_at)).await?;
             Err(ApiError::bad_request(Code::SizeInvalid, message))
         }
-        Err(reason) => {
+        Err(Break::Refused(error)) => Err(error.into()),
+        Err(Break::Body(reason)) => {
             // Good to the last byte: the client asks by GET and goes on from there.
             blocking(move || session.advance(hasher, offset)).await?;
             let message = format!("the body broke off after {} bytes: {reason}", offset - began_at);
@@ -268,9 +294,38 @@ async fn receive(
     }
 }
 
-/// Moves a body into a session until either ends; an error says why the body broke off.
-async fn pour(app: &App, mut body: Body, ingest: &mut Ingest) -> Result<(), String> {
-    while let Some(data) = next(&mut body).await? {
+/// Why a body was not taken to its end.
+enum Break {
+    /// It broke off.
+    Body(String),
+    /// There is no room for more.
+    Refused(crate::storage::Error),
+}
+
+/// Takes a request's bytes back, so that they leave room for others.
+async fn give_back(
+    mut session: Session,
+    hasher: Hasher,
+    offset: u64,
+    error: crate::storage::Error,
+) -> Result<Session, ApiError> {
+    let cut = blocking(move || session.rewind(hasher, offset)).await;
+    if cut.is_err() {
+        tracing::warn!("an upload that found no room keeps its place until it goes on or is given up");
+    }
+    Err(error.into())
+}
+
+/// Moves a body into a session until either ends.
+async fn pour(app: &App, mut body: Body, ingest: &mut Ingest, session: &mut Session) -> Result<(), Break> {
+    let mut reached = session.offset();
+    let mut pace = Pace::new(app.idle_timeout);
+    while let Some(data) = pace.next(&mut body).await.map_err(Break::Body)? {
+        reached = reached.saturating_add(data.len() as u64);
+        if let Err(error) = session.reach(reached) {
+            drain(body, false, DRAIN_BYTES_MAX).await;
+            return Err(Break::Refused(error));
+        }
         app.metrics.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
         if ingest.push(&data).await.is_err() {
             drain(body, false, DRAIN_BYTES_MAX).await;
@@ -284,28 +339,51 @@ async fn pour(app: &App, mut body: Body, ingest: &mut Ingest) -> Result<(), Stri
 async fn collect(app: &App, mut incoming: Incoming) -> Result<Bytes, ApiError> {
     let broken =
         |reason| ApiError::bad_request(Code::BlobUploadInvalid, format!("the body broke off: {reason}"));
-    let Some(first) = next(&mut incoming.body).await.map_err(broken)? else { return Ok(Bytes::new()) };
+    let mut pace = Pace::new(app.idle_timeout);
+    let Some(first) = pace.next(&mut incoming.body).await.map_err(broken)? else { return Ok(Bytes::new()) };
     app.metrics.received_bytes.fetch_add(incoming.length.unwrap_or(0), Ordering::Relaxed);
     // The length was checked, and no more than that ever comes.
     if Some(first.len() as u64) == incoming.length {
         return Ok(first);
     }
     let mut bytes = BytesMut::from(first);
-    while let Some(data) = next(&mut incoming.body).await.map_err(broken)? {
+    while let Some(data) = pace.next(&mut incoming.body).await.map_err(broken)? {
         bytes.extend_from_slice(&data);
     }
     Ok(bytes.freeze())
 }
 
-async fn next(body: &mut Body) -> Result<Option<Bytes>, String> {
-    loop {
-        match timeout(BODY_IDLE_TIMEOUT, body.frame()).await {
-            Err(_) => return Err(format!("nothing came for {} s", BODY_IDLE_TIMEOUT.as_secs())),
-            Ok(None) => return Ok(None),
-            Ok(Some(Err(error))) => return Err(error.to_string()),
-            Ok(Some(Ok(frame))) => {
-                if let Ok(data) = frame.into_data() {
-                    return Ok(Some(data));
+/// Sees to it that a body goes on coming.
+struct Pace {
+    limit: Duration,
+    until: Instant,
+    /// Bytes that came since the time was last extended.
+    came: u64,
+}
+
+impl Pace {
+    fn new(limit: Duration) -> Self {
+        Self { limit, until: Instant::now() + limit, came: 0 }
+    }
+
+    /// Waits for the next piece of a body; an error says why there is none.
+    async fn next(&mut self, body: &mut Body) -> Result<Option<Bytes>, String> {
+        // What kept us from asking is not the client's fault.
+        if self.came >= PROGRESS_BYTES_MIN || self.until <= Instant::now() {
+            (self.until, self.came) = (Instant::now() + self.limit, 0);
+        }
+        loop {
+            match timeout_at(self.until, body.frame()).await {
+                Err(_) => {
+                    return Err(format!("less than {PROGRESS_BYTES_MIN} bytes came in {:?}", self.limit));
+                }
+                Ok(None) => return Ok(None),
+                Ok(Some(Err(error))) => return Err(error.to_string()),
+                Ok(Some(Ok(frame))) => {
+                    if let Ok(data) = frame.into_data() {
+                        self.came = self.came.saturating_add(data.len() as u64);
+                        return Ok(Some(data));
+                    }
                 }
             }
         }
@@ -330,10 +408,8 @@ pub(super) async fn turn(semaphore: &Arc<Semaphore>) -> Result<OwnedSemaphorePer
 }
 
 /// Waits for a body that is taken in as a whole, as long as one may bring nothing.
-pub(super) async fn patiently<T>(body: impl Future<Output = T>) -> Result<T, String> {
-    timeout(BODY_IDLE_TIMEOUT, body)
-        .await
-        .map_err(|_| format!("the body took more than {} s", BODY_IDLE_TIMEOUT.as_secs()))
+pub(super) async fn patiently<T>(limit: Duration, body: impl Future<Output = T>) -> Result<T, String> {
+    timeout(limit, body).await.map_err(|_| format!("the body took more than {limit:?}"))
 }
 
 /// Answers a request whose body is not taken.

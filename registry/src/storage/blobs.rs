@@ -12,6 +12,7 @@ use rustix::io::ReadWriteFlags;
 use tokio::task::JoinHandle;
 
 use super::pool::{Buffer, Pool};
+use super::quota::{Room, link_target};
 use super::{Error, Result, Storage};
 use crate::digest::Digest;
 use crate::names::RepoName;
@@ -59,19 +60,28 @@ impl Storage {
 
     /// Gives `to` a blob that `from` has; durable when it returns. Returns whether `from` has it.
     pub(crate) fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<bool> {
+        let mut room = Room::default();
+        // Before anybody is held up.
+        if self.quotas.is_for(to) {
+            let Some(target) = self.layer(from, digest)? else { return Ok(false) };
+            let Some(bytes) = self.stat_blob(from, digest)? else { return Ok(false) };
+            room = self.room_for(to, &target, bytes)?;
+        }
         let _accepting = self.accepting();
         let Some(target) = self.layer(from, digest)? else { return Ok(false) };
         let blob = self.layout.blob(&target);
-        if !blob.is_file() {
+        let length = found(fs::metadata(&blob)).map_err(Error::at("cannot look at", &blob))?;
+        let Some(bytes) = length.filter(fs::Metadata::is_file).map(|metadata| metadata.len()) else {
             return Ok(false);
-        }
+        };
         self.touch(&blob)?;
         self.settled();
         let link = self.link_temp(&target)?;
         let mut changes = self.dirs.changes();
         let path = self.layout.layer_link(to, digest);
         let _placing = self.placing();
-        self.place_link(&mut changes, link, &path)?;
+        self.quotas
+            .placing(to, &path, (&target, bytes), &mut room, || self.place_link(&mut changes, link, &path))?;
         changes.sync().map_err(Error::at("cannot sync directories of", &path))?;
         Ok(true)
     }
@@ -79,7 +89,8 @@ impl Storage {
     /// Takes a blob from a repository; its bytes stay, for other repositories may have it. Returns whether it was there.
     pub(crate) fn delete_blob(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
         let link = self.layout.layer_link(repo, digest);
-        self.dirs.remove_file(&link).map_err(Error::at("cannot remove", &link))
+        let target = link_target(&link, digest)?;
+        self.remove_link(repo, &link, target.as_ref().unwrap_or(digest))
     }
 
     /// Reads a blob's link. Distribution lets the digest of one algorithm name a blob that is stored under another.

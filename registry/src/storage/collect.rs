@@ -256,15 +256,15 @@ impl<'a> Run<'a> {
             doomed.push(Doomed { path, target });
             match doomed.len() < BATCH_REMOVALS_MAX {
                 true => Ok(()),
-                false => self.remove_links(&mut doomed),
+                false => self.remove_links(repo, &mut doomed),
             }
         })?;
-        self.remove_links(&mut doomed)
+        self.remove_links(repo, &mut doomed)
     }
 
-    fn remove_links(&mut self, doomed: &mut Vec<Doomed>) -> Result<()> {
+    fn remove_links(&mut self, repo: &RepoName, doomed: &mut Vec<Doomed>) -> Result<()> {
         let counts = self.counts;
-        let kept = self.remove(doomed, |_| count(&counts.removed_links, 1))?;
+        let kept = self.remove(Some(repo), doomed, |_| count(&counts.removed_links, 1))?;
         self.live.extend(kept);
         Ok(())
     }
@@ -286,17 +286,26 @@ impl<'a> Run<'a> {
                 doomed.push(Doomed { path: storage.layout.blob(&digest), target });
             }
             if doomed.len() == BATCH_REMOVALS_MAX {
-                self.remove(&mut doomed, removed)?;
+                self.remove(None, &mut doomed, removed)?;
             }
             Ok(())
         })?;
-        self.remove(&mut doomed, removed)?;
+        self.remove(None, &mut doomed, removed)?;
+        let wanted = |digest: &Digest| self.live.binary_search(&key(digest)).is_ok();
+        storage.collect_quarantined(self.options.dry_run, wanted, removed);
         Ok(())
     }
 
     /// Removes the files that are old, each with its directory, and calls `removed` with its length; returns what the
     /// others stand for. Nothing is synced: a removal that a crash undoes is done again by the next run.
-    fn remove(&mut self, doomed: &mut Vec<Doomed>, removed: impl Fn(u64)) -> Result<Vec<u128>> {
+    ///
+    /// `of` is the repository whose links the files are.
+    fn remove(
+        &mut self,
+        of: Option<&RepoName>,
+        doomed: &mut Vec<Doomed>,
+        removed: impl Fn(u64),
+    ) -> Result<Vec<u128>> {
         let mut kept = Vec::new();
         if doomed.is_empty() {
             return Ok(kept);
@@ -318,7 +327,11 @@ impl<'a> Run<'a> {
                 continue;
             }
             if !self.options.dry_run {
-                fs::remove_file(&path).map_err(fail)?;
+                match of {
+                    Some(repo) => self.storage.quotas.removing(repo, &path, target).map(drop),
+                    None => fs::remove_file(&path),
+                }
+                .map_err(fail)?;
                 remove_empty(path.parent()).map_err(fail)?;
                 removals += 1;
             }
@@ -416,6 +429,10 @@ fn references(storage: &Storage, digest: &Digest) -> Result<Option<Vec<Digest>>>
     let bytes = match read_at_most(&path, MANIFEST_BYTES_MAX) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == ErrorKind::FileTooLarge => return Ok(None),
+        // It comes back with the next push, and then needs what it referred to.
+        Err(error) if error.kind() == ErrorKind::NotFound && storage.is_quarantined(digest) => {
+            return Ok(None);
+        }
         // A link without content: no client can have it, and what it referred to is not known.
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Some(Vec::new())),
         Err(error) => return Err(Error::at("cannot read", &path)(error)),
@@ -495,6 +512,7 @@ mod tests {
     use super::*;
     use crate::names::Tag;
     use crate::storage::manifests::Manifest;
+    use crate::storage::scrub;
 
     fn options() -> Options {
         Options {
@@ -644,6 +662,29 @@ mod tests {
         age(&storage);
         collect(&storage, &options());
         assert!(storage.stat_blob(&a, &layer).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_manifest_that_was_put_aside_keeps_all_blobs_of_its_repository() {
+        let (_root, storage) = storage();
+        let a = repo("a");
+        let layer = push_blob(&storage, &a, "layer");
+        let manifest = push_manifest(&storage, &a, image(&layer, &[]), Some("v"));
+        fs::write(storage.layout.blob(&manifest), b"{}x").unwrap();
+        let (counts, stop) = (scrub::Counts::default(), AtomicBool::new(false));
+        storage.scrub(&scrub::Pass { rate: None, counts: &counts, stop: &stop }).unwrap();
+        assert_eq!(storage.quarantined_count(), 1);
+        age(&storage);
+        assert_eq!(get(&collect(&storage, &options()).removed_blobs), 0);
+        assert!(storage.stat_blob(&a, &layer).unwrap().is_some());
+        assert_eq!(storage.quarantined_bytes(&manifest), Some(3));
+
+        assert!(storage.delete_manifest(&a, &manifest).unwrap());
+        let told = |counts: &Counts| [&counts.removed_blobs, &counts.freed_bytes].map(get);
+        let dry = collect(&storage, &Options { dry_run: true, ..options() });
+        assert_eq!((told(&dry), storage.quarantined_count()), ([2, 8], 1));
+        assert_eq!(told(&collect(&storage, &options())), [2, 8]);
+        assert_eq!((storage.quarantined_count(), storage.quarantined_bytes(&manifest)), (0, None));
     }
 
     #[test]

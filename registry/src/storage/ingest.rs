@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::pool::{ALIGN_BYTES, Buffer, Pool};
+use super::space::{Purpose, Space};
 use super::uploads::save_state;
 use super::{Error, Result};
 use crate::digest::{Algorithm, Hasher};
@@ -70,7 +71,7 @@ impl Ingest {
     ///
     /// `length` is what the request announced, and 0 if it did not. Must be called on a Tokio runtime.
     pub(crate) fn start(
-        pool: &Arc<Pool>,
+        (pool, space): (&Arc<Pool>, &Arc<Space>),
         data: &Path,
         hashstates: PathBuf,
         offset: u64,
@@ -83,6 +84,7 @@ impl Ingest {
         let start = usize::try_from(offset % ALIGN_BYTES as u64).unwrap_or(0);
         let written = Arc::new(AtomicU64::new(offset));
         let reached = Arc::clone(&written);
+        let space = Arc::clone(space);
         Self {
             pool: Arc::clone(pool),
             buffer: None,
@@ -94,7 +96,9 @@ impl Ingest {
             hashing: tokio::task::spawn_blocking(move || {
                 hash(hasher, offset, &hashstates, hash_queue, &written)
             }),
-            writing: tokio::task::spawn_blocking(move || write(&data, offset, length, write_queue, &reached)),
+            writing: tokio::task::spawn_blocking(move || {
+                write(&data, offset, length, &space, write_queue, &reached)
+            }),
         }
     }
 
@@ -183,12 +187,23 @@ fn write(
     data: &Path,
     offset: u64,
     length: u64,
+    space: &Space,
     mut queue: mpsc::Receiver<Arc<Piece>>,
     written: &AtomicU64,
 ) -> Result<()> {
+    let all = match length {
+        RESERVE_BYTES_MIN.. => Some(space.take(length, Purpose::Blob)?),
+        _ => None,
+    };
     let mut target =
         Target::open(data, offset, length).map_err(Error::at("cannot open upload data", data))?;
+    // What the file has been given is the filesystem's to count.
+    let all = all.filter(|_| !target.reserved);
     while let Some(piece) = queue.blocking_recv() {
+        let _grant = match target.reserved || all.is_some() {
+            true => None,
+            false => Some(space.take(piece.bytes().len() as u64, Purpose::Blob)?),
+        };
         target.write(piece.bytes(), piece.offset).map_err(Error::at("cannot write upload data", data))?;
         written.store(piece.offset + piece.bytes().len() as u64, Ordering::Release);
     }
@@ -200,6 +215,8 @@ struct Target {
     cached: File,
     /// Bypasses the page cache; `None` where the filesystem refuses.
     direct: Option<File>,
+    /// Whether the filesystem has set the announced length aside.
+    reserved: bool,
 }
 
 impl Target {
@@ -207,9 +224,7 @@ impl Target {
         let cached = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
         // Also gives back what was reserved for a request that broke.
         cached.set_len(offset)?;
-        if length >= RESERVE_BYTES_MIN {
-            reserve(&cached, offset, length)?;
-        }
+        let reserved = length >= RESERVE_BYTES_MIN && reserve(&cached, offset, length)?;
         let direct = match length {
             1..RESERVE_BYTES_MIN => None,
             _ => {
@@ -217,7 +232,7 @@ impl Target {
                 OpenOptions::new().write(true).custom_flags(flags).open(path).ok()
             }
         };
-        Ok(Self { cached, direct })
+        Ok(Self { cached, direct, reserved })
     }
 
     /// Writes at `offset`; the memory is aligned as the offset is.
@@ -244,13 +259,14 @@ impl Target {
 }
 
 /// Reserves space, so that a full disk is noticed before the bytes are sent, and large extents are found.
-fn reserve(file: &File, offset: u64, length: u64) -> io::Result<()> {
+/// Returns whether the filesystem did.
+fn reserve(file: &File, offset: u64, length: u64) -> io::Result<bool> {
     match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, offset, length) {
         Err(error @ (rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT | rustix::io::Errno::FBIG)) => {
             Err(error.into())
         }
         // Where it is not supported, nothing is lost but speed.
-        _ => Ok(()),
+        reserved => Ok(reserved.is_ok()),
     }
 }
 
@@ -278,8 +294,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let pool = Pool::new(INGEST_BUFFER_BYTES, 8, 1);
         let absent = dir.path().join("absent/data");
+        let space = Arc::new(Space::new(dir.path(), Some(0)));
         let hasher = Hasher::new(Algorithm::Sha256);
-        let mut ingest = Ingest::start(&pool, &absent, dir.path().to_owned(), 0, hasher, 0);
+        let mut ingest = Ingest::start((&pool, &space), &absent, dir.path().to_owned(), 0, hasher, 0);
         let block = vec![1; INGEST_BUFFER_BYTES];
         while ingest.push(&block).await.is_ok() {}
         ingest.push(&block).await.unwrap_err();

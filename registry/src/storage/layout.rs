@@ -14,6 +14,8 @@
 //!   lock                                       held by the process that serves the directory
 //!   tmp/                                       files on their way to their place; emptied at start
 //!   referrers/<name>/_subjects/<alg>/<hex>/<alg>-<hex>  empty files: subject / manifest that refers to it
+//!   quarantine/<alg>/<hex>                     damaged content, taken from its place
+//!   scrub                                      how far the search for damage is
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -45,6 +47,18 @@ impl Layout {
 
     pub(crate) fn tmp(&self) -> PathBuf {
         self.root.join("dvcr/tmp")
+    }
+
+    pub(crate) fn quarantine(&self) -> PathBuf {
+        self.root.join("dvcr/quarantine")
+    }
+
+    pub(crate) fn quarantined(&self, digest: &Digest) -> PathBuf {
+        join(&self.root, &["dvcr/quarantine", digest.algorithm().name(), digest.hex()])
+    }
+
+    pub(crate) fn scrub_cursor(&self) -> PathBuf {
+        self.root.join("dvcr/scrub")
     }
 
     pub(crate) fn blobs(&self) -> PathBuf {

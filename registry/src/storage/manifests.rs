@@ -9,7 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 use super::blobs::{found, read_link};
+use super::collect::key;
 use super::layout::tag_index_link;
+use super::quota::Room;
+use super::space::Purpose;
 use super::sync::sync_dir;
 use super::{Error, Result, Storage};
 use crate::digest::Digest;
@@ -115,6 +118,8 @@ impl Storage {
         let digest = manifest.digest.clone();
         let blob = self.layout.blob(&digest);
         let mut changes = self.dirs.changes();
+        let length = manifest.bytes.len() as u64;
+        let _grant = self.space.take(length, Purpose::Manifest)?;
         let temp = self.dirs.write_temp(&manifest.bytes).map_err(Error::at("cannot write", &blob))?;
         let link = self.link_temp(&digest)?;
         self.settled();
@@ -125,11 +130,33 @@ impl Storage {
             self.place_referrer(&mut changes, repo, subject, &digest)?;
         }
         let revision = self.layout.revision_link(repo, &digest);
-        self.place_link(&mut changes, link, &revision)?;
+        let room = &mut Room::default();
+        self.quotas.placing(repo, &revision, (&digest, length), room, || {
+            self.place_link(&mut changes, link, &revision)
+        })?;
         changes.sync().map_err(Error::at("cannot sync directories of", &revision))?;
         drop(placing);
+        self.healed(&digest);
         self.manifests.put(manifest);
         tags.iter().try_for_each(|tag| self.put_tag(repo, tag, &digest))
+    }
+
+    /// Makes room for a manifest that is about to be put; to be kept until it is. Not to be called while pushes are held
+    /// up: it may have to go through all repositories of a quota.
+    pub(crate) fn admit_manifest(&self, repo: &RepoName, digest: &Digest, bytes: u64) -> Result<Room> {
+        self.room_for(repo, digest, bytes)
+    }
+
+    /// Removes a link of a repository durably; returns whether there was one.
+    pub(super) fn remove_link(&self, repo: &RepoName, link: &Path, target: &Digest) -> Result<bool> {
+        let remove = || {
+            let removed = self.quotas.removing(repo, link, key(target))?;
+            if let (true, Some(dir)) = (removed, link.parent()) {
+                sync_dir(dir)?;
+            }
+            Ok(removed)
+        };
+        remove().map_err(Error::at("cannot remove", link))
     }
 
     /// Deletes a manifest and the tags that name it; returns whether it was there.
@@ -145,7 +172,7 @@ impl Storage {
             self.delete_tag(repo, &tag)?;
         }
         let link = self.layout.revision_link(repo, digest);
-        let deleted = self.dirs.remove_file(&link).map_err(Error::at("cannot remove", &link))?;
+        let deleted = self.remove_link(repo, &link, digest)?;
         if let Some(subject) = subject {
             self.remove_referrer(repo, &subject, digest);
         }
@@ -317,7 +344,6 @@ impl Cache {
     }
 
     fn put(&self, manifest: Manifest) {
-        let cost = |manifest: &Manifest| manifest.bytes.len() + CACHE_ENTRY_BYTES;
         if manifest.bytes.len() > CACHED_MANIFEST_BYTES_MAX {
             return;
         }
@@ -336,9 +362,23 @@ impl Cache {
         }
     }
 
+    /// Drops a manifest whose content on disk is gone.
+    pub(super) fn forget(&self, digest: &Digest) {
+        let mut entries = self.entries();
+        if let Some(dropped) = entries.manifests.remove(digest) {
+            entries.bytes -= cost(&dropped);
+            entries.order.retain(|kept| kept != digest);
+        }
+    }
+
     fn entries(&self) -> MutexGuard<'_, Entries> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a manifest in memory counts.
+fn cost(manifest: &Manifest) -> usize {
+    manifest.bytes.len() + CACHE_ENTRY_BYTES
 }
 
 /// Keeps the first names in order, so that a listing takes memory for its page only.
@@ -371,7 +411,8 @@ pub(super) fn walk(
     walk_below(base, "", dirs, visit)
 }
 
-fn walk_below(
+/// [`walk`] from a directory whose repositories begin with `prefix`.
+pub(super) fn walk_below(
     dir: &Path,
     prefix: &str,
     dirs: &[&str],

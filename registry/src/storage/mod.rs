@@ -5,6 +5,8 @@
 //!            ├── blobs      lookup, reading             │
 //!            ├── manifests  revisions, tags, catalogue  ├── sync     temp file, rename, fsync
 //!            ├── collect    garbage                     │
+//!            ├── scrub      damage                      │
+//!            ├── quota, space   bounds                  │
 //!            └── referrers  index beside the layout   ──┴── layout   paths
 //! ```
 //!
@@ -16,14 +18,18 @@ pub(crate) mod ingest;
 mod layout;
 pub(crate) mod manifests;
 pub(crate) mod pool;
+pub(crate) mod quota;
 mod referrers;
 pub(crate) mod retain;
+pub(crate) mod scrub;
+pub(crate) mod space;
 mod sync;
 pub(crate) mod uploads;
 
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::FlockOperation;
@@ -67,10 +73,32 @@ impl Error {
         move |source| Self::new(format!("{what} {}", path.display()), source)
     }
 
-    /// Whether the disk or the quota is full.
+    /// The quota that is used up, if that is what went wrong.
+    pub(crate) fn exceeded(&self) -> Option<&quota::Exceeded> {
+        self.source.get_ref()?.downcast_ref()
+    }
+
+    /// Whether the disk or the filesystem's quota is full.
     pub(crate) fn is_full(&self) -> bool {
         matches!(self.source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
     }
+}
+
+/// What a storage tells about itself.
+#[derive(Debug, Default)]
+pub(crate) struct Stats {
+    /// What scrubbing has seen since the start.
+    pub(crate) scrubbed_blobs: u64,
+    pub(crate) scrubbed_bytes: u64,
+    pub(crate) damaged_blobs: u64,
+    /// Damaged blobs that were put aside and not replaced.
+    pub(crate) quarantined_blobs: u64,
+    /// When the last pass over everything ended, seconds since 1970; 0 for none since the start.
+    pub(crate) scrub_finished: u64,
+    /// Free on the volume, the reserve included; `None` if the system does not tell.
+    pub(crate) free_bytes: Option<u64>,
+    pub(crate) reserved_bytes: u64,
+    pub(crate) quotas: Vec<quota::Usage>,
 }
 
 /// One root directory.
@@ -84,6 +112,9 @@ pub(crate) struct Storage {
     ingest_pool: Arc<Pool>,
     read_pool: Arc<Pool>,
     downloads: blobs::Downloads,
+    scrubbing: scrub::Scrubbing,
+    quotas: quota::Quotas,
+    space: Arc<space::Space>,
     /// How old garbage must be.
     grace: collect::Grace,
     /// Held for reading while a push looks at what is there and builds on it, for writing while garbage is removed.
@@ -133,7 +164,8 @@ impl Storage {
         for parent in root.ancestors().skip(1).take(missing.max(1)) {
             sync::sync_dir(parent)?;
         }
-        Ok(Self::new(layout, dirs, grace, Some(lock)))
+        let scrubbing = scrub::Scrubbing::open(&layout)?;
+        Ok(Self { scrubbing, ..Self::new(layout, dirs, grace, Some(lock)) })
     }
 
     /// Opens a root directory that another process may serve, to look at it and change nothing.
@@ -148,8 +180,16 @@ impl Storage {
         Ok(Self::new(layout, dirs, collect::Grace::default(), None))
     }
 
+    /// Sets what may be taken in.
+    pub(crate) fn bounded(self, quotas: Vec<quota::Quota>, reserve: Option<u64>) -> Self {
+        let space = Arc::new(space::Space::new(self.layout.root(), reserve));
+        Self { quotas: quota::Quotas::new(quotas), space, ..self }
+    }
+
     fn new(layout: Layout, dirs: Dirs, grace: collect::Grace, lock: Option<File>) -> Self {
         Self {
+            quotas: quota::Quotas::default(),
+            space: Arc::new(space::Space::new(layout.root(), None)),
             layout,
             dirs,
             uploads: uploads::Uploads::default(),
@@ -158,6 +198,7 @@ impl Storage {
             ingest_pool: Pool::new(INGEST_BUFFER_BYTES, INGEST_BUFFERS_MAX, INGEST_BUFFERS_IDLE_MAX),
             read_pool: Pool::new(blobs::READ_BUFFER_BYTES, READ_BUFFERS_MAX, READ_BUFFERS_IDLE_MAX),
             downloads: blobs::Downloads::new(),
+            scrubbing: scrub::Scrubbing::default(),
             grace,
             accepting: RwLock::default(),
             collecting: Mutex::default(),
@@ -176,6 +217,26 @@ impl Storage {
     /// Waits until all that can be seen now is durable, so that what is built on it does not outlive it.
     fn settled(&self) {
         drop(self.placing.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Tells what is there and what was found, for those who watch the registry.
+    pub(crate) fn stats(&self) -> Stats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let scrubbed = &self.scrubbing.seen;
+        Stats {
+            scrubbed_blobs: get(&scrubbed.blobs),
+            scrubbed_bytes: get(&scrubbed.bytes),
+            damaged_blobs: get(&scrubbed.damaged),
+            quarantined_blobs: self.quarantined_count() as u64,
+            scrub_finished: get(&self.scrubbing.finished),
+            free_bytes: self.space.free().ok(),
+            reserved_bytes: self.space.reserve(),
+            quotas: self.quotas.usage(),
+        }
+    }
+
+    pub(crate) fn space(&self) -> &Arc<space::Space> {
+        &self.space
     }
 
     pub(crate) fn ingest_pool(&self) -> &Arc<Pool> {

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use super::blobs::{found, read_link};
-use super::collect::Run;
+use super::collect::{Run, key};
 use super::manifests::MANIFEST_BYTES_MAX;
 use super::{Error, Result, Storage};
 use crate::digest::Digest;
@@ -125,7 +125,7 @@ impl Run<'_> {
         }
         let link = storage.layout.revision_link(repo, digest);
         if !self.options.dry_run {
-            fs::remove_file(&link).map_err(Error::at("cannot remove", &link))?;
+            storage.quotas.removing(repo, &link, key(digest)).map_err(Error::at("cannot remove", &link))?;
         }
         Ok(true)
     }

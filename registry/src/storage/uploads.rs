@@ -23,6 +23,8 @@ use uuid::Uuid;
 
 use super::blobs::found;
 use super::ingest::hash_file;
+use super::quota::Room;
+use super::space::Purpose;
 use super::sync::Changes;
 use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest, Hasher};
@@ -65,6 +67,8 @@ pub(crate) struct Session {
     hasher: Hasher,
     /// When it began, if it is not on disk yet.
     fresh: Option<SystemTime>,
+    /// What a quota grants it; given back before the lease is.
+    room: Room,
     _lease: Lease,
 }
 
@@ -82,6 +86,10 @@ impl Drop for Lease {
 impl Session {
     pub(crate) fn id(&self) -> Uuid {
         self.id
+    }
+
+    pub(crate) fn repo(&self) -> &RepoName {
+        &self.repo
     }
 
     /// Bytes acknowledged, and hashed.
@@ -118,12 +126,22 @@ impl Session {
         let dir = hashstates(&self.dir, hasher.algorithm());
         save_state(&dir, &hasher, offset).map_err(Error::at("cannot save the hash state", &dir))?;
         (self.hasher, self.offset) = (hasher, offset);
+        self.room.keep(offset);
         Ok(())
     }
 
     /// Records what one request brought, for a commit that follows at once.
     pub(crate) fn set(&mut self, hasher: Hasher, offset: u64) {
         (self.hasher, self.offset) = (hasher, offset);
+        self.room.keep(offset);
+    }
+
+    /// Makes room for so many bytes in all.
+    ///
+    /// # Errors
+    /// When the quota does not leave so many.
+    pub(crate) fn reach(&mut self, bytes: u64) -> Result<()> {
+        self.room.reach(bytes)
     }
 
     /// Goes back to `offset` and its hash, after a request whose bytes do not count.
@@ -200,6 +218,7 @@ impl Storage {
         let bytes = look().map_err(Error::at("cannot look at", &dir))?;
         if bytes.is_some() && !dry_run {
             remove_session_dir(&dir).map_err(Error::at("cannot remove the upload", &dir))?;
+            self.quotas.ended(repo, id);
         }
         Ok(bytes)
     }
@@ -227,6 +246,7 @@ impl Storage {
                 offset: 0,
                 hasher: Hasher::new(fresh.algorithm),
                 fresh: Some(fresh.started),
+                room: Room::default(),
                 _lease: lease,
             };
             return Ok((fresh.repo == *repo).then_some(session));
@@ -237,7 +257,27 @@ impl Storage {
         let (hasher, offset) =
             resume(&dir, self.boot.as_deref()).map_err(Error::at("cannot resume the upload", &dir))?;
         let repo = repo.clone();
-        Ok(Some(Session { id, repo, dir, offset, hasher, fresh: None, _lease: lease }))
+        let room = Room::default();
+        Ok(Some(Session { id, repo, dir, offset, hasher, fresh: None, room, _lease: lease }))
+    }
+
+    /// Makes room for what a request is about to bring, as far as it has told how much.
+    ///
+    /// # Errors
+    /// When the quota or the free space does not leave so much; see [`Error::exceeded`] and [`Error::is_full`].
+    pub(crate) fn admit(&self, session: &mut Session, length: Option<u64>) -> Result<()> {
+        let bytes = session.offset.saturating_add(length.unwrap_or(0));
+        session.room = self.room(&session.repo, session.id, session.offset, bytes)?;
+        match length {
+            // What has come already can always be finished.
+            Some(0) => Ok(()),
+            _ => self.space.check(length.unwrap_or(1)),
+        }
+    }
+
+    /// Tells whether [`Storage::admit`] takes no time worth mentioning.
+    pub(crate) fn admits_quickly(&self, repo: &RepoName) -> bool {
+        self.quotas.is_quick(repo)
     }
 
     /// Tells how many bytes of a session are acknowledged, also while a request works on it.
@@ -269,16 +309,19 @@ impl Storage {
     }
 
     /// Ends a session and throws its bytes away.
-    pub(crate) fn cancel_upload(&self, session: Session) -> Result<()> {
+    pub(crate) fn cancel_upload(&self, mut session: Session) -> Result<()> {
         lock(&self.uploads.pending).sessions.remove(&session.id);
-        remove_session_dir(&session.dir).map_err(Error::at("cannot remove the upload", &session.dir))
+        remove_session_dir(&session.dir).map_err(Error::at("cannot remove the upload", &session.dir))?;
+        session.room.keep(0);
+        self.quotas.ended(&session.repo, session.id);
+        Ok(())
     }
 
     /// Turns a session into a blob of its repository; durable when it returns.
     ///
     /// The session ends, also with a wrong digest. Blocks: syncs, and reads everything once more if `expected` is of
     /// another algorithm than the session's.
-    pub(crate) fn commit_upload(&self, session: Session, expected: &Digest) -> Result<(), UploadError> {
+    pub(crate) fn commit_upload(&self, mut session: Session, expected: &Digest) -> Result<(), UploadError> {
         if session.is_fresh() {
             return self.commit_small(session, &[], expected);
         }
@@ -315,9 +358,13 @@ impl Storage {
         self.touch(&data)?;
         let placing = self.placing();
         changes.rename(&data, &blob).map_err(Error::at("cannot place the blob", &blob))?;
-        self.place_link(&mut changes, link, &self.layout.layer_link(&session.repo, expected))?;
+        let path = self.layout.layer_link(&session.repo, expected);
+        self.quotas.placing(&session.repo, &path, (expected, session.offset), &mut session.room, || {
+            self.place_link(&mut changes, link, &path)
+        })?;
         changes.sync().map_err(Error::at("cannot sync directories of", &blob))?;
         drop(placing);
+        self.healed(expected);
         drop(accepting);
         if let Err(error) = remove_session_dir(&session.dir) {
             // The blob is safe; an empty session merely stays behind.
@@ -329,34 +376,50 @@ impl Storage {
     /// Turns a session that has no bytes on disk, and a body held in memory, into a blob.
     pub(crate) fn commit_small(
         &self,
-        session: Session,
+        mut session: Session,
         body: &[u8],
         expected: &Digest,
     ) -> Result<(), UploadError> {
         lock(&self.uploads.pending).sessions.remove(&session.id);
-        self.store_blob(&session.repo, body, expected)
+        self.store(&session.repo, body, expected, &mut session.room)
     }
 
     /// Stores a small blob in a repository; durable when it returns.
-    pub(crate) fn store_blob(
+    #[cfg(test)]
+    pub(super) fn store_blob(
         &self,
         repo: &RepoName,
         body: &[u8],
         expected: &Digest,
+    ) -> Result<(), UploadError> {
+        self.store(repo, body, expected, &mut Room::default())
+    }
+
+    fn store(
+        &self,
+        repo: &RepoName,
+        body: &[u8],
+        expected: &Digest,
+        room: &mut Room,
     ) -> Result<(), UploadError> {
         let actual = Digest::of(expected.algorithm(), body);
         if actual != *expected {
             return Err(UploadError::Digest { actual });
         }
         let blob = self.layout.blob(expected);
+        let _grant = self.space.take(body.len() as u64, Purpose::Blob)?;
         let temp = self.dirs.write_temp(body).map_err(Error::at("cannot write the blob", &blob))?;
         let link = self.link_temp(expected)?;
         let mut changes = self.dirs.changes();
         let _accepting = self.accepting();
         let _placing = self.placing();
         changes.place(temp, &blob).map_err(Error::at("cannot place the blob", &blob))?;
-        self.place_link(&mut changes, link, &self.layout.layer_link(repo, expected))?;
+        let path = self.layout.layer_link(repo, expected);
+        self.quotas.placing(repo, &path, (expected, body.len() as u64), room, || {
+            self.place_link(&mut changes, link, &path)
+        })?;
         changes.sync().map_err(Error::at("cannot sync directories of", &blob))?;
+        self.healed(expected);
         Ok(())
     }
 

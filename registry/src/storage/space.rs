@@ -1,0 +1,159 @@
+//! Keeps a part of the volume free: deletions, garbage collection and the machine itself need some to go on.
+//!
+//! The filesystem is asked at most ten times a second. In between, what is granted is taken off what it said; what is
+//! granted and not yet written is taken off its next answer.
+
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Error, Result};
+
+/// How old an answer of the filesystem may be.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+/// The reserve, when none is chosen, is the smaller of this and a twentieth of the volume.
+const RESERVE_BYTES_DEFAULT: u64 = 1 << 30;
+
+/// The free space of the volume, but for the reserve.
+#[derive(Debug)]
+pub(crate) struct Space {
+    root: PathBuf,
+    reserve: u64,
+    seen: Mutex<Seen>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    at: Option<Instant>,
+    /// What is free and not granted.
+    free: u64,
+    /// What is granted and perhaps not yet written.
+    granted: u64,
+}
+
+/// What the bytes are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Blob,
+    /// It makes use of blobs that were taken already, and may have half of the reserve.
+    Manifest,
+}
+
+/// Space that may be written to; to be kept until it is.
+#[derive(Debug)]
+#[must_use = "the space counts as written when it is dropped"]
+pub(crate) struct Grant<'a> {
+    space: &'a Space,
+    bytes: u64,
+}
+
+impl Space {
+    pub(super) fn new(root: &Path, reserve: Option<u64>) -> Self {
+        let reserve = reserve.unwrap_or_else(|| match rustix::fs::statvfs(root) {
+            Ok(volume) => (volume.f_blocks.saturating_mul(volume.f_frsize) / 20).min(RESERVE_BYTES_DEFAULT),
+            Err(_) => RESERVE_BYTES_DEFAULT,
+        });
+        Self { root: root.to_owned(), reserve, seen: Mutex::default() }
+    }
+
+    pub(crate) fn reserve(&self) -> u64 {
+        self.reserve
+    }
+
+    /// What the filesystem has for programs like ours, the reserve included, bytes.
+    pub(crate) fn free(&self) -> io::Result<u64> {
+        let volume = rustix::fs::statvfs(&self.root)?;
+        Ok(volume.f_bavail.saturating_mul(volume.f_frsize))
+    }
+
+    /// Grants so many bytes.
+    ///
+    /// # Errors
+    /// When that would touch the reserve; [`Error::is_full`] is then true.
+    pub(crate) fn take(&self, bytes: u64, purpose: Purpose) -> Result<Grant<'_>> {
+        let mut seen = self.seen();
+        if seen.at.is_none_or(|at| at.elapsed() >= LOOK_INTERVAL) {
+            let free = self.free().map_err(Error::at("cannot ask for the free space of", &self.root))?;
+            seen.free = free.saturating_sub(seen.granted);
+            seen.at = Some(Instant::now());
+        }
+        let reserve = match purpose {
+            Purpose::Blob => self.reserve,
+            Purpose::Manifest => self.reserve / 2,
+        };
+        if bytes.checked_add(reserve).is_none_or(|needed| needed > seen.free) {
+            let why = format!("{} bytes are free, of which {reserve} are reserved", seen.free);
+            let full = io::Error::new(ErrorKind::StorageFull, why);
+            return Err(Error::new(
+                format!("there is no room for {bytes} bytes in {}", self.root.display()),
+                full,
+            ));
+        }
+        seen.free -= bytes;
+        seen.granted = seen.granted.saturating_add(bytes);
+        Ok(Grant { space: self, bytes })
+    }
+
+    /// Tells whether so many bytes of a blob could be taken just now.
+    pub(crate) fn check(&self, bytes: u64) -> Result<()> {
+        let grant = self.take(bytes, Purpose::Blob)?;
+        self.seen().free += grant.bytes;
+        Ok(())
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Grant<'_> {
+    fn drop(&mut self) {
+        let mut seen = self.space.seen();
+        seen.granted = seen.granted.saturating_sub(self.bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_granted_is_not_granted_again() {
+        let root = tempfile::tempdir().unwrap();
+        let space = Space::new(root.path(), None);
+        assert!(space.reserve() > 0 && space.reserve() <= RESERVE_BYTES_DEFAULT);
+        let (free, reserve) = (1000 + space.reserve(), space.reserve());
+        let pretend = |granted| {
+            // An answer that stays new for the test.
+            let at = Instant::now() + Duration::from_secs(3600);
+            *space.seen() = Seen { at: Some(at), free: free - granted, granted };
+        };
+        pretend(0);
+        space.check(1000).unwrap();
+        space.check(1000).unwrap();
+        let first = space.take(600, Purpose::Blob).unwrap();
+        let second = space.take(400, Purpose::Blob).unwrap();
+        let refused = space.take(1, Purpose::Blob).unwrap_err();
+        assert!(refused.is_full(), "{refused:?}");
+        drop(space.take(reserve / 2, Purpose::Manifest).unwrap());
+        space.take(2, Purpose::Manifest).unwrap_err();
+        drop((first, second));
+        space.take(1, Purpose::Blob).unwrap_err();
+        assert_eq!(space.seen().granted, 0);
+        space.take(u64::MAX, Purpose::Blob).unwrap_err();
+    }
+
+    #[test]
+    fn what_is_not_written_yet_is_taken_off_the_next_answer() {
+        let root = tempfile::tempdir().unwrap();
+        let space = Space::new(root.path(), Some(0));
+        let half = space.free().unwrap() / 2;
+        let kept = space.take(half, Purpose::Blob).unwrap();
+        space.seen().at = None;
+        space.check(half + half / 2).unwrap_err();
+        drop(kept);
+        space.seen().at = None;
+        space.check(half + half / 2).unwrap();
+    }
+}
