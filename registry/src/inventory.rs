@@ -269,7 +269,7 @@ pub(crate) fn remove(
         None => {
             let mut removed = 0;
             for named in storage.named(repo)? {
-                storage.delete_tag(repo, &named.tag)?;
+                removed += u64::from(storage.delete_tag(repo, &named.tag)?);
             }
             for digest in storage.revisions(repo)? {
                 removed += u64::from(storage.delete_manifest(repo, &digest)?);

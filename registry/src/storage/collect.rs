@@ -19,10 +19,11 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use super::blobs::{found, read_link};
 use super::manifests::{MANIFEST_BYTES_MAX, REPO_DIRS, read_at_most, walk};
+use super::pace::Pace;
 use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest};
 use crate::model;
@@ -190,7 +191,7 @@ impl<'a> Run<'a> {
         let begun = SystemTime::now();
         drop(all);
         let cutoff = begun.checked_sub(storage.grace.0).unwrap_or(SystemTime::UNIX_EPOCH);
-        let pace = Pace::new(options.removals_per_second);
+        let pace = Pace::new(Some(options.removals_per_second.into()));
         Self { storage, options, counts, stop, begun, cutoff, live: Vec::new(), pace }
     }
 
@@ -338,7 +339,7 @@ impl<'a> Run<'a> {
             removed(metadata.len());
         }
         drop(exclusive);
-        self.pace.removed(removals, self.stop);
+        self.pace.spend(removals, self.stop);
         Ok(kept)
     }
 
@@ -364,7 +365,7 @@ impl<'a> Run<'a> {
             if let Some(bytes) = given_up {
                 count(&self.counts.removed_uploads, 1);
                 count(&self.counts.freed_bytes, bytes);
-                self.pace.removed(1, self.stop);
+                self.pace.spend(1, self.stop);
             }
         }
         Ok(())
@@ -393,32 +394,6 @@ impl<'a> Run<'a> {
         match self.stop.load(Ordering::Relaxed) {
             true => Err(Error::new("the collection was stopped", ErrorKind::Interrupted.into())),
             false => Ok(()),
-        }
-    }
-}
-
-/// Keeps removals to a number per second.
-struct Pace {
-    each: Duration,
-    next: Instant,
-}
-
-impl Pace {
-    /// How long a pause may last before it looks whether it is to stop.
-    const STEP: Duration = Duration::from_millis(100);
-
-    fn new(per_second: u32) -> Self {
-        Self { each: Duration::from_secs(1) / per_second.max(1), next: Instant::now() }
-    }
-
-    /// Pauses after so many removals for as long as they may take.
-    fn removed(&mut self, removals: u32, stop: &AtomicBool) {
-        self.next = self.next.max(Instant::now() - Self::STEP) + self.each * removals;
-        while let Some(left) = self.next.checked_duration_since(Instant::now()) {
-            if stop.load(Ordering::Relaxed) {
-                return;
-            }
-            std::thread::sleep(left.min(Self::STEP));
         }
     }
 }

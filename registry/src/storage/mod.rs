@@ -17,6 +17,7 @@ pub(crate) mod collect;
 pub(crate) mod ingest;
 mod layout;
 pub(crate) mod manifests;
+mod pace;
 pub(crate) mod pool;
 pub(crate) mod quota;
 mod referrers;

@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 use super::blobs::found;
 use super::layout::Layout;
 use super::manifests::walk;
+use super::pace::Pace;
 use super::pool::{ALIGN_BYTES, Pool};
 use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest, Hasher};
@@ -36,8 +37,6 @@ use crate::names::RepoName;
 const READ_BYTES: usize = 1 << 20;
 /// What a blob costs at least, in bytes of the rate: finding a small one takes the disk as long as reading so much.
 const BLOB_BYTES_MIN: u64 = 64 << 10;
-/// Longest pause before it is looked whether to stop; the rate is kept within as much time.
-const PAUSE_STEP: Duration = Duration::from_millis(100);
 /// How often it is noted how far a pass is.
 const CURSOR_INTERVAL: Duration = Duration::from_secs(30);
 /// Longest cursor that is read, bytes.
@@ -364,12 +363,12 @@ struct Eye<'a> {
     file: Option<File>,
     /// Bytes of it that were read.
     bytes: u64,
-    next: Instant,
+    pace: Pace,
 }
 
 impl<'a> Eye<'a> {
     fn new(pass: &'a Pass<'a>) -> Self {
-        Self { pass, pool: Pool::new(READ_BYTES, 1, 1), file: None, bytes: 0, next: Instant::now() }
+        Self { pass, pool: Pool::new(READ_BYTES, 1, 1), file: None, bytes: 0, pace: Pace::new(pass.rate) }
     }
 
     fn look(&mut self, path: &Path, digest: &Digest) -> io::Result<Verdict> {
@@ -410,31 +409,15 @@ impl<'a> Eye<'a> {
                 let length = std::num::NonZero::new(self.bytes);
                 let _ = rustix::fs::fadvise(&*file, 0, length, Advice::DontNeed);
             }
-            let stopped = pace(&mut self.next, self.pass, read as u64);
+            let stopped = self.pace.spend(read as u64, self.pass.stop);
             // The end of a file is no whole piece, and what lies behind it cannot be read so.
             if read == 0 || stopped || (direct.is_some() && !read.is_multiple_of(ALIGN_BYTES)) {
                 break;
             }
         }
-        pace(&mut self.next, self.pass, BLOB_BYTES_MIN.saturating_sub(self.bytes));
+        self.pace.spend(BLOB_BYTES_MIN.saturating_sub(self.bytes), self.pass.stop);
         Ok(Some(hasher.finish()))
     }
-}
-
-/// Pauses as long as so many bytes may take; returns whether it is to stop.
-fn pace(next: &mut Instant, pass: &Pass, bytes: u64) -> bool {
-    let stopped = || pass.stop.load(Ordering::Relaxed);
-    let Some(rate) = pass.rate else { return stopped() };
-    let now = Instant::now();
-    let earliest = now.checked_sub(PAUSE_STEP).unwrap_or(now);
-    *next = (*next).max(earliest) + Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
-    while let Some(left) = next.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-        if stopped() {
-            break;
-        }
-        std::thread::sleep(left.min(PAUSE_STEP));
-    }
-    stopped()
 }
 
 /// The names in a directory, in order.
@@ -587,20 +570,6 @@ mod tests {
             fs::write(&path, torn).unwrap();
             assert_eq!(read_cursor(&path).unwrap(), Cursor::default());
         }
-    }
-
-    #[test]
-    fn the_rate_is_kept_and_a_pause_ends_when_it_is_stopped() {
-        let (counts, stop) = (Counts::default(), AtomicBool::new(false));
-        let pass = Pass { rate: Some(1 << 20), counts: &counts, stop: &stop };
-        let begun = Instant::now();
-        let mut next = begun;
-        for _ in 0..8 {
-            assert!(!pace(&mut next, &pass, 64 << 10));
-        }
-        assert!(begun.elapsed() >= Duration::from_millis(500));
-        stop.store(true, Ordering::Relaxed);
-        assert!(pace(&mut next, &pass, 1 << 40));
     }
 
     #[test]

@@ -88,8 +88,8 @@ impl Dice {
 impl World {
     async fn operate(&self, dice: &mut Dice, serial: u64) {
         match dice.roll(10) {
-            0..=4 => self.push(dice, serial).await,
-            5..=7 => self.delete(dice).await,
+            0..=3 => self.push(dice, serial).await,
+            4..=7 => self.delete(dice).await,
             _ => {
                 let picked = self.pick(dice);
                 if let Some((at, blobs)) = picked {
@@ -109,7 +109,7 @@ impl World {
     async fn push(&self, dice: &mut Dice, serial: u64) {
         let repo = dice.roll(3) as usize;
         let name = REPOS[repo];
-        let contents: Vec<Vec<u8>> = (0..3).map(|_| noise(300, dice.roll(12))).collect();
+        let contents: Vec<Vec<u8>> = (0..3).map(|_| noise(300, dice.roll(40))).collect();
         for content in &contents {
             let digest = sha256(content);
             if self.served.ask("HEAD", &format!("/v2/{name}/blobs/{digest}")).await.status == 200 {
