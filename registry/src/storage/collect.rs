@@ -11,14 +11,19 @@
 //!        sweep, for each blob:                                  not among them, and old: remove <── live
 //! ```
 //!
+//! Repositories, and then the directories of blobs, are gone through by several threads: what they wait for is the disk.
+//!
 //! Why nothing that is wanted is lost, and what holds the two sides apart ([`Storage::accepting`]), is argued in
 //! `docs/garbage-collection.md`; `interleavings` tries all of a model of it.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use super::blobs::{found, read_link};
@@ -32,6 +37,12 @@ use crate::rules::Rules;
 
 /// Removals under one hold of the lock that keeps pushes out.
 const BATCH_REMOVALS_MAX: usize = 128;
+/// Threads that look and remove at a time; more of them than cores, as they wait for the disk.
+const THREADS: usize = 6;
+/// Repositories, or directories of blobs, that wait for a thread.
+const QUEUE_MAX: usize = 2 * THREADS;
+/// How much the threads give way to those that serve clients.
+const NICENESS: i32 = 10;
 
 /// How a collection is run.
 #[derive(Clone, Debug)]
@@ -156,7 +167,7 @@ impl Storage {
     ) -> Result<Option<()>> {
         let Ok(_running) = self.collecting.try_lock() else { return Ok(None) };
         self.check_clock()?;
-        let mut run = Run::begin(self, options, counts, stop);
+        let run = Run::begin(self, options, counts, stop);
         run.mark()?;
         run.sweep()?;
         Ok(Some(()))
@@ -169,12 +180,14 @@ pub(super) struct Run<'a> {
     pub(super) options: &'a Options,
     pub(super) counts: &'a Counts,
     stop: &'a AtomicBool,
+    /// Set when one of the threads has failed.
+    failed: AtomicBool,
     pub(super) begun: SystemTime,
     /// What was touched since is new.
     pub(super) cutoff: SystemTime,
     /// Digests that a repository has, by their first 128 bits. Two that agree in them can only keep garbage.
-    live: Vec<u128>,
-    pace: Pace,
+    live: Mutex<Vec<u128>>,
+    pace: Mutex<Pace>,
 }
 
 /// A file that is garbage, if it is still old when its turn comes.
@@ -191,31 +204,81 @@ impl<'a> Run<'a> {
         let begun = SystemTime::now();
         drop(all);
         let cutoff = begun.checked_sub(storage.grace.0).unwrap_or(SystemTime::UNIX_EPOCH);
-        let pace = Pace::new(Some(options.removals_per_second.into()));
-        Self { storage, options, counts, stop, begun, cutoff, live: Vec::new(), pace }
+        let pace = Mutex::new(Pace::new(Some(options.removals_per_second.into())));
+        let (failed, live) = (AtomicBool::default(), Mutex::default());
+        Self { storage, options, counts, stop, failed, begun, cutoff, live, pace }
     }
 
-    fn mark(&mut self) -> Result<()> {
+    fn mark(&self) -> Result<()> {
         if let (Some(before), false) = (self.given_up(), self.options.dry_run) {
             self.storage.forget_pending_uploads(before);
         }
         let base = self.storage.layout.repositories();
-        walk(&base, &["_layers", "_manifests", "_uploads"], &mut |repo| {
-            self.mark_repo(repo)?;
-            self.collect_uploads(repo)?;
-            self.forget_empty(repo)
-        })?;
-        self.live.sort_unstable();
-        self.live.dedup();
+        self.on_threads(
+            |hand_out| {
+                walk(&base, &["_layers", "_manifests", "_uploads"], &mut |repo| hand_out(repo.clone()))
+            },
+            |repo| {
+                self.mark_repo(&repo)?;
+                self.collect_uploads(&repo)?;
+                self.forget_empty(&repo)
+            },
+        )?;
+        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        live.sort_unstable();
+        live.dedup();
         Ok(())
     }
 
+    /// Has several threads work on what `source` hands out, until all is done or one of them fails.
+    fn on_threads<T: Send>(
+        &self,
+        source: impl FnOnce(&mut dyn FnMut(T) -> Result<()>) -> Result<()>,
+        work: impl Fn(T) -> Result<()> + Sync,
+    ) -> Result<()> {
+        let (sender, receiver) = mpsc::sync_channel(QUEUE_MAX);
+        let receiver = Mutex::new(receiver);
+        let next = || receiver.lock().unwrap_or_else(PoisonError::into_inner).recv().ok();
+        let worker = || {
+            // A thread that may not is as good.
+            let _ = rustix::process::nice(NICENESS);
+            let mut done = Ok(());
+            // When one has failed, all take what is still handed out, and that ends soon.
+            while let Some(item) = next() {
+                if self.failed.load(Ordering::Relaxed) {
+                    continue;
+                }
+                if let Err(error) = work(item)
+                    && !self.failed.swap(true, Ordering::Relaxed)
+                {
+                    done = Err(error);
+                }
+            }
+            done
+        };
+        thread::scope(|scope| {
+            let workers: Vec<_> = (0..THREADS).map(|_| scope.spawn(worker)).collect();
+            let handed_out = source(&mut |item| {
+                self.check()?;
+                sender.send(item).map_err(|_| Error::other("a collecting thread ended early"))
+            });
+            drop(sender);
+            let mut done = Ok(());
+            for worker in workers {
+                let ended = worker.join();
+                done =
+                    done.and(ended.unwrap_or_else(|_| Err(Error::other("a collecting thread ended early"))));
+            }
+            done.and(handed_out)
+        })
+    }
+
     /// Notes what a repository has, and removes its links to blobs that none of its manifests refers to.
-    fn mark_repo(&mut self, repo: &RepoName) -> Result<()> {
+    fn mark_repo(&self, repo: &RepoName) -> Result<()> {
         count(&self.counts.repositories, 1);
         let storage = self.storage;
         let gone = self.retain(repo)?;
-        let mut referenced = Vec::new();
+        let (mut live, mut referenced) = (Vec::new(), Vec::new());
         let mut all_are_read = true;
         each_digest(&storage.layout.revisions(repo), |digest| {
             self.check()?;
@@ -227,7 +290,7 @@ impl<'a> Run<'a> {
                 return Ok(());
             }
             count(&self.counts.manifests, 1);
-            self.live.push(key(&digest));
+            live.push(key(&digest));
             match references(storage, &digest)? {
                 Some(digests) => referenced.extend(digests.iter().map(key)),
                 None => all_are_read = false,
@@ -251,50 +314,59 @@ impl<'a> Run<'a> {
             let Some(target) = target.as_ref().map(key) else { return Ok(()) };
             let wanted = |key: u128| referenced.binary_search(&key).is_ok();
             if !all_are_read || wanted(key(&digest)) || wanted(target) {
-                self.live.push(target);
+                live.push(target);
                 return Ok(());
             }
             doomed.push(Doomed { path, target });
             match doomed.len() < BATCH_REMOVALS_MAX {
                 true => Ok(()),
-                false => self.remove_links(repo, &mut doomed),
+                false => self.remove_links(repo, &mut doomed).map(|kept| live.extend(kept)),
             }
         })?;
-        self.remove_links(repo, &mut doomed)
-    }
-
-    fn remove_links(&mut self, repo: &RepoName, doomed: &mut Vec<Doomed>) -> Result<()> {
-        let counts = self.counts;
-        let kept = self.remove(Some(repo), doomed, |_| count(&counts.removed_links, 1))?;
-        self.live.extend(kept);
+        live.extend(self.remove_links(repo, &mut doomed)?);
+        self.live.lock().unwrap_or_else(PoisonError::into_inner).extend(live);
         Ok(())
     }
 
-    fn sweep(&mut self) -> Result<()> {
-        let storage = self.storage;
-        let counts = self.counts;
-        let base = storage.layout.blobs();
-        let mut doomed = Vec::new();
+    fn remove_links(&self, repo: &RepoName, doomed: &mut Vec<Doomed>) -> Result<Vec<u128>> {
+        self.remove(Some(repo), doomed, |_| count(&self.counts.removed_links, 1))
+    }
+
+    fn sweep(&self) -> Result<()> {
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_live = |digest: &Digest| live.binary_search(&key(digest)).is_ok();
         let removed = |bytes| {
-            count(&counts.removed_blobs, 1);
-            count(&counts.freed_bytes, bytes);
+            count(&self.counts.removed_blobs, 1);
+            count(&self.counts.freed_bytes, bytes);
         };
-        each_blob(&base, |digest| {
-            self.check()?;
-            count(&counts.blobs, 1);
-            let target = key(&digest);
-            if self.live.binary_search(&target).is_err() {
-                doomed.push(Doomed { path: storage.layout.blob(&digest), target });
-            }
-            if doomed.len() == BATCH_REMOVALS_MAX {
-                self.remove(None, &mut doomed, removed)?;
-            }
-            Ok(())
-        })?;
-        self.remove(None, &mut doomed, removed)?;
-        let wanted = |digest: &Digest| self.live.binary_search(&key(digest)).is_ok();
-        storage.collect_quarantined(self.options.dry_run, wanted, removed);
+        self.on_threads(
+            |hand_out| each_part(&self.storage.layout.blobs(), hand_out),
+            |part| self.sweep_part(&part, is_live, removed),
+        )?;
+        self.storage.collect_quarantined(self.options.dry_run, is_live, removed);
         Ok(())
+    }
+
+    /// Removes the blobs of one directory that no repository has.
+    fn sweep_part(
+        &self,
+        part: &Part,
+        is_live: impl Fn(&Digest) -> bool,
+        removed: impl Fn(u64) + Copy,
+    ) -> Result<()> {
+        let mut doomed = Vec::new();
+        part.each_blob(|digest| {
+            self.check()?;
+            count(&self.counts.blobs, 1);
+            if !is_live(&digest) {
+                doomed.push(Doomed { path: self.storage.layout.blob(&digest), target: key(&digest) });
+            }
+            match doomed.len() < BATCH_REMOVALS_MAX {
+                true => Ok(()),
+                false => self.remove(None, &mut doomed, removed).map(drop),
+            }
+        })?;
+        self.remove(None, &mut doomed, removed).map(drop)
     }
 
     /// Removes the files that are old, each with its directory, and calls `removed` with its length; returns what the
@@ -302,12 +374,20 @@ impl<'a> Run<'a> {
     ///
     /// `of` is the repository whose links the files are.
     fn remove(
-        &mut self,
+        &self,
         of: Option<&RepoName>,
         doomed: &mut Vec<Doomed>,
         removed: impl Fn(u64),
     ) -> Result<Vec<u128>> {
         let mut kept = Vec::new();
+        // What is new stays new. And to have looked at a file once before makes the hold short.
+        for Doomed { path, target } in mem::take(doomed) {
+            match self.look(&path)? {
+                Look::New => kept.push(target),
+                Look::Gone => self.clear(&path)?,
+                Look::Old(_) => doomed.push(Doomed { path, target }),
+            }
+        }
         if doomed.is_empty() {
             return Ok(kept);
         }
@@ -318,16 +398,19 @@ impl<'a> Run<'a> {
             return Err(Error::new(context, ErrorKind::Interrupted.into()));
         }
         for Doomed { path, target } in doomed.drain(..) {
-            let fail = |error| Error::at("cannot collect", &path)(error);
-            let Some(metadata) = found(fs::symlink_metadata(&path)).map_err(fail)? else {
-                self.clear(&path)?;
-                continue;
+            let bytes = match self.look(&path)? {
+                Look::New => {
+                    kept.push(target);
+                    continue;
+                }
+                Look::Gone => {
+                    self.clear(&path)?;
+                    continue;
+                }
+                Look::Old(bytes) => bytes,
             };
-            if metadata.modified().map_err(fail)? >= self.cutoff {
-                kept.push(target);
-                continue;
-            }
             if !self.options.dry_run {
+                let fail = |error| Error::at("cannot collect", &path)(error);
                 match of {
                     Some(repo) => self.storage.quotas.removing(repo, &path, target).map(drop),
                     None => fs::remove_file(&path),
@@ -336,11 +419,25 @@ impl<'a> Run<'a> {
                 remove_empty(path.parent()).map_err(fail)?;
                 removals += 1;
             }
-            removed(metadata.len());
+            removed(bytes);
         }
         drop(exclusive);
-        self.pace.spend(removals, self.stop);
+        self.pace(removals);
         Ok(kept)
+    }
+
+    fn look(&self, path: &Path) -> Result<Look> {
+        let fail = |error| Error::at("cannot collect", path)(error);
+        let Some(metadata) = found(fs::symlink_metadata(path)).map_err(fail)? else { return Ok(Look::Gone) };
+        match metadata.modified().map_err(fail)? >= self.cutoff {
+            true => Ok(Look::New),
+            false => Ok(Look::Old(metadata.len())),
+        }
+    }
+
+    /// Keeps all threads together to the rate.
+    fn pace(&self, removals: u64) {
+        self.pace.lock().unwrap_or_else(PoisonError::into_inner).spend(removals, self.stop);
     }
 
     /// Removes the directory that an earlier removal, or a deletion, has left of what is not at `path` any more.
@@ -352,7 +449,7 @@ impl<'a> Run<'a> {
     }
 
     /// Gives up uploads in which nothing has happened for long.
-    fn collect_uploads(&mut self, repo: &RepoName) -> Result<()> {
+    fn collect_uploads(&self, repo: &RepoName) -> Result<()> {
         let Some(before) = self.given_up() else { return Ok(()) };
         let base = self.storage.layout.uploads(repo);
         for entry in
@@ -365,14 +462,14 @@ impl<'a> Run<'a> {
             if let Some(bytes) = given_up {
                 count(&self.counts.removed_uploads, 1);
                 count(&self.counts.freed_bytes, bytes);
-                self.pace.spend(1, self.stop);
+                self.pace(1);
             }
         }
         Ok(())
     }
 
     /// Removes the directories of a repository that has nothing any more, so that catalogues do not list it.
-    fn forget_empty(&mut self, repo: &RepoName) -> Result<()> {
+    fn forget_empty(&self, repo: &RepoName) -> Result<()> {
         if self.options.dry_run {
             return Ok(());
         }
@@ -391,11 +488,20 @@ impl<'a> Run<'a> {
     }
 
     pub(super) fn check(&self) -> Result<()> {
-        match self.stop.load(Ordering::Relaxed) {
+        match self.stop.load(Ordering::Relaxed) || self.failed.load(Ordering::Relaxed) {
             true => Err(Error::new("the collection was stopped", ErrorKind::Interrupted.into())),
             false => Ok(()),
         }
     }
+}
+
+/// How a file looks that is garbage if it is old.
+enum Look {
+    Gone,
+    /// Somebody has touched it since the cutoff.
+    New,
+    /// Its bytes.
+    Old(u64),
 }
 
 /// What a stored manifest refers to; `None` if it is damaged or of an unknown kind.
@@ -429,16 +535,28 @@ fn each_digest(base: &Path, mut visit: impl FnMut(Digest) -> Result<()>) -> Resu
     Ok(())
 }
 
-/// Calls `visit` for every `<alg>/<2 hex>/<hex>` below `base`.
-fn each_blob(base: &Path, mut visit: impl FnMut(Digest) -> Result<()>) -> Result<()> {
+/// One of the directories that blobs are spread over, `<alg>/<2 hex>`.
+struct Part {
+    algorithm: Algorithm,
+    dir: PathBuf,
+}
+
+impl Part {
+    /// Calls `visit` for every `<hex>` in it.
+    fn each_blob(&self, mut visit: impl FnMut(Digest) -> Result<()>) -> Result<()> {
+        let prefix = self.dir.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        each_name(&self.dir, |hex| match digest(self.algorithm, hex) {
+            Some(digest) if hex.starts_with(prefix) => visit(digest),
+            _ => Ok(()),
+        })
+    }
+}
+
+/// Calls `visit` for every directory of blobs below `base`.
+fn each_part(base: &Path, visit: &mut dyn FnMut(Part) -> Result<()>) -> Result<()> {
     for algorithm in Algorithm::ALL {
         let base = base.join(algorithm.name());
-        each_name(&base, |part| {
-            each_name(&base.join(part), |hex| match digest(algorithm, hex) {
-                Some(digest) if hex.starts_with(part) => visit(digest),
-                _ => Ok(()),
-            })
-        })?;
+        each_name(&base, |part| visit(Part { algorithm, dir: base.join(part) }))?;
     }
     Ok(())
 }
@@ -814,5 +932,46 @@ mod tests {
         assert!(stopped.unwrap_err().to_string().contains("stopped"));
         let _running = storage.collecting.lock().unwrap();
         assert!(storage.collect(&options(), &Counts::default(), &AtomicBool::new(false)).unwrap().is_none());
+    }
+
+    #[test]
+    fn many_repositories_are_collected_as_each_alone_would_be() {
+        let (_root, storage) = storage();
+        let repos: Vec<RepoName> = (0..200).map(|n| repo(&format!("vi/ns{}/image-{n}", n % 7))).collect();
+        let shared = push_blob(&storage, &repos[0], "shared");
+        for (n, repo) in repos.iter().enumerate() {
+            let config = push_blob(&storage, repo, &format!("config of {n}"));
+            push_blob(&storage, repo, &format!("garbage of {n}"));
+            storage.mount_blob(&repos[0], repo, &shared).unwrap();
+            if n % 2 == 0 {
+                push_manifest(&storage, repo, image(&config, &[&shared]), Some("v1"));
+            }
+        }
+        age(&storage);
+        let counts = collect(&storage, &options());
+        assert_eq!((get(&counts.repositories), get(&counts.manifests)), (200, 100));
+        assert_eq!((get(&counts.blobs), get(&counts.removed_blobs)), (501, 300));
+        assert_eq!((get(&counts.removed_links), get(&counts.removed_repositories)), (400, 100));
+        for (n, repo) in repos.iter().enumerate() {
+            assert_eq!(storage.stat_blob(repo, &shared).unwrap().is_some(), n % 2 == 0, "{repo}");
+        }
+        assert_eq!(get(&collect(&storage, &options()).removed_blobs), 0);
+    }
+
+    #[test]
+    fn what_fails_in_one_repository_ends_the_collection_and_is_what_is_told() {
+        let (_root, storage) = storage();
+        for n in 0..50 {
+            push_blob(&storage, &repo(&format!("repo-{n}")), &format!("blob of {n}"));
+        }
+        let broken = push_manifest(&storage, &repo("repo-7"), r#"{"schemaVersion": 2}"#.to_owned(), None);
+        let path = storage.layout.blob(&broken);
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        age(&storage);
+        let counts = Counts::default();
+        let error = storage.collect(&options(), &counts, &AtomicBool::new(false)).unwrap_err();
+        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        assert_eq!(get(&counts.removed_blobs), 0, "nothing is swept when not all is marked");
     }
 }

@@ -26,7 +26,7 @@ pub(crate) struct Named {
 
 impl Run<'_> {
     /// Deletes what the rules do not keep; returns the manifests that are gone, or would be if this was no dry run.
-    pub(super) fn retain(&mut self, repo: &RepoName) -> Result<BTreeSet<Digest>> {
+    pub(super) fn retain(&self, repo: &RepoName) -> Result<BTreeSet<Digest>> {
         let options = self.options;
         let rules = &*options.rules;
         let Some(rule) = rules.retention_of(repo) else { return Ok(BTreeSet::new()) };
@@ -54,7 +54,7 @@ impl Run<'_> {
     }
 
     /// Deletes a tag if it is still what it was; returns whether it is gone.
-    fn delete_tag(&mut self, repo: &RepoName, named: &Named) -> Result<bool> {
+    fn delete_tag(&self, repo: &RepoName, named: &Named) -> Result<bool> {
         self.check()?;
         let _exclusive = self.storage.accepting.write().unwrap_or_else(PoisonError::into_inner);
         if self.storage.named_by(repo, &named.tag)?.as_ref() != Some(named) {
@@ -65,7 +65,7 @@ impl Run<'_> {
 
     /// Deletes manifests that were last touched before `before`, and that neither a tag nor a manifest that stays refers to.
     fn delete_untagged(
-        &mut self,
+        &self,
         repo: &RepoName,
         tags: &[Named],
         before: SystemTime,
@@ -117,7 +117,7 @@ impl Run<'_> {
     }
 
     /// Deletes a manifest if nobody has touched it meanwhile: a push that builds on it, or names it, does.
-    fn delete_revision(&mut self, repo: &RepoName, digest: &Digest, before: SystemTime) -> Result<bool> {
+    fn delete_revision(&self, repo: &RepoName, digest: &Digest, before: SystemTime) -> Result<bool> {
         let storage = self.storage;
         let _exclusive = storage.accepting.write().unwrap_or_else(PoisonError::into_inner);
         if storage.revision_touched(repo, digest)?.is_none_or(|touched| touched >= before) {
