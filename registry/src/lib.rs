@@ -15,6 +15,7 @@
 //!                       └── sync, layout      durable placement; who lies where
 //!            inventory                  what a directory holds, for people
 //!            rules                      what is kept, what never changes
+//!            units                      sizes and times as people write them
 //!            digest, names              the grammars everything from outside must pass
 //! ```
 //!
@@ -37,6 +38,7 @@ mod server;
 mod storage;
 mod tasks;
 mod tls;
+mod units;
 
 use std::io;
 use std::path::PathBuf;
@@ -46,11 +48,12 @@ use std::time::Duration;
 use axum::Router;
 
 pub use auth::{Auth, Bearer, ExternalUrl, UrlError};
-pub use rules::{Pattern, Retention, Rules, Tags, parse_time};
+pub use rules::{Pattern, Retention, Rules, Tags};
 pub use server::serve;
 pub use storage::quota::{Prefix, Quota};
 pub use tasks::{Collected, Outcome, Schedule, Scrubbed, Task, Watch};
 pub use tls::Tls;
+pub use units::{OrOff, Size, Time};
 
 use api::App;
 use auth::Guard;

@@ -2,12 +2,11 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::time::Duration;
 
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Serialize};
 
 use crate::names::{RepoName, Tag};
+use crate::units::Time;
 
 /// A pattern of names: `*` stands for any characters but `/`, `**` for any characters.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -92,14 +91,8 @@ impl fmt::Display for Pattern {
     }
 }
 
-impl<'de> Deserialize<'de> for Pattern {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
-    }
-}
-
 /// Tags of repositories.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Tags {
     pub repositories: Pattern,
@@ -112,7 +105,7 @@ fn any() -> Pattern {
 }
 
 /// What is kept of the repositories of a pattern. Of several rules the first that fits a repository counts.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Retention {
     pub repositories: Pattern,
@@ -122,11 +115,9 @@ pub struct Retention {
     /// So many others stay, those pushed last.
     pub keep_newest: Option<usize>,
     /// Others that were pushed within this time stay. Without this and `keep_newest` all tags stay.
-    #[serde(default, deserialize_with = "time")]
-    pub keep_younger: Option<Duration>,
+    pub keep_younger: Option<Time>,
     /// Manifests that no tag names, and no manifest that stays refers to, go after this time; never without it.
-    #[serde(default, deserialize_with = "time")]
-    pub untagged_after: Option<Duration>,
+    pub untagged_after: Option<Time>,
 }
 
 impl Retention {
@@ -137,7 +128,7 @@ impl Retention {
 }
 
 /// All rules of one registry.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Rules {
     pub retention: Vec<Retention>,
@@ -145,11 +136,38 @@ pub struct Rules {
     pub pinned: Vec<Tags>,
     /// Tags that never name anything else, and cannot be deleted, nor what they name; no retention takes them either.
     pub immutable: Vec<Tags>,
-    /// Repositories whose manifests may refer to what is not there.
+    /// Repositories whose manifests may refer to what is not there. Not in files of rules.
+    #[serde(skip)]
     pub sparse_manifests: Vec<Pattern>,
 }
 
 impl Rules {
+    /// Every key, as it is written in a file.
+    pub const EXAMPLE: &str = r#"
+# What is kept, what never changes. In patterns * stands for any characters but /, ** for any.
+rules:
+  # What is kept of a repository; the first rule that fits it counts. Without keep-newest and keep-younger all tags stay,
+  # without untagged-after all manifests.
+  retention:
+    - repositories: ci/**
+      # these stay
+      keep-tags: [v*, latest]
+      # of the others those pushed last
+      keep-newest: 10
+      # and those pushed within this time
+      keep-younger: 30d
+      # manifests without a tag go when nobody has touched them for so long
+      untagged-after: 7d
+  # No retention takes these tags, nor what they name.
+  pinned:
+    - repositories: golden/*
+      tags: "**"
+  # Pinned, and never changed nor deleted by anybody.
+  immutable:
+    - repositories: "**"
+      tags: v*
+"#;
+
     pub(crate) fn is_immutable(&self, repo: &RepoName, tag: &Tag) -> bool {
         fits(&self.immutable, repo, tag)
     }
@@ -174,32 +192,6 @@ impl Rules {
 
 fn fits(rules: &[Tags], repo: &RepoName, tag: &Tag) -> bool {
     rules.iter().any(|rule| rule.repositories.matches(repo.as_str()) && rule.tags.matches(tag.as_str()))
-}
-
-/// Reads a time such as `30m` or `7d`.
-fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
-    let text = Option::<String>::deserialize(deserializer)?;
-    text.map(|text| parse_time(&text).map_err(D::Error::custom)).transpose()
-}
-
-/// Reads a time with its unit: `90s`, `30m`, `12h`, `7d`.
-///
-/// # Errors
-/// Says what is wrong with the text.
-pub fn parse_time(text: &str) -> Result<Duration, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let seconds = match unit {
-        "s" => 1,
-        "m" => 60,
-        "h" => 3600,
-        "d" => 86_400,
-        _ => return Err(format!("'{text}' is not a time: write a whole number with s, m, h or d")),
-    };
-    let number: u64 =
-        number.parse().map_err(|_| format!("'{text}' is not a time: it must begin with a whole number"))?;
-    let seconds = number.checked_mul(seconds).ok_or_else(|| format!("'{text}' is longer than time lasts"))?;
-    Ok(Duration::from_secs(seconds))
 }
 
 #[cfg(test)]
@@ -251,15 +243,6 @@ mod tests {
         fn patterns_mean_what_they_say(pattern in "[ab/*]{1,8}", name in "[ab/]{0,10}") {
             let parsed: Pattern = pattern.parse().unwrap();
             prop_assert_eq!(parsed.matches(&name), matches(parsed.to_string().as_bytes(), name.as_bytes()));
-        }
-    }
-
-    #[test]
-    fn times_have_a_unit() {
-        assert_eq!(parse_time("90s"), Ok(Duration::from_secs(90)));
-        assert_eq!(parse_time("7d"), Ok(Duration::from_secs(604_800)));
-        for bad in ["", "90", "h", "1.5h", "1w", "999999999999999999d"] {
-            assert!(parse_time(bad).is_err(), "{bad}");
         }
     }
 

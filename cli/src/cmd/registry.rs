@@ -1,26 +1,22 @@
 //! `dvcr registry`.
 
-mod access;
+mod settings;
 
 use std::fmt;
 use std::io::{self, BufWriter, IsTerminal, Write};
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::num::NonZeroU32;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Subcommand;
 use dvcr_registry::inventory::{Inventory, Listed, Usage};
-use dvcr_registry::{
-    Collected, Collection, Config, Outcome, Pattern, Quota, Registry, Rules, Schedule, Task, control,
-    parse_time,
-};
+use dvcr_registry::{Collected, Config, Outcome, Pattern, Registry, Size, Task, Time, control};
 use indicatif::ProgressBar;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::access::AccessArgs;
+use self::settings::{Given, Home};
 use super::Output;
 use crate::size::Human;
 use crate::work::{self, Signals};
@@ -32,13 +28,16 @@ const LINE_INTERVAL: Duration = Duration::from_secs(5);
 ///
 /// On a loopback address anybody is served over plain HTTP; elsewhere the registry wants to know who may use it, and a
 /// certificate. SIGUSR1 collects garbage; SIGHUP reads the files with secrets and certificates again.
+///
+/// Every setting can also be a key of the file that --config names, and one with a single value a variable:
+/// DVCR_REGISTRY_GC_GRACE for --gc-grace. A flag counts more than a variable, and that more than the file.
 #[derive(Debug, clap::Args)]
-#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    serve: Serve,
+    serve: Given,
 }
 
 #[derive(Debug, Subcommand)]
@@ -54,9 +53,8 @@ enum Command {
 /// Where a command looks.
 #[derive(Debug, clap::Args)]
 struct Place {
-    /// Directory that holds the registry's data
-    #[arg(long, value_name = "DIR")]
-    root: PathBuf,
+    #[command(flatten)]
+    home: Home,
 
     /// Repositories, as in `vi/*` or `vi/**`; all by default
     #[arg(value_name = "PATTERN")]
@@ -103,9 +101,8 @@ struct Check {
 /// What only they needed is freed by the next collection of garbage.
 #[derive(Debug, clap::Args)]
 struct Rm {
-    /// Directory that holds the registry's data
-    #[arg(long, value_name = "DIR")]
-    root: PathBuf,
+    #[command(flatten)]
+    home: Home,
 
     /// REPOSITORY:TAG, REPOSITORY@DIGEST, or with --all REPOSITORY
     #[arg(value_name = "REFERENCE")]
@@ -116,75 +113,14 @@ struct Rm {
     all: bool,
 }
 
-#[derive(Debug, clap::Args)]
-struct Serve {
-    /// Directory that holds the registry's data; made if it is not there
-    #[arg(long, value_name = "DIR", required = true)]
-    root: Option<PathBuf>,
-
-    /// Address and port to listen on; port 0 takes a free one, which the log tells
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:5000")]
-    listen: SocketAddr,
-
-    /// When garbage is collected: five fields of cron, in UTC, or `off`
-    #[arg(long, value_name = "CRON", default_value = "0 2 * * *", value_parser = schedule)]
-    gc_schedule: MaybeSchedule,
-
-    /// Repositories whose manifests may refer to what is not there, such as `mirror/**`; may be given several times
-    #[arg(long, value_name = "PATTERN")]
-    allow_sparse_manifests: Vec<Pattern>,
-
-    #[command(flatten)]
-    collection: CollectionArgs,
-
-    /// Bytes per second that are read again in the background to find damage, at most, or `off`
-    #[arg(long, value_name = "SIZE", default_value = "8M", value_parser = scrub_rate)]
-    scrub_rate: MaybeRate,
-
-    /// Bytes that all repositories below a prefix may have, as in vi/ns1/=100G, or vi/*/=50G for each name in place of
-    /// the star; the longest prefix counts; may be repeated
-    #[arg(long, value_name = "PREFIX=SIZE", value_parser = quota)]
-    quota: Vec<Quota>,
-
-    /// Free bytes that uploads leave; by default 1 GiB, or a twentieth of the volume if that is less
-    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
-    reserve_space: Option<u64>,
-
-    /// Requests per second that one user, or one address where there are no users, may make; no bound by default
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    request_rate: Option<u32>,
-
-    /// How long a client may take to send, or to read, the next 16 KiB of a body, such as 30s
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
-    idle_timeout: Duration,
-
-    /// Requests that bring content at a time; others wait 10 s and are then told to come again
-    #[arg(long, value_name = "N", default_value_t = 40)]
-    uploads_max: usize,
-
-    /// Connections at a time; others wait
-    #[arg(long, value_name = "N", default_value_t = 1024)]
-    connections_max: usize,
-
-    #[command(flatten)]
-    access: AccessArgs,
-}
-
-/// As [`MaybeSchedule`].
-type MaybeRate = Option<u64>;
-
-/// Spelled so, a value of its own for the parser of arguments, and not one that may be left out.
-type MaybeSchedule = Option<Schedule>;
-
 /// Removes what no manifest needs any more, while the registry goes on
 ///
 /// Works by way of the registry that serves the directory, or, if there is none, on the directory itself. Interrupted, it
 /// leaves the rest for the next time.
 #[derive(Debug, clap::Args)]
 struct Gc {
-    /// Directory that holds the registry's data
-    #[arg(long, value_name = "DIR")]
-    root: PathBuf,
+    #[command(flatten)]
+    home: Home,
 
     /// Only tell what would be removed
     #[arg(long)]
@@ -194,8 +130,18 @@ struct Gc {
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
 
-    #[command(flatten)]
-    collection: CollectionArgs,
+    /// How long a blob may wait for the manifest that refers to it; this and what follows only when nobody serves the
+    /// directory, and by default as the settings have it
+    #[arg(long, value_name = "TIME")]
+    gc_grace: Option<Time>,
+
+    /// How long an upload may rest before it is given up
+    #[arg(long, value_name = "TIME")]
+    upload_age: Option<Time>,
+
+    /// Files that are removed per second, at most
+    #[arg(long, value_name = "N")]
+    gc_rate: Option<NonZeroU32>,
 }
 
 /// Reads all blobs once and puts damaged ones aside, while the registry goes on
@@ -205,58 +151,16 @@ struct Gc {
 /// blobs and who has them. Exit codes: 0 sound, 1 not all could be read, 2 blobs are damaged.
 #[derive(Debug, clap::Args)]
 struct Scrub {
-    /// Directory that holds the registry's data
-    #[arg(long, value_name = "DIR")]
-    root: PathBuf,
+    #[command(flatten)]
+    home: Home,
 
     /// Bytes read per second, at most, such as 100M
-    #[arg(long, value_name = "SIZE", value_parser = crate::size::parse)]
-    rate: Option<u64>,
+    #[arg(long, value_name = "SIZE")]
+    rate: Option<Size>,
 
     /// How to print the answer
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
-}
-
-/// How garbage is collected; of a command only when nobody serves the directory.
-#[derive(Debug, clap::Args)]
-struct CollectionArgs {
-    /// How long a blob may wait for the manifest that refers to it, such as 90s, 30m, 1h
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_time)]
-    gc_grace: Duration,
-
-    /// How long an upload may rest before it is given up, such as 12h, 7d
-    #[arg(long, value_name = "TIME", default_value = "7d", value_parser = parse_time)]
-    upload_age: Duration,
-
-    /// File of rules about what is kept and what never changes (YAML; docs/garbage-collection.md)
-    #[arg(long, value_name = "FILE")]
-    rules: Option<PathBuf>,
-
-    /// Files that are removed per second, at most
-    #[arg(long, value_name = "N", default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..))]
-    gc_rate: u32,
-}
-
-impl CollectionArgs {
-    /// Sets what is asked for; the schedule is none.
-    fn apply(&self, config: &mut Config) -> anyhow::Result<()> {
-        config.collection = Collection {
-            schedule: None,
-            grace: self.gc_grace,
-            upload_age: self.upload_age,
-            removals_per_second: self.gc_rate,
-        };
-        if let Some(file) = &self.rules {
-            config.rules = rules(file)?;
-        }
-        Ok(())
-    }
-}
-
-fn rules(file: &Path) -> anyhow::Result<Rules> {
-    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    serde_saphyr::from_str(&text).with_context(|| format!("{} holds no rules", file.display()))
 }
 
 /// Runs the command.
@@ -273,27 +177,23 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     .map(|()| ExitCode::SUCCESS)
 }
 
-fn serve(args: Serve) -> anyhow::Result<()> {
-    let root = args.root.context("the argument --root is missing")?;
-    let mut config = Config::new(&root);
-    args.collection.apply(&mut config)?;
-    config.collection.schedule = args.gc_schedule;
-    config.rules.sparse_manifests.extend(args.allow_sparse_manifests);
-    args.access.apply(args.listen, &mut config)?;
-    config.scrub.rate = args.scrub_rate;
-    config.limits.quotas = args.quota;
-    config.limits.reserve_bytes = args.reserve_space;
-    config.limits.request_rate = args.request_rate;
-    config.limits.idle_timeout = args.idle_timeout;
-    (config.uploads_max, config.connections_max) = (args.uploads_max, args.connections_max);
+fn serve(given: Given) -> anyhow::Result<()> {
+    let is_to_print = given.is_to_print();
+    let settings = given.settle()?;
+    if is_to_print {
+        print!("{}", settings.print()?);
+        return settings.check();
+    }
+    let listen = settings.listen;
+    let config = settings.config()?;
+    let root = config.root.clone();
     work::runtime()?.block_on(async {
         let mut signals = Signals::listen()?;
         let mut wanted = signal(SignalKind::user_defined1()).context("cannot listen for SIGUSR1")?;
         let mut reread = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
         let registry = Registry::open(config)?;
-        let listener = TcpListener::bind(args.listen)
-            .await
-            .with_context(|| format!("cannot listen on {}", args.listen))?;
+        let listener =
+            TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
         tracing::info!(addr = %listener.local_addr()?, root = %root.display(), "listening");
         let told = registry.clone();
         let ended = async {
@@ -317,8 +217,8 @@ fn serve(args: Serve) -> anyhow::Result<()> {
 }
 
 fn list(args: &Ls) -> anyhow::Result<()> {
-    let Place { root, repositories, output } = &args.place;
-    let inventory = Inventory::open(root)?;
+    let Place { home, repositories, output } = &args.place;
+    let inventory = Inventory::open(&home.root()?)?;
     let mut out = BufWriter::new(io::stdout().lock());
     inventory.list(repositories.as_ref(), args.untagged, |listed| match output {
         Output::Json => writeln!(out, "{}", serde_json::to_string(&listed)?),
@@ -332,7 +232,7 @@ fn list(args: &Ls) -> anyhow::Result<()> {
 }
 
 fn usage(place: &Place) -> anyhow::Result<()> {
-    let usages = Inventory::open(&place.root)?.usage(place.repositories.as_ref())?;
+    let usages = Inventory::open(&place.home.root()?)?.usage(place.repositories.as_ref())?;
     let mut out = BufWriter::new(io::stdout().lock());
     match place.output {
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&usages)?)?,
@@ -350,7 +250,7 @@ fn usage(place: &Place) -> anyhow::Result<()> {
 }
 
 fn check(place: &Place) -> anyhow::Result<ExitCode> {
-    let found = Inventory::open(&place.root)?.check(place.repositories.as_ref())?;
+    let found = Inventory::open(&place.home.root()?)?.check(place.repositories.as_ref())?;
     match place.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&found)?),
         Output::Human => {
@@ -380,16 +280,18 @@ fn remove(args: &Rm) -> anyhow::Result<()> {
         bail!("name a tag or a digest, as in REPOSITORY:TAG, or a REPOSITORY with --all");
     }
     let (repository, reference) = (repository.to_owned(), reference.map(str::to_owned));
-    match perform(Config::new(&args.root), &Task::Remove { repository, reference })? {
+    match perform(args.home.settings()?.upkeep()?, &Task::Remove { repository, reference })? {
         Outcome::Removed(0) => bail!("{text} is not there"),
         _ => Ok(()),
     }
 }
 
 fn collect(args: &Gc) -> anyhow::Result<()> {
-    let mut config = Config::new(&args.root);
-    args.collection.apply(&mut config)?;
-    let done = match perform(config, &Task::Collect { dry_run: args.dry_run })? {
+    let mut settings = args.home.settings()?;
+    settings.gc_grace = args.gc_grace.unwrap_or(settings.gc_grace);
+    settings.upload_age = args.upload_age.unwrap_or(settings.upload_age);
+    settings.gc_rate = args.gc_rate.unwrap_or(settings.gc_rate);
+    let done = match perform(settings.upkeep()?, &Task::Collect { dry_run: args.dry_run })? {
         Outcome::Collected(done) => done,
         other => bail!("the registry gave the answer to another question: {other:?}"),
     };
@@ -402,7 +304,10 @@ fn collect(args: &Gc) -> anyhow::Result<()> {
 
 /// Looks for damage.
 fn search(args: &Scrub) -> anyhow::Result<ExitCode> {
-    let done = match perform(Config::new(&args.root), &Task::Scrub { rate: args.rate })? {
+    let done = match perform(
+        args.home.settings()?.upkeep()?,
+        &Task::Scrub { rate: args.rate.map(|Size(rate)| rate) },
+    )? {
         Outcome::Scrubbed(done) => done,
         other => bail!("the registry gave the answer to another question: {other:?}"),
     };
@@ -463,29 +368,5 @@ impl fmt::Display for Utc {
             Some(time) => write!(f, "{}", time.format("%Y-%m-%d %H:%M")),
             None => f.write_str("-"),
         }
-    }
-}
-
-fn quota(text: &str) -> Result<Quota, String> {
-    let (prefix, size) = text.split_once('=').ok_or("write a prefix and a size, as in vi/ns1/=100G")?;
-    Ok(Quota { prefix: prefix.parse()?, bytes: crate::size::parse(size)? })
-}
-
-/// Reads a rate; `off` is none.
-fn scrub_rate(text: &str) -> Result<Option<u64>, String> {
-    match text {
-        "off" => Ok(None),
-        _ => match crate::size::parse(text)? {
-            0 => Err("a rate of 0 never ends; write `off`".to_owned()),
-            rate => Ok(Some(rate)),
-        },
-    }
-}
-
-/// Reads a schedule; `off` is none.
-fn schedule(text: &str) -> Result<Option<Schedule>, String> {
-    match text {
-        "off" => Ok(None),
-        _ => text.parse().map(Some),
     }
 }

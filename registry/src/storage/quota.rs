@@ -31,6 +31,7 @@ use super::manifests::walk_below;
 use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest};
 use crate::names::RepoName;
+use crate::units::Size;
 
 /// Prefixes whose usage is known at a time; when there are more, all that nobody is using are forgotten.
 const PREFIXES_MAX: usize = 1024;
@@ -47,6 +48,24 @@ pub struct Quota {
 /// The beginning of repository names, whole components: `vi/ns1/`, or `vi/*/` for every name in place of the star.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prefix(Vec<Option<String>>);
+
+impl FromStr for Quota {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (prefix, size) = text
+            .split_once('=')
+            .ok_or_else(|| format!("{text:?} is no quota: write a prefix and a size, as in vi/ns1/=100G"))?;
+        let Size(bytes) = size.parse()?;
+        Ok(Self { prefix: prefix.parse()?, bytes })
+    }
+}
+
+impl fmt::Display for Quota {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.prefix, Size(self.bytes))
+    }
+}
 
 impl FromStr for Prefix {
     type Err = String;

@@ -47,7 +47,7 @@ impl Run<'_> {
                 }
             }
         }
-        match rule.untagged_after.and_then(|age| self.begun.checked_sub(age)) {
+        match rule.untagged_after.and_then(|age| self.begun.checked_sub(age.0)) {
             Some(before) => self.delete_untagged(repo, &tags, before.min(self.cutoff)),
             None => Ok(BTreeSet::new()),
         }
@@ -137,7 +137,7 @@ fn surplus_of(mut tags: Vec<Named>, rule: &Retention, now: SystemTime) -> Vec<(N
     let newest = rule.keep_newest.unwrap_or(0);
     let goes = |(at, named): (usize, Named)| {
         let age = now.duration_since(named.pushed).unwrap_or_default();
-        let goes = at >= newest && rule.keep_younger.is_none_or(|young| age >= young);
+        let goes = at >= newest && rule.keep_younger.is_none_or(|young| age >= young.0);
         (named, goes)
     };
     tags.into_iter().enumerate().map(goes).collect()
