@@ -169,7 +169,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         let command = Self::augment_args(Command::new("dvcr registry").no_binary_name(true));
-        let matches = command.get_matches_from([OsString::new(); 0]);
+        let matches = command.get_matches_from::<_, OsString>([]);
         Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
     }
 }
