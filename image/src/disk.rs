@@ -15,12 +15,12 @@ use oci_spec::image::Descriptor;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use crate::client::{RangedBlob, Repository, Window};
 use crate::digest::{self, Digest, Hasher};
 use crate::layout::{self, DiskLabels};
 use crate::merge::{self, Found, Hidden, Reach};
+use crate::ranged::{RangedBlob, Window};
 use crate::tar::{self, Forward, Source};
-use crate::{Error, ErrorKind, Result, media_type};
+use crate::{Error, ErrorKind, Repository, Result, media_type};
 
 /// Parts of a layer that may wait for their reader.
 const PARTS_WAITING_MAX: usize = 16;

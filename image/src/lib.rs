@@ -1,27 +1,24 @@
-//! Disks in OCI images: the layout, and the registry client that writes and reads it.
+//! Disks in OCI images: how they lie there, written and read through the client of registries.
 //!
 //! ```text
-//!   reference, auth ──> client::Repository ──────────────> any OCI registry
-//!                          │ blobs, uploads, manifests
+//!   dvcr-client: Reference, Repository ───────────────────> any OCI registry
+//!                  │ blobs, uploads, manifests; ranged: random access for blocking readers
 //!   tar, layout ──> disk: publish (ours) · DiskImage::locate (anyone's) ──> Window | DiskStream
 //! ```
 //!
 //! The layout is described byte by byte in `docs/formats/disk-image.md`. Where the bytes come from, and what disk
-//! format they are in, is not this crate's business.
+//! format they are in, is not this crate's business. What those who work with images need of the client is told again
+//! here.
 
-pub mod auth;
-pub mod client;
-pub mod digest;
 mod disk;
-mod error;
 pub mod layout;
-pub mod media_type;
 mod merge;
-mod reference;
+mod ranged;
 pub mod tar;
 
-pub use auth::{AuthStore, Credentials};
-pub use client::{ClientOptions, Repository};
 pub use disk::{DiskImage, DiskStream, publish};
-pub use error::{Error, ErrorKind, Result};
-pub use reference::{DEFAULT_TAG, Reference};
+pub use dvcr_client::{
+    AuthStore, BlobWriter, CHUNK_BYTES, ClientOptions, Credentials, DEFAULT_TAG, Error, ErrorKind, Reference,
+    Repository, Result, auth, digest, is_certificate_refused, media_type,
+};
+pub use ranged::{RangedBlob, Window};

@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 
 use bytes::{Bytes, BytesMut};
-use dvcr_image::client::{BlobWriter, CHUNK_BYTES};
+use dvcr_image::{BlobWriter, CHUNK_BYTES};
 use tokio::sync::mpsc;
 
 /// Full chunks that wait for the upload.

@@ -11,7 +11,7 @@ use dvcr_converter::plain::PlainReader;
 use dvcr_converter::progress::Progress;
 use dvcr_converter::sink::StreamTarget;
 use dvcr_converter::{qcow2, wrapper};
-use dvcr_image::client::{RangedBlob, Window};
+use dvcr_image::{RangedBlob, Window};
 use dvcr_image::digest::{self, Digest, Hasher};
 use dvcr_image::layout::DiskLabels;
 use dvcr_image::{ClientOptions, Reference, Repository, tar};

@@ -14,13 +14,13 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use common::{DebianRegistry, noise, open, open_as, our_registry, serve};
-use dvcr_image::client::CHUNK_BYTES;
-use dvcr_image::{ErrorKind, digest};
+use dvcr_client::CHUNK_BYTES;
+use dvcr_client::{ErrorKind, digest};
 use http::{Method, StatusCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
-async fn read(mut stream: dvcr_image::client::BlobStream) -> dvcr_image::Result<Vec<u8>> {
+async fn read(mut stream: dvcr_client::BlobStream) -> dvcr_client::Result<Vec<u8>> {
     let mut all = Vec::new();
     while let Some(bytes) = stream.next().await? {
         all.extend_from_slice(&bytes);

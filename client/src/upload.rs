@@ -14,9 +14,9 @@ use http::{Method, StatusCode};
 use reqwest::Response;
 use url::Url;
 
-use super::request::{ATTEMPTS_MAX, Outgoing, back_off, header, is_transient};
-use super::{Access, Repository, fixed};
 use crate::digest::{self, Digest, Hasher};
+use crate::repository::{Access, Repository, fixed};
+use crate::request::{ATTEMPTS_MAX, Outgoing, Transport, back_off, header, is_transient};
 use crate::{Error, ErrorKind, Result};
 
 /// Size of the chunks that [`BlobWriter`] is best fed with, bytes.
@@ -70,7 +70,7 @@ impl Repository {
 
 impl Upload {
     /// Takes over the session that `response` opened.
-    pub(super) fn adopt(repository: Repository, response: &Response, what: String) -> Result<Self> {
+    pub(crate) fn adopt(repository: Repository, response: &Response, what: String) -> Result<Self> {
         let location = header(response.headers(), &LOCATION).ok_or_else(|| {
             Error::new(ErrorKind::Protocol, format!("{what}: the registry named no upload location"))
         })?;
@@ -136,7 +136,7 @@ impl Upload {
             let mut url = self.location.clone();
             url.query_pairs_mut().append_pair("digest", digest.as_ref());
             let mut request = self.request(Method::PUT, url);
-            request.timeout = Duration::from_millis(COMMIT_TIMEOUT_MS);
+            request.timeout = Some(Duration::from_millis(COMMIT_TIMEOUT_MS));
             let outcome = self.transport().send(&request).await;
             let error = match outcome {
                 Ok(response) if response.status().is_success() => break,
@@ -215,7 +215,7 @@ impl Upload {
         Outgoing::new(method, url, Access::Push, &self.repository.name, &self.what)
     }
 
-    fn transport(&self) -> &super::Transport {
+    fn transport(&self) -> &Transport {
         &self.repository.transport
     }
 }

@@ -13,18 +13,18 @@ use tokio::sync::OnceCell;
 use tokio_util::task::TaskTracker;
 use url::{Host, Url};
 
-use super::{Access, ClientOptions};
 use crate::auth::{Challenge, Credentials};
-use crate::{Error, ErrorKind, Reference, Result};
+use crate::repository::{Access, ClientOptions};
+use crate::{Error, ErrorKind, Reference, RegistryOptions, Result};
 
 /// Longest wait for a connection, milliseconds.
 const CONNECT_TIMEOUT_MS: u64 = 15_000;
 /// Longest wait for an answer to begin once a request is sent, its body (at most one chunk) included, milliseconds.
-pub(super) const RESPONSE_TIMEOUT_MS: u64 = 120_000;
+pub(crate) const RESPONSE_TIMEOUT_MS: u64 = 120_000;
 /// Longest wait for the next bytes of an answer, milliseconds.
-pub(super) const READ_IDLE_TIMEOUT_MS: u64 = 60_000;
+pub(crate) const READ_IDLE_TIMEOUT_MS: u64 = 60_000;
 /// Times that one request is tried while the registry is unavailable.
-pub(super) const ATTEMPTS_MAX: u32 = 6;
+pub(crate) const ATTEMPTS_MAX: u32 = 6;
 /// Wait before the second attempt, milliseconds; each further wait is twice as long.
 const BACKOFF_FIRST_MS: u64 = 200;
 /// Longest wait between attempts, milliseconds; a registry's `Retry-After` is followed up to it.
@@ -39,23 +39,26 @@ const TOKEN_LIFETIME_S: u64 = 60;
 const TOKEN_LIFETIME_S_MAX: u64 = 24 * 3600;
 /// A token is renewed this long before it ends, seconds.
 const TOKEN_MARGIN_S: u64 = 10;
+/// Tokens kept at a time; when there are more, all are fetched again.
+const TOKENS_MAX: usize = 1024;
 /// Longest part of a registry's own message that is shown, characters.
 const MESSAGE_CHARS_MAX: usize = 300;
 
 /// A body kept in memory, so that it can be sent again.
 #[derive(Clone)]
-pub(super) struct Body {
-    pub(super) bytes: Bytes,
-    pub(super) media_type: String,
+pub(crate) struct Body {
+    pub(crate) bytes: Bytes,
+    pub(crate) media_type: String,
 }
 
 /// A request as it can be sent any number of times.
-pub(super) struct Outgoing<'a> {
-    pub(super) method: Method,
-    pub(super) url: Url,
-    pub(super) headers: HeaderMap,
-    pub(super) body: Option<Body>,
-    pub(super) timeout: Duration,
+pub(crate) struct Outgoing<'a> {
+    pub(crate) method: Method,
+    pub(crate) url: Url,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Option<Body>,
+    /// Longest wait for the answer, if not the usual one.
+    pub(crate) timeout: Option<Duration>,
     access: Access,
     repository: &'a str,
     what: &'a str,
@@ -63,20 +66,19 @@ pub(super) struct Outgoing<'a> {
 
 impl<'a> Outgoing<'a> {
     /// A request without headers and body; `what` begins error messages ("pushing a chunk to a/b").
-    pub(super) fn new(method: Method, url: Url, access: Access, repository: &'a str, what: &'a str) -> Self {
-        let timeout = Duration::from_millis(RESPONSE_TIMEOUT_MS);
-        Self { method, url, headers: HeaderMap::new(), body: None, timeout, access, repository, what }
+    pub(crate) fn new(method: Method, url: Url, access: Access, repository: &'a str, what: &'a str) -> Self {
+        Self { method, url, headers: HeaderMap::new(), body: None, timeout: None, access, repository, what }
     }
 
     /// Adds a header whose value this crate made, thus is always valid.
-    pub(super) fn header(mut self, name: HeaderName, value: &str) -> Self {
+    pub(crate) fn header(mut self, name: HeaderName, value: &str) -> Self {
         if let Ok(value) = HeaderValue::from_str(value) {
             self.headers.insert(name, value);
         }
         self
     }
 
-    pub(super) fn body(mut self, body: Body) -> Self {
+    pub(crate) fn body(mut self, body: Body) -> Self {
         self.body = Some(body);
         self
     }
@@ -99,15 +101,21 @@ impl<'a> Outgoing<'a> {
 }
 
 /// The connection pool and the authorization state of one registry.
-pub(super) struct Transport {
+pub(crate) struct Transport {
     http: reqwest::Client,
     endpoint: String,
     loopback: bool,
     insecure: bool,
+    /// Whether the address itself says that there is no TLS.
+    plain: bool,
+    /// Whether errors tell of the flags and files that could help.
+    advises: bool,
+    response_timeout: Duration,
+    pub(crate) attempts_max: u32,
     base: OnceCell<Url>,
     credentials: Option<Credentials>,
     auth: Mutex<AuthState>,
-    pub(super) cleanup: TaskTracker,
+    pub(crate) cleanup: TaskTracker,
 }
 
 #[derive(Default)]
@@ -122,25 +130,17 @@ struct Token {
 }
 
 impl Transport {
-    pub(super) fn new(reference: &Reference, options: &ClientOptions) -> Result<Self> {
-        let mut builder = reqwest::Client::builder();
-        if reference.is_loopback() {
-            builder = builder.no_proxy();
-        }
-        let http = builder
-            .user_agent(concat!("dvcr/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(Duration::from_millis(CONNECT_TIMEOUT_MS))
-            .redirect(reqwest::redirect::Policy::none())
-            .http1_only()
-            .tcp_nodelay(true)
-            .tls_danger_accept_invalid_certs(options.insecure)
-            .build()
-            .map_err(|e| Error::with(ErrorKind::Unavailable, "setting up the HTTP client", e))?;
+    pub(crate) fn new(reference: &Reference, options: &ClientOptions) -> Result<Self> {
+        let http = http_client(reference.is_loopback()).tls_danger_accept_invalid_certs(options.insecure);
         Ok(Self {
-            http,
+            http: build(http)?,
             endpoint: reference.endpoint().to_owned(),
             loopback: reference.is_loopback(),
             insecure: options.insecure,
+            plain: false,
+            advises: true,
+            response_timeout: Duration::from_millis(RESPONSE_TIMEOUT_MS),
+            attempts_max: ATTEMPTS_MAX,
             base: OnceCell::new(),
             credentials: options.auth.find(reference).cloned(),
             auth: Mutex::default(),
@@ -148,15 +148,36 @@ impl Transport {
         })
     }
 
+    /// Talks to the registry at `url`, which ends behind the host.
+    pub(crate) fn at(url: Url, options: RegistryOptions) -> Result<Self> {
+        let roots = reqwest::Certificate::from_pem_bundle(&options.roots)
+            .map_err(|e| Error::with(ErrorKind::Invalid, "the certificates to trust are no PEM", e))?;
+        let loopback = is_loopback(&url);
+        Ok(Self {
+            http: build(http_client(loopback).tls_certs_merge(roots))?,
+            endpoint: url.authority().to_owned(),
+            loopback,
+            insecure: false,
+            plain: url.scheme() == "http",
+            advises: false,
+            response_timeout: options.response_timeout,
+            attempts_max: options.attempts_max.max(1),
+            base: OnceCell::new_with(Some(url)),
+            credentials: options.credentials,
+            auth: Mutex::default(),
+            cleanup: TaskTracker::new(),
+        })
+    }
+
     /// The absolute URL of `path`, which follows the registry's root.
-    pub(super) async fn url(&self, path: &str) -> Result<Url> {
+    pub(crate) async fn url(&self, path: &str) -> Result<Url> {
         let base = self.base.get_or_try_init(|| self.choose_base()).await?;
         base.join(path).map_err(|e| Error::with(ErrorKind::Invalid, format!("{path:?} makes no URL"), e))
     }
 
     /// Resolves a `Location`. A registry behind a TLS proxy may call itself http: it is still reached by https. Other
     /// plain HTTP needs `insecure`, unless this machine talks to itself.
-    pub(super) fn resolve(&self, from: &Url, location: &str) -> Result<Url> {
+    pub(crate) fn resolve(&self, from: &Url, location: &str) -> Result<Url> {
         let bad = |why: &str| {
             Error::new(
                 ErrorKind::Protocol,
@@ -176,15 +197,18 @@ impl Transport {
                 }
             }
         }
-        let stays_here = from.scheme() == "http" && is_loopback(&url);
+        let stays_here = from.scheme() == "http" && (self.plain || is_loopback(&url));
         if url.scheme() == "http" && !self.insecure && !stays_here {
-            return Err(bad("without TLS; allow it with --insecure"));
+            return Err(bad(match self.advises {
+                true => "without TLS; allow it with --insecure",
+                false => "without TLS",
+            }));
         }
         Ok(url)
     }
 
     /// Sends a request and follows redirects, as blobs have them; other origins get no `Authorization`.
-    pub(super) async fn send_following(&self, request: &Outgoing<'_>) -> Result<Response> {
+    pub(crate) async fn send_following(&self, request: &Outgoing<'_>) -> Result<Response> {
         let mut response = self.send_retrying(request).await?;
         for _ in 0..REDIRECTS_MAX {
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
@@ -200,7 +224,7 @@ impl Transport {
     }
 
     /// Sends a request that may be repeated, until the registry is available.
-    pub(super) async fn send_retrying(&self, request: &Outgoing<'_>) -> Result<Response> {
+    pub(crate) async fn send_retrying(&self, request: &Outgoing<'_>) -> Result<Response> {
         let mut attempt = 1;
         loop {
             let outcome = self.send(request).await;
@@ -209,7 +233,7 @@ impl Transport {
                 Err(error) if error.kind() == ErrorKind::Unavailable => None,
                 _ => return outcome,
             };
-            if attempt == ATTEMPTS_MAX {
+            if attempt >= self.attempts_max {
                 return outcome;
             }
             tracing::debug!(what = request.what, attempt, "the registry is unavailable, trying again");
@@ -219,7 +243,7 @@ impl Transport {
     }
 
     /// Sends a request once; a 401 is answered once with what the registry asks for.
-    pub(super) async fn send(&self, request: &Outgoing<'_>) -> Result<Response> {
+    pub(crate) async fn send(&self, request: &Outgoing<'_>) -> Result<Response> {
         // Credentials and tokens belong to the registry's own origin and go nowhere else.
         let is_ours = self.base.get().is_some_and(|base| base.origin() == request.url.origin());
         if !is_ours {
@@ -248,7 +272,7 @@ impl Transport {
     }
 
     /// Turns an unwanted answer into an error with the registry's own code and message.
-    pub(super) async fn refused(&self, response: Response, what: &str) -> Error {
+    pub(crate) async fn refused(&self, response: Response, what: &str) -> Error {
         let status = response.status();
         let kind = match status.as_u16() {
             401 => ErrorKind::Unauthorized,
@@ -267,7 +291,9 @@ impl Transport {
             ErrorKind::Unauthorized if self.credentials.is_some() => {
                 text += "; the credentials were not accepted"
             }
-            ErrorKind::Unauthorized => text += "; give credentials by --authfile or docker/podman login",
+            ErrorKind::Unauthorized if self.advises => {
+                text += "; give credentials by --authfile or docker/podman login"
+            }
             _ => {}
         }
         Error::new(kind, text)
@@ -314,13 +340,14 @@ impl Transport {
             None => {}
         }
         let origin = request.url.origin().ascii_serialization();
-        match tokio::time::timeout(request.timeout, builder.send()).await {
+        let timeout = request.timeout.unwrap_or(self.response_timeout);
+        match tokio::time::timeout(timeout, builder.send()).await {
             Ok(Ok(response)) => Ok(response),
             Ok(Err(error)) if is_certificate_refused(&error) => {
-                let context = format!(
-                    "{}: the certificate of {origin} is not accepted; --insecure accepts any",
-                    request.what
-                );
+                let mut context = format!("{}: the certificate of {origin} is not accepted", request.what);
+                if self.advises {
+                    context += "; --insecure accepts any";
+                }
                 Err(Error::with(ErrorKind::Untrusted, context, error.without_url()))
             }
             Ok(Err(error)) => {
@@ -328,7 +355,7 @@ impl Transport {
                 Err(Error::with(ErrorKind::Unavailable, context, error.without_url()))
             }
             Err(_) => {
-                let seconds = request.timeout.as_secs();
+                let seconds = timeout.as_secs();
                 let context = format!("{}: no answer from {origin} within {seconds} s", request.what);
                 Err(Error::new(ErrorKind::Unavailable, context))
             }
@@ -368,7 +395,9 @@ impl Transport {
         let mut url = Url::parse(realm)
             .map_err(|e| Error::with(ErrorKind::Protocol, format!("{what}: token service {realm:?}"), e))?;
         let registry_is_plain = self.base.get().is_some_and(|base| base.scheme() == "http");
-        if url.scheme() != "https" && !(registry_is_plain && (self.insecure || is_loopback(&url))) {
+        if url.scheme() != "https"
+            && !(registry_is_plain && (self.insecure || self.plain || is_loopback(&url)))
+        {
             let text =
                 format!("{what}: token service {realm:?} is without TLS, no credentials are sent there");
             return Err(Error::new(ErrorKind::Protocol, text));
@@ -386,8 +415,8 @@ impl Transport {
         let mut attempt = 1;
         let response = loop {
             match self.exchange(&request, basic.as_ref()).await {
-                Ok(response) if is_transient(response.status()) && attempt < ATTEMPTS_MAX => {}
-                Err(error) if error.kind() == ErrorKind::Unavailable && attempt < ATTEMPTS_MAX => {}
+                Ok(response) if is_transient(response.status()) && attempt < self.attempts_max => {}
+                Err(error) if error.kind() == ErrorKind::Unavailable && attempt < self.attempts_max => {}
                 outcome => break outcome?,
             }
             back_off(attempt, None).await;
@@ -410,7 +439,11 @@ impl Transport {
         let lifetime =
             answer.expires_in.unwrap_or(TOKEN_LIFETIME_S).clamp(TOKEN_LIFETIME_S, TOKEN_LIFETIME_S_MAX);
         let expires = Instant::now() + Duration::from_secs(lifetime - TOKEN_MARGIN_S);
-        self.state().tokens.insert(scope.to_owned(), Token { header: header.clone(), expires });
+        let mut state = self.state();
+        if state.tokens.len() >= TOKENS_MAX {
+            state.tokens.clear();
+        }
+        state.tokens.insert(scope.to_owned(), Token { header: header.clone(), expires });
         Ok(header)
     }
 
@@ -421,6 +454,24 @@ impl Transport {
     fn state(&self) -> std::sync::MutexGuard<'_, AuthState> {
         self.auth.lock().unwrap_or_else(|e| e.into_inner())
     }
+}
+
+/// What both ways to name a registry want of a client.
+fn http_client(loopback: bool) -> reqwest::ClientBuilder {
+    let mut builder = reqwest::Client::builder();
+    if loopback {
+        builder = builder.no_proxy();
+    }
+    builder
+        .user_agent(concat!("dvcr/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(Duration::from_millis(CONNECT_TIMEOUT_MS))
+        .redirect(reqwest::redirect::Policy::none())
+        .http1_only()
+        .tcp_nodelay(true)
+}
+
+fn build(builder: reqwest::ClientBuilder) -> Result<reqwest::Client> {
+    builder.build().map_err(|e| Error::with(ErrorKind::Unavailable, "setting up the HTTP client", e))
 }
 
 /// Whether the host is this machine.
@@ -434,7 +485,7 @@ fn is_loopback(url: &Url) -> bool {
 }
 
 /// Whether trying the same later may help.
-pub(super) fn is_transient(status: StatusCode) -> bool {
+pub(crate) fn is_transient(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 425 | 429 | 500 | 502 | 503 | 504)
 }
 
@@ -446,24 +497,24 @@ pub fn is_certificate_refused(error: &(dyn std::error::Error + 'static)) -> bool
 }
 
 /// Waits before attempt `attempt + 1`.
-pub(super) async fn back_off(attempt: u32, asked: Option<Duration>) {
+pub(crate) async fn back_off(attempt: u32, asked: Option<Duration>) {
     let doubled = BACKOFF_FIRST_MS << attempt.saturating_sub(1).min(16);
     let wait = asked.unwrap_or(Duration::from_millis(doubled)).min(Duration::from_millis(BACKOFF_MS_MAX));
     tokio::time::sleep(wait).await;
 }
 
 /// A header's value as text.
-pub(super) fn header<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+pub(crate) fn header<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name).and_then(|value| value.to_str().ok())
 }
 
 /// The `Content-Length`; of a HEAD answer too, where the body itself is empty.
-pub(super) fn content_length(headers: &HeaderMap) -> Option<u64> {
+pub(crate) fn content_length(headers: &HeaderMap) -> Option<u64> {
     header(headers, &CONTENT_LENGTH)?.parse().ok()
 }
 
 /// Reads a whole answer of at most `bytes_max`.
-pub(super) async fn read_bounded(mut response: Response, bytes_max: usize) -> Result<Vec<u8>> {
+pub(crate) async fn read_bounded(mut response: Response, bytes_max: usize) -> Result<Vec<u8>> {
     let origin = response.url().origin().ascii_serialization();
     let mut body = Vec::new();
     while let Some(chunk) = next_chunk(&mut response).await? {
@@ -479,7 +530,7 @@ pub(super) async fn read_bounded(mut response: Response, bytes_max: usize) -> Re
 }
 
 /// The next bytes of an answer; fails with [`ErrorKind::Unavailable`] when they stop coming.
-pub(super) async fn next_chunk(response: &mut Response) -> Result<Option<Bytes>> {
+pub(crate) async fn next_chunk(response: &mut Response) -> Result<Option<Bytes>> {
     let limit = Duration::from_millis(READ_IDLE_TIMEOUT_MS);
     match tokio::time::timeout(limit, response.chunk()).await {
         Ok(Ok(chunk)) => Ok(chunk),

@@ -6,10 +6,10 @@ use http::{Method, StatusCode};
 use oci_spec::image::{ImageIndex, ImageManifest};
 use serde::Deserialize;
 
-use super::request::{Outgoing, header, read_bounded};
-use super::{Access, Repository, fixed};
 use crate::digest::{self, Digest};
 use crate::media_type;
+use crate::repository::{Access, Repository, fixed};
+use crate::request::{Outgoing, header, read_bounded};
 use crate::{Error, ErrorKind, Result};
 
 /// Largest manifest read or written, bytes (distribution specification).

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use bytes::Bytes;
-use dvcr_image::{AuthStore, ClientOptions, Credentials, Reference, Repository, digest, media_type};
+use dvcr_client::{AuthStore, ClientOptions, Credentials, Reference, Repository, digest, media_type};
 use serde_json::json;
 use tempfile::TempDir;
 

@@ -7,9 +7,8 @@ use bytes::Bytes;
 use dvcr_converter::io::ReadAt;
 use tokio::runtime::Handle;
 
-use super::Repository;
-use crate::digest::Digest;
-use crate::{Error, ErrorKind, Result};
+use dvcr_client::digest::Digest;
+use dvcr_client::{Error, ErrorKind, Repository, Result};
 
 /// Unit of the cache, and of requests for anything smaller, bytes.
 const BLOCK_BYTES: u64 = 1 << 20;

@@ -78,6 +78,15 @@ impl AuthStore {
         Self { files: vec![HashMap::from([(host.to_owned(), credentials)])] }
     }
 
+    /// The credentials for a whole registry, `host[:port]`.
+    pub fn of_host(&self, host: &str) -> Option<&Credentials> {
+        let host = historic_host(host);
+        self.files.iter().find_map(|entries| {
+            let is_its = |key: &str| historic_host(key) == host;
+            entries.get(host).or_else(|| entries.iter().find(|(key, _)| is_its(key)).map(|(_, found)| found))
+        })
+    }
+
     /// The credentials for `reference`: the longest entry of the form `host/path` that contains the repository, else
     /// `host`, in any of its historic spellings (`https://host/v1/`).
     pub fn find(&self, reference: &Reference) -> Option<&Credentials> {

@@ -1,6 +1,6 @@
-//! The media types that this crate writes and accepts.
+//! The media types of images and their parts.
 
-/// OCI image manifest; what this crate writes.
+/// OCI image manifest; what we write.
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 /// OCI image index.
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -8,9 +8,9 @@ pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 /// Docker manifest list.
 pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-/// OCI image configuration; what this crate writes.
+/// OCI image configuration; what we write.
 pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-/// OCI layer, uncompressed tar; what this crate writes.
+/// OCI layer, uncompressed tar; what we write.
 pub const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 
 /// Every manifest type asked for.

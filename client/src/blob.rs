@@ -7,10 +7,13 @@ use http::header::{CONTENT_RANGE, RANGE};
 use http::{Method, StatusCode};
 use reqwest::Response;
 
-use super::request::{ATTEMPTS_MAX, Outgoing, back_off, content_length, header, next_chunk};
-use super::{Access, Repository};
 use crate::digest::Digest;
+use crate::repository::{Access, Repository};
+use crate::request::{Outgoing, back_off, content_length, header, next_chunk};
 use crate::{Error, ErrorKind, Result};
+
+/// Times that one blob is gone on with, however far each time leads.
+const BREAKS_MAX: u32 = 64;
 
 /// Bytes of a blob in order. Not verified against the digest: the reader that sees all bytes does that.
 pub struct BlobStream {
@@ -21,7 +24,9 @@ pub struct BlobStream {
     /// Whether a part was asked for from the start; a whole blob is first asked for without a range.
     ranged: bool,
     response: Option<Response>,
+    /// Failures since the last bytes, and in all.
     failures: u32,
+    breaks: u32,
 }
 
 impl Repository {
@@ -36,6 +41,25 @@ impl Repository {
         self.stream(digest, range, true)
     }
 
+    /// Begins to read a whole blob, whose length the answer tells; `None` if the repository does not have it.
+    pub async fn open_blob(&self, digest: &Digest) -> Result<Option<BlobStream>> {
+        let what = format!("reading blob {digest} of {}", self.name);
+        let url = self.url(&format!("blobs/{digest}")).await?;
+        let request = Outgoing::new(Method::GET, url, Access::Pull, &self.name, &what);
+        let response = self.transport.send_following(&request).await?;
+        match response.status() {
+            StatusCode::OK => {}
+            StatusCode::NOT_FOUND => return Ok(None),
+            _ => return Err(self.transport.refused(response, &what).await),
+        }
+        let Some(length) = content_length(response.headers()) else {
+            return Err(Error::new(ErrorKind::Protocol, format!("{what}: the answer tells no length")));
+        };
+        let mut stream = self.stream(digest, 0..length, false);
+        stream.response = Some(response);
+        Ok(Some(stream))
+    }
+
     fn stream(&self, digest: &Digest, range: Range<u64>, ranged: bool) -> BlobStream {
         BlobStream {
             repository: self.clone(),
@@ -45,11 +69,17 @@ impl Repository {
             ranged,
             response: None,
             failures: 0,
+            breaks: 0,
         }
     }
 }
 
 impl BlobStream {
+    /// Where the bytes end; of a whole blob its length.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
     /// The next bytes, `None` after the last. A broken connection is continued a bounded number of times.
     pub async fn next(&mut self) -> Result<Option<Bytes>> {
         while self.position < self.end {
@@ -62,7 +92,12 @@ impl BlobStream {
             };
             self.response = None;
             self.failures += 1;
-            if error.kind() != ErrorKind::Unavailable || self.failures >= ATTEMPTS_MAX {
+            self.breaks += 1;
+            let attempts_max = self.repository.transport.attempts_max;
+            if error.kind() != ErrorKind::Unavailable
+                || self.failures >= attempts_max
+                || self.breaks >= BREAKS_MAX
+            {
                 return Err(error);
             }
             tracing::debug!(digest = %self.digest, position = self.position, %error, "a blob broke off, going on");

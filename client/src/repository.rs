@@ -1,17 +1,4 @@
-//! The registry client: one repository of one registry, over the distribution API.
-//!
-//! ```text
-//! Repository ──> request (authorization, redirects, retries) ──> reqwest
-//!   ├─ manifests: get, put, platform selection
-//!   ├─ blob::BlobStream, ranged::RangedBlob: reading, continued where a connection broke
-//!   └─ upload::Upload: chunks, each kept until the registry acknowledged it
-//! ```
-
-pub(crate) mod blob;
-pub(crate) mod manifest;
-pub(crate) mod ranged;
-mod request;
-pub(crate) mod upload;
+//! One repository of one registry.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,14 +8,9 @@ use url::Url;
 
 use crate::auth::AuthStore;
 use crate::digest::Digest;
+use crate::request::{self, Body, Outgoing, Transport};
+use crate::upload::Upload;
 use crate::{Error, ErrorKind, Reference, Result};
-use request::{Body, Outgoing, Transport};
-
-pub use blob::BlobStream;
-pub use manifest::Manifest;
-pub use ranged::{RangedBlob, Window};
-pub use request::is_certificate_refused;
-pub use upload::{BlobWriter, CHUNK_BYTES, Upload};
 
 /// Longest wait for what a dropped upload or staged blob leaves to clean up, milliseconds.
 const SETTLE_TIMEOUT_MS: u64 = 5_000;
@@ -54,15 +36,19 @@ pub(crate) enum Access {
 /// One repository of one registry; cheap to clone.
 #[derive(Clone)]
 pub struct Repository {
-    transport: Arc<Transport>,
-    name: Arc<str>,
+    pub(crate) transport: Arc<Transport>,
+    pub(crate) name: Arc<str>,
 }
 
 impl Repository {
     /// Prepares to talk to the repository of `reference`; nothing is sent yet.
     pub fn open(reference: &Reference, options: &ClientOptions) -> Result<Self> {
         let transport = Transport::new(reference, options)?;
-        Ok(Self { transport: Arc::new(transport), name: reference.repository().into() })
+        Ok(Self::new(Arc::new(transport), reference.repository()))
+    }
+
+    pub(crate) fn new(transport: Arc<Transport>, name: &str) -> Self {
+        Self { transport, name: name.into() }
     }
 
     /// Length of a blob in bytes, or `None` if the repository does not have it.
@@ -132,13 +118,13 @@ impl Repository {
     }
 
     /// Runs `work` in the background; without a runtime around there is nobody to run it.
-    fn clean_up(&self, work: impl Future<Output = ()> + Send + 'static) {
+    pub(crate) fn clean_up(&self, work: impl Future<Output = ()> + Send + 'static) {
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             self.transport.cleanup.spawn_on(work, &runtime);
         }
     }
 
-    async fn url(&self, path: &str) -> Result<Url> {
+    pub(crate) async fn url(&self, path: &str) -> Result<Url> {
         self.transport.url(&format!("v2/{}/{path}", self.name)).await
     }
 }
@@ -150,6 +136,6 @@ impl std::fmt::Debug for Repository {
 }
 
 /// A request's body that can be sent again.
-fn fixed(bytes: bytes::Bytes, media_type: &str) -> Body {
+pub(crate) fn fixed(bytes: bytes::Bytes, media_type: &str) -> Body {
     Body { bytes, media_type: media_type.to_owned() }
 }
