@@ -16,7 +16,7 @@ use crate::digest::Digest;
 use crate::model;
 use crate::names::RepoName;
 use crate::storage::Storage;
-use crate::storage::manifests::Page;
+use crate::storage::lists::Page;
 
 /// Repositories in one answer, when no number or a greater one is asked for.
 const CATALOG_NAMES_MAX: usize = 1000;

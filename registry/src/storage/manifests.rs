@@ -1,6 +1,6 @@
-//! Manifests by digest, tags, and the lists of both.
+//! Manifests by digest, and tags.
 
-use std::collections::{BTreeSet, BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
@@ -48,14 +48,6 @@ struct Entries {
     /// Oldest first.
     order: VecDeque<Digest>,
     bytes: usize,
-}
-
-/// A page of names, in lexical order.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Page {
-    pub(crate) names: Vec<String>,
-    /// Whether there are more behind the last.
-    pub(crate) more: bool,
 }
 
 impl Storage {
@@ -197,43 +189,6 @@ impl Storage {
         self.dirs.remove_tree(&dir).map_err(Error::at("cannot remove the tag", &dir))
     }
 
-    /// Lists up to `limit` tags behind `after`; `None` if there is no such repository.
-    pub(crate) fn tags(&self, repo: &RepoName, after: Option<&str>, limit: usize) -> Result<Option<Page>> {
-        let Some(names) = self.tag_names(repo)? else {
-            return Ok(self.is_repo(repo).then(|| Page { names: Vec::new(), more: false }));
-        };
-        let mut page = Page { names: Vec::new(), more: false };
-        let behind = names.into_iter().filter(|name| after.is_none_or(|after| name.as_str() > after));
-        for name in behind {
-            // A tag that a killed process was about to make or delete names nothing.
-            let named = match Tag::parse(&name) {
-                Some(tag) => self.names_manifest(repo, &tag)?,
-                None => false,
-            };
-            if named && page.names.len() == limit {
-                page.more = true;
-                break;
-            }
-            if named {
-                page.names.push(name);
-            }
-        }
-        Ok(Some(page))
-    }
-
-    /// Lists up to `limit` repositories behind `after`.
-    pub(crate) fn repositories(&self, after: Option<&str>, limit: usize) -> Result<Page> {
-        let base = self.layout.repositories();
-        let mut smallest = Smallest { limit, names: BinaryHeap::new(), more: false };
-        walk(&base, &REPO_DIRS, &mut |repo| {
-            if after.is_none_or(|after| repo.as_str() > after) {
-                smallest.add(repo.as_str());
-            }
-            Ok(())
-        })?;
-        Ok(Page { names: smallest.names.into_sorted_vec(), more: smallest.more })
-    }
-
     /// Calls `visit` with every repository that has something, after those below it.
     pub(crate) fn each_repo(&self, visit: &mut impl FnMut(&RepoName) -> Result<()>) -> Result<()> {
         walk(&self.layout.repositories(), &REPO_DIRS, visit)
@@ -256,7 +211,7 @@ impl Storage {
         Ok(metadata.is_some_and(|metadata| metadata.len() > 0))
     }
 
-    fn names_manifest(&self, repo: &RepoName, tag: &Tag) -> Result<bool> {
+    pub(super) fn names_manifest(&self, repo: &RepoName, tag: &Tag) -> Result<bool> {
         match read_link(&self.layout.tag_current_link(repo, tag))? {
             Some(digest) => self.has_revision(repo, &digest),
             None => Ok(false),
@@ -264,7 +219,7 @@ impl Storage {
     }
 
     /// Whether there is a repository of this name, and not merely one below it.
-    fn is_repo(&self, repo: &RepoName) -> bool {
+    pub(super) fn is_repo(&self, repo: &RepoName) -> bool {
         let dir = self.layout.repo(repo);
         REPO_DIRS.iter().any(|name| dir.join(name).is_dir())
     }
@@ -381,26 +336,6 @@ fn cost(manifest: &Manifest) -> usize {
     manifest.bytes.len() + CACHE_ENTRY_BYTES
 }
 
-/// Keeps the first names in order, so that a listing takes memory for its page only.
-struct Smallest {
-    limit: usize,
-    names: BinaryHeap<String>,
-    more: bool,
-}
-
-impl Smallest {
-    fn add(&mut self, name: &str) {
-        if self.names.len() == self.limit {
-            self.more = true;
-            if self.names.peek().is_none_or(|last| name > last.as_str()) {
-                return;
-            }
-            self.names.pop();
-        }
-        self.names.push(name.to_owned());
-    }
-}
-
 /// Calls `visit` with every repository below `base`, after those below it: what has one of these directories. Names are
 /// bounded in length, and so is the depth.
 pub(super) fn walk(
@@ -467,20 +402,6 @@ mod tests {
         assert!(cache.entries().bytes <= CACHE_BYTES_MAX);
         assert!(cache.get(&Digest::of(Algorithm::Sha256, &99u32.to_be_bytes())).is_some());
         assert!(cache.get(&Digest::of(Algorithm::Sha256, &0u32.to_be_bytes())).is_none());
-    }
-
-    #[test]
-    fn repositories_are_listed_in_lexical_order_of_their_names() {
-        let root = tempfile::tempdir().unwrap();
-        let storage = Storage::open(root.path(), Grace::default()).unwrap();
-        for name in ["a/b", "a-b", "a", "z/y/x", "only-uploads"] {
-            let kind = if name == "only-uploads" { "_uploads" } else { "_layers" };
-            fs::create_dir_all(storage.layout.repositories().join(name).join(kind)).unwrap();
-        }
-        let all = storage.repositories(None, 10).unwrap();
-        assert_eq!(all, Page { names: ["a", "a-b", "a/b", "z/y/x"].map(String::from).to_vec(), more: false });
-        let some = storage.repositories(Some("a"), 2).unwrap();
-        assert_eq!(some, Page { names: ["a-b", "a/b"].map(String::from).to_vec(), more: true });
     }
 
     #[test]

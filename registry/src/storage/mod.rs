@@ -3,7 +3,8 @@
 //! ```text
 //!  Storage ──┬── uploads    sessions, commit          ──┬── ingest   hash and write while bytes arrive ── pool
 //!            ├── blobs      lookup, reading             │
-//!            ├── manifests  revisions, tags, catalogue  ├── sync     temp file, rename, fsync
+//!            ├── manifests  revisions, tags             ├── sync     temp file, rename, fsync
+//!            ├── lists      tags, catalogue             │
 //!            ├── collect    garbage                     │
 //!            ├── scrub      damage                      │
 //!            ├── quota, space   bounds                  │
@@ -16,6 +17,7 @@ pub(crate) mod blobs;
 pub(crate) mod collect;
 pub(crate) mod ingest;
 mod layout;
+pub(crate) mod lists;
 pub(crate) mod manifests;
 mod pace;
 pub(crate) mod pool;
