@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! registry.rs   servers (dvcr, CNCF distribution v3, Debian's docker-registry) x rows (push, pull, ...)
+//! scale.rs      the same servers on directories of few and of many blobs
 //! converter.rs  converters (dvcr, qemu-img) x rows (each format -> raw, qcow2 -> each format)
 //! http.rs       a load maker on plain sockets, cheaper than any server it measures
 //! table.rs      medians, spread and ratios as Markdown
@@ -12,6 +13,7 @@
 mod converter;
 mod http;
 mod registry;
+mod scale;
 mod table;
 
 use std::path::PathBuf;
@@ -47,6 +49,15 @@ enum Suite {
         #[arg(long, default_value_t = 1024)]
         blob_mib: usize,
     },
+    /// Start, requests and garbage collection with few and with many blobs
+    RegistryScale {
+        /// CNCF distribution v3's `registry` program
+        #[arg(long, default_value = ".cache/tools/bin/registry")]
+        distribution: PathBuf,
+        /// Blobs of a directory; a million take 17 GB, 6 million inodes and some minutes to make
+        #[arg(long, value_delimiter = ',', default_value = "1000,1000000")]
+        blobs: Vec<usize>,
+    },
     /// Disk images to raw and back
     Converter {
         /// Folder whose files fill the test disk
@@ -69,6 +80,7 @@ fn main() -> anyhow::Result<()> {
         Suite::Registry { distribution, debian, blob_mib } => {
             registry::run(&cli.dvcr, &distribution, &debian, &dir, cli.rounds, blob_mib << 20)
         }
+        Suite::RegistryScale { distribution, blobs } => scale::run(&cli.dvcr, &distribution, &dir, &blobs),
         Suite::Converter { content, qemu_img, only } => {
             // Where version 10 cannot be had, the machine's own has to do.
             let qemu_img = if qemu_img.exists() { qemu_img } else { PathBuf::from("qemu-img") };

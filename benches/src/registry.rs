@@ -41,9 +41,11 @@ pub fn run(
         let digest = digest(&blob);
         for (name, program) in &servers {
             eprintln!("round {} of {rounds}: {name}", round + 1);
-            let server = Server::start(name, program, dir)?;
-            measure(&server, &blob, &digest, &mut |row, better, value| table.add(row, better, name, value))
-                .with_context(|| format!("measuring {name}"))?;
+            let fresh = Fresh::start(name, program, dir)?;
+            measure(&fresh.server, &blob, &digest, &mut |row, better, value| {
+                table.add(row, better, name, value)
+            })
+            .with_context(|| format!("measuring {name}"))?;
         }
     }
     table.print(Against::Best);
@@ -94,24 +96,36 @@ fn measure(
     add("blob HEAD, requests/s", Better::Higher, rate);
     add("blob HEAD, p99 ms", Better::Lower, p99);
 
+    let (rate, p99) = push_small(server.addr, 0, |_| "small".to_owned())?;
+    add("4 KiB blobs, blobs/s", Better::Higher, rate);
+    add("4 KiB blobs, p99 ms", Better::Lower, p99);
+    add("RSS peak, MiB", Better::Lower, server.rss_mib("VmHWM")?);
+    Ok(())
+}
+
+/// Pushes small blobs; returns how many per second over all connections, and the 99th percentile in milliseconds.
+/// They are others for each `salt`.
+pub(crate) fn push_small(
+    addr: SocketAddr,
+    salt: usize,
+    repo: impl Fn(usize) -> String + Sync,
+) -> anyhow::Result<(f64, f64)> {
     let begun = Instant::now();
     let times = in_parallel(SMALL_CONNECTIONS, |worker| {
-        let mut connection = Connection::open(server.addr)?;
+        let mut connection = Connection::open(addr)?;
         let mut small = noise(SMALL_BLOB_BYTES);
         let mut times = Vec::new();
         for i in 0..SMALL_BLOBS / SMALL_CONNECTIONS {
-            stamp(&mut small, 1 + worker * SMALL_BLOBS + i);
-            let digest = self::digest(&small);
+            let number = 1 + (salt * SMALL_CONNECTIONS + worker) * SMALL_BLOBS + i;
+            stamp(&mut small, number);
+            let digest = digest(&small);
             let begun = Instant::now();
-            push(&mut connection, "small", &digest, &small)?;
+            push(&mut connection, &repo(number), &digest, &small)?;
             times.push(begun.elapsed());
         }
         Ok(times)
     })?;
-    add("4 KiB blobs, blobs/s", Better::Higher, SMALL_BLOBS as f64 / begun.elapsed().as_secs_f64());
-    add("4 KiB blobs, p99 ms", Better::Lower, p99_ms(times));
-    add("RSS peak, MiB", Better::Lower, server.rss_mib("VmHWM")?);
-    Ok(())
+    Ok((SMALL_BLOBS as f64 / begun.elapsed().as_secs_f64(), p99_ms(times)))
 }
 
 fn push(connection: &mut Connection, repo: &str, digest: &str, blob: &[u8]) -> anyhow::Result<()> {
@@ -171,21 +185,34 @@ fn push_manifest(connection: &mut Connection, repo: &str, tag: &str) -> anyhow::
 
 /// Requests per second over all connections, and the 99th percentile in milliseconds.
 fn requests(addr: SocketAddr, method: &str, path: &str, headers: &str) -> anyhow::Result<(f64, f64)> {
+    requests_of_many(addr, method, &[path.to_owned()], headers, READ_REQUESTS)
+}
+
+/// The same, for many paths in turn.
+pub(crate) fn requests_of_many(
+    addr: SocketAddr,
+    method: &str,
+    paths: &[String],
+    headers: &str,
+    requests: usize,
+) -> anyhow::Result<(f64, f64)> {
     let begun = Instant::now();
-    let times = in_parallel(READ_CONNECTIONS, |_| {
+    let times = in_parallel(READ_CONNECTIONS, |worker| {
         let mut connection = Connection::open(addr)?;
-        let mut times = Vec::with_capacity(READ_REQUESTS / READ_CONNECTIONS);
-        for _ in 0..READ_REQUESTS / READ_CONNECTIONS {
+        let mut times = Vec::with_capacity(requests / READ_CONNECTIONS);
+        for path in
+            paths.iter().cycle().skip(worker).step_by(READ_CONNECTIONS).take(requests / READ_CONNECTIONS)
+        {
             let begun = Instant::now();
             connection.expect(200, method, path, headers, &[])?;
             times.push(begun.elapsed());
         }
         Ok(times)
     })?;
-    Ok((READ_REQUESTS as f64 / begun.elapsed().as_secs_f64(), p99_ms(times)))
+    Ok((requests as f64 / begun.elapsed().as_secs_f64(), p99_ms(times)))
 }
 
-fn in_parallel<T: Send>(
+pub(crate) fn in_parallel<T: Send>(
     workers: usize,
     work: impl Fn(usize) -> anyhow::Result<T> + Sync,
 ) -> anyhow::Result<Vec<T>> {
@@ -224,42 +251,57 @@ fn stamp(blob: &mut [u8], number: usize) {
     blob[..8].copy_from_slice(&(number as u64).to_le_bytes());
 }
 
-fn digest(bytes: &[u8]) -> String {
+pub(crate) fn digest(bytes: &[u8]) -> String {
     let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
     format!("sha256:{hex}")
 }
 
-/// A registry process on a folder of its own; both are gone when it is dropped.
-struct Server {
-    child: Child,
-    addr: SocketAddr,
+/// A registry process on an empty folder of its own; both are gone when it is dropped.
+struct Fresh {
+    server: Server,
     _root: tempfile::TempDir,
 }
 
-impl Server {
+impl Fresh {
     fn start(name: &str, program: &Path, dir: &Path) -> anyhow::Result<Self> {
+        let root = tempfile::tempdir_in(dir)?;
+        Ok(Self { server: Server::start(name, program, root.path())?, _root: root })
+    }
+}
+
+/// A registry process that serves `data` below a folder; it is gone when this is dropped.
+pub(crate) struct Server {
+    child: Child,
+    pub(crate) addr: SocketAddr,
+    /// How long it took to answer.
+    pub(crate) started: Duration,
+}
+
+impl Server {
+    pub(crate) fn start(name: &str, program: &Path, root: &Path) -> anyhow::Result<Self> {
         // What the server before left to be written is not this one's to wait for.
         ensure!(Command::new("sync").status()?.success(), "sync failed");
-        let root = tempfile::tempdir_in(dir)?;
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let data = root.path().join("data");
+        let data = root.join("data");
         let mut command = Command::new(program);
         if name == "dvcr" {
             command.args(["--log", "warn", "registry", "--listen", &addr.to_string(), "--root"]).arg(&data);
         } else {
-            command.arg("serve").arg(peer_config(root.path(), &data, addr)?);
+            command.arg("serve").arg(peer_config(root, &data, addr)?);
         }
+        let begun = Instant::now();
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-        let server = Self { child, addr, _root: root };
-        let deadline = Instant::now() + Duration::from_secs(START_TIMEOUT_S);
+        let mut server = Self { child, addr, started: Duration::ZERO };
+        let deadline = begun + Duration::from_secs(START_TIMEOUT_S);
         while Connection::open(addr).and_then(|mut c| c.expect(200, "GET", "/v2/", "", &[])).is_err() {
             ensure!(Instant::now() < deadline, "{name} did not answer within {START_TIMEOUT_S} s");
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(5));
         }
+        server.started = begun.elapsed();
         Ok(server)
     }
 
-    fn rss_mib(&self, field: &str) -> anyhow::Result<f64> {
+    pub(crate) fn rss_mib(&self, field: &str) -> anyhow::Result<f64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
         let line = status.lines().find(|line| line.starts_with(field)).context("no such field in status")?;
         let kib: f64 = line.split_whitespace().nth(1).context("no value")?.parse()?;
@@ -283,7 +325,7 @@ impl Drop for Server {
     }
 }
 
-fn peer_config(root: &Path, data: &Path, addr: SocketAddr) -> anyhow::Result<PathBuf> {
+pub(crate) fn peer_config(root: &Path, data: &Path, addr: SocketAddr) -> anyhow::Result<PathBuf> {
     let path = root.join("config.yml");
     let config = format!(
         "version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\n  cache:\n    blobdescriptor: inmemory\nhttp:\n  addr: {addr}\n",
