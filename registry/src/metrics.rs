@@ -1,6 +1,6 @@
 //! Counters in the Prometheus text format: requests, errors and durations by route, bytes, uploads going on.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -19,10 +19,12 @@ pub(crate) enum RouteLabel {
     Referrers,
     Catalog,
     Token,
+    /// Those that look whether we live.
+    Probe,
     Other,
 }
 
-const ROUTES: [(RouteLabel, &str); 9] = [
+const ROUTES: [(RouteLabel, &str); 10] = [
     (RouteLabel::Base, "base"),
     (RouteLabel::Blob, "blob"),
     (RouteLabel::Upload, "upload"),
@@ -31,6 +33,7 @@ const ROUTES: [(RouteLabel, &str); 9] = [
     (RouteLabel::Referrers, "referrers"),
     (RouteLabel::Catalog, "catalog"),
     (RouteLabel::Token, "token"),
+    (RouteLabel::Probe, "probe"),
     (RouteLabel::Other, "other"),
 ];
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "other"];
@@ -52,9 +55,16 @@ pub(crate) struct Metrics {
     collections: AtomicU64,
     failed_collections: AtomicU64,
     freed_bytes: AtomicU64,
+    collected_tags: AtomicU64,
+    collected_manifests: AtomicU64,
     collected_blobs: AtomicU64,
+    collected_uploads: AtomicU64,
     /// When the last collection ended well, seconds since 1970.
     last_collection: AtomicU64,
+    /// How long the last one took, well or not, milliseconds.
+    last_collection_ms: AtomicU64,
+    /// Blobs that were there when the last one had ended well.
+    blobs: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -91,8 +101,14 @@ impl Metrics {
         count(&self.collections, 1);
         count(&self.failed_collections, u64::from(!is_ok));
         count(&self.freed_bytes, done.freed_bytes);
+        count(&self.collected_tags, done.removed_tags);
+        count(&self.collected_manifests, done.removed_manifests);
         count(&self.collected_blobs, done.removed_blobs);
+        count(&self.collected_uploads, done.removed_uploads);
+        // The rest of a float that has no place in an integer is no loss.
+        self.last_collection_ms.store((done.seconds * 1000.0) as u64, Ordering::Relaxed);
         if is_ok {
+            self.blobs.store(done.blobs.saturating_sub(done.removed_blobs), Ordering::Relaxed);
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
             self.last_collection.store(now, Ordering::Relaxed);
         }
@@ -108,7 +124,12 @@ impl Metrics {
 
     fn write(&self, out: &mut String) -> std::fmt::Result {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        head(out, "dvcr_registry_requests_total", "counter", "Requests answered.")?;
+        head(
+            out,
+            "dvcr_registry_requests_total",
+            "counter",
+            "Requests answered, by the class of the status.",
+        )?;
         for (route, name) in ROUTES {
             for (method, counters) in METHODS.iter().zip(&self.requests[route as usize]) {
                 for (class, counter) in CLASSES.iter().zip(counters).filter(|(_, counter)| get(counter) > 0) {
@@ -142,15 +163,15 @@ impl Metrics {
         for (name, kind, help, counter) in [
             ("received_bytes_total", "counter", "Bytes of content received.", &self.received_bytes),
             ("sent_bytes_total", "counter", "Bytes of content sent.", &self.sent_bytes),
+            ("uploads_in_progress", "gauge", "Requests that bring content just now.", &self.uploads),
+            ("unauthorized_total", "counter", "Requests without valid credentials.", &self.unauthorized),
+            ("denied_total", "counter", "Requests of known callers without the right.", &self.denied),
             (
                 "rate_limited_total",
                 "counter",
                 "Requests of clients that asked too often.",
                 &self.rate_limited,
             ),
-            ("unauthorized_total", "counter", "Requests without valid credentials.", &self.unauthorized),
-            ("denied_total", "counter", "Requests of known callers without the right.", &self.denied),
-            ("uploads_in_progress", "gauge", "Requests that bring content just now.", &self.uploads),
             ("gc_runs_total", "counter", "Collections of garbage.", &self.collections),
             (
                 "gc_failures_total",
@@ -159,48 +180,64 @@ impl Metrics {
                 &self.failed_collections,
             ),
             ("gc_freed_bytes_total", "counter", "Bytes that collections freed.", &self.freed_bytes),
+            ("gc_removed_tags_total", "counter", "Tags that collections removed.", &self.collected_tags),
+            (
+                "gc_removed_manifests_total",
+                "counter",
+                "Manifests that collections removed.",
+                &self.collected_manifests,
+            ),
             ("gc_removed_blobs_total", "counter", "Blobs that collections removed.", &self.collected_blobs),
+            (
+                "gc_removed_uploads_total",
+                "counter",
+                "Unfinished uploads that collections removed.",
+                &self.collected_uploads,
+            ),
             (
                 "gc_last_success_timestamp_seconds",
                 "gauge",
                 "When the last collection ended well; 0 for none since the start.",
                 &self.last_collection,
             ),
+            (
+                "blobs",
+                "gauge",
+                "Blobs there when the last collection had ended well; 0 for none since the start.",
+                &self.blobs,
+            ),
         ] {
-            let name = format!("dvcr_registry_{name}");
-            head(out, &name, kind, help)?;
-            writeln!(out, "{name} {}", get(counter))?;
+            single(out, name, kind, help, get(counter))?;
         }
-        Ok(())
+        let seconds = Duration::from_millis(get(&self.last_collection_ms)).as_secs_f64();
+        single(out, "gc_last_duration_seconds", "gauge", "How long the last collection took.", seconds)
     }
 }
 
 fn write_stats(out: &mut String, stats: &Stats) -> std::fmt::Result {
     for (name, kind, help, value) in [
-        ("scrub_blobs_total", "counter", "Blobs read to find damage.", stats.scrubbed_blobs),
-        ("scrub_bytes_total", "counter", "Bytes read to find damage.", stats.scrubbed_bytes),
-        ("scrub_damaged_blobs_total", "counter", "Blobs found damaged.", stats.damaged_blobs),
+        ("scrub_blobs_total", "counter", "Blobs read to find damage.", Some(stats.scrubbed_blobs)),
+        ("scrub_bytes_total", "counter", "Bytes read to find damage.", Some(stats.scrubbed_bytes)),
+        ("scrub_damaged_blobs_total", "counter", "Blobs found damaged.", Some(stats.damaged_blobs)),
         (
             "scrub_last_pass_timestamp_seconds",
             "gauge",
             "When all blobs had been read; 0 for never since the start.",
-            stats.scrub_finished,
+            Some(stats.scrub_finished),
         ),
-        ("reserved_bytes", "gauge", "Free bytes that uploads leave.", stats.reserved_bytes),
         (
             "quarantined_blobs",
             "gauge",
             "Damaged blobs that nobody has pushed again.",
-            stats.quarantined_blobs,
+            Some(stats.quarantined_blobs),
         ),
+        ("volume_bytes", "gauge", "Size of the volume.", stats.volume_bytes),
+        ("free_bytes", "gauge", "Free on the volume, the reserve included.", stats.free_bytes),
+        ("reserved_bytes", "gauge", "Free bytes that uploads leave.", Some(stats.reserved_bytes)),
     ] {
-        let name = format!("dvcr_registry_{name}");
-        head(out, &name, kind, help)?;
-        writeln!(out, "{name} {value}")?;
-    }
-    if let Some(free) = stats.free_bytes {
-        head(out, "dvcr_registry_free_bytes", "gauge", "Free on the volume, the reserve included.")?;
-        writeln!(out, "dvcr_registry_free_bytes {free}")?;
+        if let Some(value) = value {
+            single(out, name, kind, help, value)?;
+        }
     }
     if stats.quotas.is_empty() {
         return Ok(());
@@ -216,6 +253,13 @@ fn write_stats(out: &mut String, stats: &Stats) -> std::fmt::Result {
         }
     }
     Ok(())
+}
+
+/// Writes a metric that has one value.
+fn single(out: &mut String, name: &str, kind: &str, help: &str, value: impl Display) -> std::fmt::Result {
+    let name = format!("dvcr_registry_{name}");
+    head(out, &name, kind, help)?;
+    writeln!(out, "{name} {value}")
 }
 
 fn head(out: &mut String, name: &str, kind: &str, help: &str) -> std::fmt::Result {

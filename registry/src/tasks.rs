@@ -247,7 +247,8 @@ impl Registry {
             freed_bytes: get(&counts.freed_bytes),
             seconds: begun.elapsed().as_secs_f64(),
         };
-        if !dry_run {
+        // One that finds another running has not been one.
+        if !dry_run && !matches!(done, Ok(None)) {
             self.app.metrics.collected(&collected, done.is_ok());
         }
         match done {

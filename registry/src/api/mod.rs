@@ -138,7 +138,7 @@ async fn handle(State(app): State<Arc<App>>, request: Request<Body>) -> Response
 
 async fn dispatch(app: &Arc<App>, parts: Parts, body: Body) -> (RouteLabel, Option<String>, Answer) {
     if let Some(answer) = probe(app, &parts).await {
-        return (RouteLabel::Other, None, answer);
+        return (RouteLabel::Probe, None, answer);
     }
     if let Some(guard) = app.guard.as_ref().filter(|guard| guard.issues_tokens())
         && parts.uri.path() == TOKEN_PATH
@@ -151,32 +151,34 @@ async fn dispatch(app: &Arc<App>, parts: Parts, body: Body) -> (RouteLabel, Opti
         return (RouteLabel::Token, user, answer);
     }
     let expects = parts.headers.contains_key(EXPECT);
-    let admitted = admit(app, &parts).await;
+    let route = Route::parse(&parts.method, parts.uri.path());
+    let label = route.as_ref().map_or(RouteLabel::Other, Route::label);
+    let admitted = admit(app, &parts, route).await;
     let name = match &admitted {
         Ok((who, _)) | Err((who, _)) => who.name(),
     };
     if let Err(error) = throttle(app, name, &parts) {
         let name = name.map(str::to_owned);
         drain(body, expects, UNAUTHORIZED_DRAIN_BYTES_MAX).await;
-        return (RouteLabel::Other, name, Err(error));
+        return (label, name, Err(error));
     }
     match admitted {
-        Ok((who, route)) => {
-            let label = route.label();
-            (label, who.name().map(str::to_owned), serve(app, parts, body, route).await)
-        }
+        Ok((who, route)) => (label, who.name().map(str::to_owned), serve(app, parts, body, route).await),
         Err((who, error)) => {
             let is_stranger = error.status() == StatusCode::UNAUTHORIZED;
             let bytes_max = if is_stranger { UNAUTHORIZED_DRAIN_BYTES_MAX } else { DRAIN_BYTES_MAX };
             drain(body, expects, bytes_max).await;
-            (RouteLabel::Other, who.name().map(str::to_owned), Err(error))
+            (label, who.name().map(str::to_owned), Err(error))
         }
     }
 }
 
 /// Finds out who asks for what, and whether they may. Who is not known learns nothing about paths.
-async fn admit(app: &App, parts: &Parts) -> Result<(Identity, Route), (Identity, ApiError)> {
-    let route = Route::parse(&parts.method, parts.uri.path());
+async fn admit(
+    app: &App,
+    parts: &Parts,
+    route: Result<Route, ApiError>,
+) -> Result<(Identity, Route), (Identity, ApiError)> {
     let Some(guard) = &app.guard else {
         return match route {
             Ok(route) => Ok((Identity::Anybody, route)),

@@ -100,6 +100,8 @@ pub(crate) struct Stats {
     pub(crate) scrub_finished: u64,
     /// Free on the volume, the reserve included; `None` if the system does not tell.
     pub(crate) free_bytes: Option<u64>,
+    /// The size of the volume.
+    pub(crate) volume_bytes: Option<u64>,
     pub(crate) reserved_bytes: u64,
     pub(crate) quotas: Vec<quota::Usage>,
 }
@@ -226,13 +228,15 @@ impl Storage {
     pub(crate) fn stats(&self) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let scrubbed = &self.scrubbing.seen;
+        let volume = self.space.volume().ok();
         Stats {
             scrubbed_blobs: get(&scrubbed.blobs),
             scrubbed_bytes: get(&scrubbed.bytes),
             damaged_blobs: get(&scrubbed.damaged),
             quarantined_blobs: self.quarantined_count() as u64,
             scrub_finished: get(&self.scrubbing.finished),
-            free_bytes: self.space.free().ok(),
+            free_bytes: volume.map(|volume| volume.free),
+            volume_bytes: volume.map(|volume| volume.bytes),
             reserved_bytes: self.space.reserve(),
             quotas: self.quotas.usage(),
         }

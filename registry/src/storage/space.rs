@@ -32,6 +32,15 @@ struct Seen {
     granted: u64,
 }
 
+/// What a filesystem says of itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Volume {
+    /// Its size.
+    pub(crate) bytes: u64,
+    /// What it has for programs like ours, the reserve included.
+    pub(crate) free: u64,
+}
+
 /// What the bytes are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
@@ -50,8 +59,8 @@ pub(crate) struct Grant<'a> {
 
 impl Space {
     pub(super) fn new(root: &Path, reserve: Option<u64>) -> Self {
-        let reserve = reserve.unwrap_or_else(|| match rustix::fs::statvfs(root) {
-            Ok(volume) => (volume.f_blocks.saturating_mul(volume.f_frsize) / 20).min(RESERVE_BYTES_DEFAULT),
+        let reserve = reserve.unwrap_or_else(|| match volume(root) {
+            Ok(volume) => (volume.bytes / 20).min(RESERVE_BYTES_DEFAULT),
             Err(_) => RESERVE_BYTES_DEFAULT,
         });
         Self { root: root.to_owned(), reserve, seen: Mutex::default() }
@@ -61,10 +70,13 @@ impl Space {
         self.reserve
     }
 
-    /// What the filesystem has for programs like ours, the reserve included, bytes.
-    pub(crate) fn free(&self) -> io::Result<u64> {
-        let volume = rustix::fs::statvfs(&self.root)?;
-        Ok(volume.f_bavail.saturating_mul(volume.f_frsize))
+    /// Asks the filesystem.
+    pub(crate) fn volume(&self) -> io::Result<Volume> {
+        volume(&self.root)
+    }
+
+    fn free(&self) -> io::Result<u64> {
+        Ok(self.volume()?.free)
     }
 
     /// Grants so many bytes.
@@ -105,6 +117,12 @@ impl Space {
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn volume(root: &Path) -> io::Result<Volume> {
+    let volume = rustix::fs::statvfs(root)?;
+    let bytes = |blocks: u64| blocks.saturating_mul(volume.f_frsize);
+    Ok(Volume { bytes: bytes(volume.f_blocks), free: bytes(volume.f_bavail) })
 }
 
 impl Drop for Grant<'_> {

@@ -12,6 +12,7 @@ mod leftovers;
 mod limits;
 mod lists;
 mod manifests;
+mod metrics;
 mod scrub;
 mod support;
 mod tls;
