@@ -67,7 +67,7 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
             let id = app.storage.begin_upload(&repo, digest.algorithm())?;
             let session = open(&app, &repo, id).await?;
             let incoming = Incoming { body, length, expected: length };
-            let (session, incoming) = admit(&app, session, incoming, &parts).await?;
+            let (session, incoming) = admit(&app, session, incoming, &parts, Some(&digest)).await?;
             return detached(complete(app, repo, session, incoming, digest)).await;
         }
     }
@@ -95,7 +95,7 @@ pub(super) async fn patch(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts,
             return refuse(error, &parts, body).await;
         }
     };
-    let (session, incoming) = admit(&app, session, incoming, &parts).await?;
+    let (session, incoming) = admit(&app, session, incoming, &parts, None).await?;
     detached(async move {
         let session = receive(&app, session, incoming, Ending::Acknowledged).await?;
         Ok(progress(StatusCode::ACCEPTED, &repo, session.id(), session.offset()))
@@ -118,7 +118,7 @@ pub(super) async fn put(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, b
     let session = open(&app, &repo, id).await?;
     match Incoming::check(&parts, body, &repo, &session) {
         Ok(incoming) => {
-            let (session, incoming) = admit(&app, session, incoming, &parts).await?;
+            let (session, incoming) = admit(&app, session, incoming, &parts, Some(&digest)).await?;
             detached(complete(app, repo, session, incoming, digest)).await
         }
         Err((error, body)) => {
@@ -185,19 +185,20 @@ impl Incoming {
     }
 }
 
-/// Asks, before the body is read, whether there is room for what it is told to bring.
+/// Asks, before the body is read, whether there is room for what it is told to bring, and to become.
 async fn admit(
     app: &Arc<App>,
     mut session: Session,
     incoming: Incoming,
     parts: &Parts,
+    digest: Option<&Digest>,
 ) -> Result<(Session, Incoming), ApiError> {
     let length = incoming.length;
     let admitted = if app.storage.admits_quickly(session.repo()) {
-        app.storage.admit(&mut session, length).map(|()| session).map_err(Into::into)
+        app.storage.admit(&mut session, length, digest).map(|()| session).map_err(Into::into)
     } else {
-        let storage = Arc::clone(&app.storage);
-        blocking(move || storage.admit(&mut session, length).map(|()| session)).await
+        let (storage, digest) = (Arc::clone(&app.storage), digest.cloned());
+        blocking(move || storage.admit(&mut session, length, digest.as_ref()).map(|()| session)).await
     };
     match admitted {
         Ok(session) => Ok((session, incoming)),
@@ -287,7 +288,7 @@ async fn receive(
         Err(Break::Refused(error)) => Err(error.into()),
         Err(Break::Body(reason)) => {
             // Good to the last byte: the client asks by GET and goes on from there.
-            blocking(move || session.advance(hasher, offset)).await?;
+            blocking(move || session.keep((hasher, offset), (began_with, began_at))).await?;
             let message = format!("the body broke off after {} bytes: {reason}", offset - began_at);
             Err(ApiError::bad_request(Code::BlobUploadInvalid, message))
         }

@@ -189,11 +189,21 @@ pub(crate) struct Room {
     id: Uuid,
     granted: u64,
     kept: u64,
+    /// An upload of no more bytes needs no room: it is to be a blob of this length that the prefix has.
+    known: u64,
 }
 
 impl Room {
     /// Makes room for an upload of so many bytes.
     pub(super) fn reach(&mut self, bytes: u64) -> Result<()> {
+        match bytes <= self.known {
+            true => Ok(()),
+            false => self.take(bytes),
+        }
+    }
+
+    /// Makes room for an upload of so many bytes that does not become a blob now, whatever it was to be.
+    pub(super) fn take(&mut self, bytes: u64) -> Result<()> {
         let Some(of) = self.of.as_ref().filter(|_| bytes > self.granted) else { return Ok(()) };
         let generous = bytes.max(self.granted.saturating_add(GRANT_BYTES));
         self.granted = match of.grant(self.id, generous) {
@@ -317,31 +327,34 @@ impl Quotas {
 }
 
 impl Storage {
-    /// Makes room for an upload that has `had` bytes and is to have `bytes`. The first time below a prefix this goes through
-    /// its repositories.
+    /// Makes room for an upload that has `had` bytes and is to have `bytes`, as the blob `digest` if that is told; one that
+    /// the prefix has needs none. The first time below a prefix this goes through its repositories.
     ///
     /// # Errors
     /// When the quota does not leave so many; [`Error::exceeded`] tells.
-    pub(super) fn room(&self, repo: &RepoName, id: Uuid, had: u64, bytes: u64) -> Result<Room> {
+    pub(super) fn room(
+        &self,
+        repo: &RepoName,
+        id: Uuid,
+        had: u64,
+        bytes: u64,
+        digest: Option<&Digest>,
+    ) -> Result<Room> {
         let Some(of) = self.quotas.of(repo) else { return Ok(Room::default()) };
         self.count(&of)?;
-        let mut room = Room { of: Some(of), id, granted: 0, kept: had };
-        if let Some(of) = &room.of {
-            // What is there already stays, whatever the quota has become.
-            if bytes > had {
-                of.grant(id, bytes)?;
-            }
-            room.granted = bytes.max(had);
+        let known = digest.and_then(|digest| Some(of.state().blobs.get(&key(digest))?.bytes)).unwrap_or(0);
+        // What is there already stays, whatever the quota has become.
+        let mut room = Room { of: Some(of), id, granted: had, kept: had, known };
+        if let Some(of) = room.of.as_ref().filter(|_| bytes > had.max(known)) {
+            of.grant(id, bytes)?;
+            room.granted = bytes;
         }
         Ok(room)
     }
 
     /// Makes room for a blob that is placed at once, unless the prefix has it.
     pub(super) fn room_for(&self, repo: &RepoName, digest: &Digest, bytes: u64) -> Result<Room> {
-        let Some(of) = self.quotas.of(repo) else { return Ok(Room::default()) };
-        self.count(&of)?;
-        let has = of.state().blobs.contains_key(&key(digest));
-        self.room(repo, Uuid::new_v4(), 0, if has { 0 } else { bytes })
+        self.room(repo, Uuid::new_v4(), 0, bytes, Some(digest))
     }
 
     /// Counts a prefix if it has not been.
@@ -561,7 +574,7 @@ mod tests {
     fn room_is_granted_once_and_given_back() {
         let quotas = quotas(&[("q/", 3 << 20)]);
         let of = quotas.of(&repo("q/a")).unwrap();
-        let room = || Room { of: Some(Arc::clone(&of)), id: Uuid::new_v4(), granted: 0, kept: 0 };
+        let room = || Room { of: Some(Arc::clone(&of)), id: Uuid::new_v4(), granted: 0, kept: 0, known: 0 };
         let (mut first, mut second) = (room(), room());
         first.reach(1).unwrap();
         second.reach((2 << 20) - 5).unwrap();

@@ -144,6 +144,14 @@ impl Session {
         self.room.reach(bytes)
     }
 
+    /// Records what one request brought that broke off, or, if there is no room to keep it, goes back to `before`.
+    pub(crate) fn keep(&mut self, (hasher, offset): (Hasher, u64), before: (Hasher, u64)) -> Result<()> {
+        match self.room.take(offset) {
+            Ok(()) => self.advance(hasher, offset),
+            Err(_) => self.rewind(before.0, before.1),
+        }
+    }
+
     /// Goes back to `offset` and its hash, after a request whose bytes do not count.
     pub(crate) fn rewind(&mut self, hasher: Hasher, offset: u64) -> Result<()> {
         let data = self.data();
@@ -261,13 +269,18 @@ impl Storage {
         Ok(Some(Session { id, repo, dir, offset, hasher, fresh: None, room, _lease: lease }))
     }
 
-    /// Makes room for what a request is about to bring, as far as it has told how much.
+    /// Makes room for what a request is about to bring, as far as it has told how much, and as which blob.
     ///
     /// # Errors
     /// When the quota or the free space does not leave so much; see [`Error::exceeded`] and [`Error::is_full`].
-    pub(crate) fn admit(&self, session: &mut Session, length: Option<u64>) -> Result<()> {
+    pub(crate) fn admit(
+        &self,
+        session: &mut Session,
+        length: Option<u64>,
+        digest: Option<&Digest>,
+    ) -> Result<()> {
         let bytes = session.offset.saturating_add(length.unwrap_or(0));
-        session.room = self.room(&session.repo, session.id, session.offset, bytes)?;
+        session.room = self.room(&session.repo, session.id, session.offset, bytes, digest)?;
         match length {
             // What has come already can always be finished.
             Some(0) => Ok(()),

@@ -3,7 +3,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use dvcr_registry::{Config, Outcome, Quota, Task, control};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use dvcr_registry::{Auth, Config, Outcome, Quota, Task, control};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -116,6 +118,52 @@ async fn an_upload_that_tells_no_length_is_refused_as_soon_as_it_passes() {
     assert_eq!(used(&served, "q/").await, 3 << 20);
     served.ask("DELETE", &location).await.expect(204);
     assert_eq!(used(&served, "q/").await, 2 << 20);
+}
+
+#[tokio::test]
+async fn a_blob_that_the_prefix_has_is_pushed_again_without_room() {
+    let served = served(|config| config.limits.quotas = quotas(&[("q/", 1 << 20)])).await;
+    let (small, large) = (noise(10_000, 1), noise(900_000, 2));
+    for content in [&small, &large] {
+        served.push_blob("q/a", content).await;
+    }
+    for content in [&small, &large] {
+        served.push_blob("q/a", content).await;
+        served.push_blob("q/b", content).await;
+        let path = format!("{}?digest={}", served.begin("q/c").await, sha256(content));
+        served.send("PUT", &path, &[], content.clone()).await.expect(201);
+    }
+    assert_eq!(used(&served, "q/").await, 910_000);
+
+    // What is no such blob needs room, whatever it is called: before its body is read, or when it has come.
+    let named = format!("POST /v2/q/a/blobs/uploads/?digest={}", sha256(&large));
+    let headers = [("content-length", "1100000"), ("expect", "100-continue")];
+    Raw::start(served.address, &named, &headers).await.finish().await.expect_error(403, "DENIED");
+    let path = format!("/v2/q/a/blobs/uploads/?digest={}", sha256(&large));
+    let liar = served.send("POST", &path, &[], noise(900_000, 3)).await;
+    liar.expect_error(400, "DIGEST_INVALID");
+    let location = served.begin("q/a").await;
+    served.send("PATCH", &location, &[], large.clone()).await.expect_error(403, "DENIED");
+
+    // What breaks off is no blob, and is kept as far as there is room.
+    for (sent, kept) in [(500_000, "0-0"), (100_000, "0-99999")] {
+        let location = served.begin("q/a").await;
+        let line = format!("PUT {location}?digest={}", sha256(&large));
+        let mut raw = Raw::start(served.address, &line, &[("content-length", "900000")]).await;
+        raw.send(&large[..sent]).await;
+        eventually("the upload to go on", async || {
+            (served.metric("dvcr_registry_uploads_in_progress").await == 1).then_some(())
+        })
+        .await;
+        drop(raw);
+        eventually("its end", async || {
+            (served.metric("dvcr_registry_uploads_in_progress").await == 0).then_some(())
+        })
+        .await;
+        assert_eq!(served.get(&location).await.expect(204).header("range"), kept);
+        let left = if sent == 100_000 { 100_000 } else { 0 };
+        assert_eq!(used(&served, "q/").await, 910_000 + left);
+    }
 }
 
 #[tokio::test]
@@ -298,6 +346,48 @@ async fn a_client_that_asks_too_often_is_told_when_to_come_again() {
     served.get("/healthz").await.expect(200);
     assert_eq!(served.metric("dvcr_registry_rate_limited_total").await, 1);
     eventually("its next turn", async || (served.get("/v2/").await.status == 200).then_some(())).await;
+}
+
+#[tokio::test]
+async fn every_user_has_a_rate_of_their_own_and_strangers_take_no_share_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, name).unwrap();
+        Some(path)
+    };
+    let (admin_password, node_puller_password) = (file("admin"), file("puller"));
+    let served = Served::open_with(dir, |config| {
+        config.limits.request_rate = Some(1);
+        config.auth = Some(Auth { admin_password, node_puller_password, ..Auth::default() });
+    })
+    .await;
+    let ask = async |credentials: Option<(&str, &str)>| {
+        let header = credentials
+            .map(|(user, password)| format!("Basic {}", STANDARD.encode(format!("{user}:{password}"))));
+        let headers: Vec<_> = header.iter().map(|header| ("authorization", header.as_str())).collect();
+        served.send("GET", "/v2/", &headers, "").await.status
+    };
+    let flood = async |credentials| {
+        for _ in 0..200 {
+            if ask(credentials).await == 429 {
+                return;
+            }
+        }
+        panic!("{credentials:?} are never too many");
+    };
+    let (admin, puller) = (Some(("admin", "admin")), Some(("node-puller", "puller")));
+    // Nobody, and somebody who only says to be the admin, are one client: their address.
+    flood(None).await;
+    flood(Some(("admin", "wrong"))).await;
+    // Ten seconds' worth at once is everybody's share; all from this one address.
+    for _ in 0..10 {
+        assert_eq!(ask(admin).await, 200);
+    }
+    flood(admin).await;
+    for _ in 0..10 {
+        assert_eq!(ask(puller).await, 200);
+    }
 }
 
 #[tokio::test]
