@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::digest::Digest;
 use crate::names::{Reference, RepoName};
-use crate::rules::Pattern;
+use crate::rules::{Pattern, Rules};
 use crate::storage::collect::key;
 use crate::storage::manifests::Manifest;
 use crate::storage::{self, Storage};
@@ -71,6 +71,8 @@ pub struct Soundness {
     pub missing: u64,
     /// Manifests and blobs that are not what they should be, as far as the length and the manifest's digest tell.
     pub damaged: u64,
+    /// References to what is not there and, by the rules, need not be.
+    pub gaps: u64,
     /// Tags that name no manifest, which no client sees.
     pub empty_tags: u64,
     /// The first findings in words.
@@ -158,8 +160,8 @@ impl Inventory {
     }
 
     /// Checks that every tag names a manifest, and that everything that manifests refer to is there and has its length.
-    /// Content is not read; that is the business of a scrub.
-    pub fn check(&self, pattern: Option<&Pattern>) -> Result<Soundness> {
+    /// Content is not read; that is the business of a scrub. Where `rules` let manifests be sparse, what is missing is a gap.
+    pub fn check(&self, pattern: Option<&Pattern>, rules: &Rules) -> Result<Soundness> {
         let mut found = Soundness::default();
         self.each_repo(pattern, |repo| {
             found.repositories += 1;
@@ -180,7 +182,8 @@ impl Inventory {
             })?;
             for digest in digests {
                 found.manifests += 1;
-                let mut counted = self.check_manifest(repo, &digest)?;
+                let mut counted = self.check_manifest(repo, &digest, rules.may_be_sparse(repo))?;
+                found.gaps += counted.gaps;
                 // What was deleted in the meantime needs nothing.
                 if !counted.messages.is_empty() && self.storage.revision_touched(repo, &digest)?.is_some() {
                     found.missing += counted.missing;
@@ -193,7 +196,12 @@ impl Inventory {
         Ok(found)
     }
 
-    fn check_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<Soundness, storage::Error> {
+    fn check_manifest(
+        &self,
+        repo: &RepoName,
+        digest: &Digest,
+        may_be_sparse: bool,
+    ) -> Result<Soundness, storage::Error> {
         let mut found = Soundness::default();
         let manifest = match self.storage.manifest(repo, digest) {
             Ok(Some(manifest)) => manifest,
@@ -214,6 +222,7 @@ impl Inventory {
                 false => ("blob", self.storage.stat_blob(repo, &wanted.digest)?),
             };
             match bytes {
+                None if may_be_sparse => found.gaps += 1,
                 None => {
                     found.missing += 1;
                     found.tell(format!(

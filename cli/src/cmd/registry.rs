@@ -94,6 +94,10 @@ struct Du {
 struct Check {
     #[command(flatten)]
     place: Place,
+
+    /// Repositories where what is missing is no damage, such as `mirror/**`; by default as the settings have it
+    #[arg(long, value_name = "PATTERN")]
+    allow_sparse_manifests: Vec<Pattern>,
 }
 
 /// Deletes a tag, a manifest, or all of a repository
@@ -168,7 +172,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         Some(Command::Ls(args)) => list(&args),
         Some(Command::Du(args)) => usage(&args.place),
-        Some(Command::Check(args)) => return check(&args.place),
+        Some(Command::Check(args)) => return check(&args),
         Some(Command::Rm(args)) => remove(&args),
         Some(Command::Gc(args)) => collect(&args),
         Some(Command::Scrub(args)) => return search(&args),
@@ -249,19 +253,25 @@ fn usage(place: &Place) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-fn check(place: &Place) -> anyhow::Result<ExitCode> {
-    let found = Inventory::open(&place.home.root()?)?.check(place.repositories.as_ref())?;
-    match place.output {
+fn check(args: &Check) -> anyhow::Result<ExitCode> {
+    let mut settings = args.place.home.settings()?;
+    if !args.allow_sparse_manifests.is_empty() {
+        settings.allow_sparse_manifests.clone_from(&args.allow_sparse_manifests);
+    }
+    let inventory = Inventory::open(&settings.root()?)?;
+    let found = inventory.check(args.place.repositories.as_ref(), &settings.rules())?;
+    match args.place.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&found)?),
         Output::Human => {
             found.messages.iter().for_each(|message| println!("{message}"));
             println!(
-                "{} repositories, {} tags, {} manifests: {} missing, {} damaged, {} tags name nothing",
+                "{} repositories, {} tags, {} manifests: {} missing, {} damaged, {} allowed gaps, {} tags name nothing",
                 found.repositories,
                 found.tags,
                 found.manifests,
                 found.missing,
                 found.damaged,
+                found.gaps,
                 found.empty_tags
             );
         }

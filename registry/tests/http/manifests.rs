@@ -1,5 +1,7 @@
 //! Manifests: every accepted type, both digests, tags that move, deletion, limits.
 
+use dvcr_registry::Rules;
+use dvcr_registry::inventory::Inventory;
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -335,6 +337,31 @@ async fn a_sparse_manifest_is_taken_where_the_rules_let_it() {
         .send("PUT", "/v2/mirror/a/manifests/image", &[("content-type", OCI_MANIFEST)], manifest.to_string())
         .await;
     assert_eq!(again.expect(201).header("warning"), "");
+}
+
+#[tokio::test]
+async fn gaps_that_the_rules_allow_are_no_damage() {
+    let rules = |patterns: &[&str]| {
+        let sparse_manifests = patterns.iter().map(|pattern| pattern.parse().unwrap()).collect();
+        Rules { sparse_manifests, ..Rules::default() }
+    };
+    let served =
+        Served::open_with(tempfile::tempdir().unwrap(), |config| config.rules = rules(&["mirror/**"])).await;
+    served.push_blob("mirror/a", b"{}").await;
+    let layer = noise(1000, 1);
+    served.push_manifest("mirror/a", "tag", &image(OCI_MANIFEST, b"{}", &[&layer])).await;
+    let check = |patterns| {
+        let inventory = Inventory::open(&served.dir().join("root")).unwrap();
+        let found = inventory.check(None, &rules(patterns)).unwrap();
+        (found.is_sound(), found.missing, found.gaps, found.damaged)
+    };
+    assert_eq!(check(&[]), (false, 1, 0, 0));
+    assert_eq!(check(&["other/**"]), (false, 1, 0, 0));
+    assert_eq!(check(&["mirror/**"]), (true, 0, 1, 0));
+    // What is there, and is not what it should be, is damage also there.
+    let blob = served.push_blob("mirror/a", &layer).await;
+    std::fs::write(served.path(&blob_path(&blob)), "short").unwrap();
+    assert_eq!(check(&["mirror/**"]), (false, 0, 0, 1));
 }
 
 #[tokio::test]
