@@ -4,6 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::{Extension, Router};
@@ -96,6 +97,7 @@ pub async fn serve(
             drop(permit);
         });
     }
+    registry.app.is_ending.store(true, Ordering::Relaxed);
     drop(listener);
     registry.background.stop();
     beside.shutdown().await;

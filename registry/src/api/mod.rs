@@ -21,7 +21,7 @@ pub(crate) mod route;
 mod token;
 mod uploads;
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -74,6 +74,8 @@ pub(crate) struct App {
     /// How long a client may take to bring a little of a body.
     pub(crate) idle_timeout: Duration,
     pub(crate) metrics: Metrics,
+    /// Whether the end has been asked for.
+    pub(crate) is_ending: AtomicBool,
     /// Requests that stream content in.
     pub(crate) uploads: Arc<Semaphore>,
     /// Requests whose content is held in memory.
@@ -98,6 +100,7 @@ impl App {
             rates: limits.request_rate.map(Rates::new),
             idle_timeout: limits.idle_timeout,
             metrics: Metrics::default(),
+            is_ending: AtomicBool::new(false),
             uploads: Arc::new(Semaphore::new(uploads_max)),
             small_bodies: Arc::new(Semaphore::new(SMALL_BODIES_MAX)),
             manifests: Arc::new(Semaphore::new(MANIFESTS_MAX)),
@@ -224,6 +227,10 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
             let text = HeaderValue::from_static("text/plain; version=0.0.4");
             response.headers_mut().insert(http::header::CONTENT_TYPE, text);
             Ok(response)
+        }
+        "/readyz" if app.is_ending.load(Ordering::Relaxed) => {
+            let message = "the registry ends; what is new belongs elsewhere";
+            Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, Code::Unknown, message))
         }
         "/readyz" => {
             let storage = Arc::clone(&app.storage);

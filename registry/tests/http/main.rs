@@ -7,6 +7,7 @@
 mod access;
 mod blobs;
 mod collect;
+mod drain;
 mod errors;
 mod leftovers;
 mod limits;

@@ -30,7 +30,7 @@ pub struct Served {
     pub address: SocketAddr,
     dir: TempDir,
     client: reqwest::Client,
-    stop: oneshot::Sender<()>,
+    stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<dvcr_registry::Result<()>>,
 }
 
@@ -54,7 +54,12 @@ impl Served {
             let _ = stopped.await;
         }));
         let client = reqwest::Client::builder().timeout(ANSWER_TIMEOUT).build().unwrap();
-        Self { address, dir, client, stop, task }
+        Self { address, dir, client, stop: Some(stop), task }
+    }
+
+    /// Asks it to end.
+    pub fn stop(&mut self) {
+        self.stop = None;
     }
 
     /// Ends in order and gives the directory back.
