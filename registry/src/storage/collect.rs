@@ -41,8 +41,6 @@ const BATCH_REMOVALS_MAX: usize = 128;
 const THREADS: usize = 6;
 /// Repositories, or directories of blobs, that wait for a thread.
 const QUEUE_MAX: usize = 2 * THREADS;
-/// How much the threads give way to those that serve clients.
-const NICENESS: i32 = 10;
 
 /// How a collection is run.
 #[derive(Clone, Debug)]
@@ -240,8 +238,6 @@ impl<'a> Run<'a> {
         let receiver = Mutex::new(receiver);
         let next = || receiver.lock().unwrap_or_else(PoisonError::into_inner).recv().ok();
         let worker = || {
-            // A thread that may not is as good.
-            let _ = rustix::process::nice(NICENESS);
             let mut done = Ok(());
             // When one has failed, all take what is still handed out, and that ends soon.
             while let Some(item) = next() {
