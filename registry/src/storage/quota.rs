@@ -21,6 +21,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
@@ -150,6 +151,8 @@ struct Counted {
     limit: u64,
     /// Held by the one that counts.
     counting: Mutex<()>,
+    /// Whether it has been counted; to look at the state takes as long as counting a repository.
+    is_ready: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -247,8 +250,13 @@ impl Quotas {
         if prefixes.len() >= PREFIXES_MAX {
             prefixes.retain(|_, known| Arc::strong_count(known) > 1);
         }
-        let new =
-            Counted { prefix: prefix.to_owned(), limit, counting: Mutex::default(), state: Mutex::default() };
+        let new = Counted {
+            prefix: prefix.to_owned(),
+            limit,
+            counting: Mutex::default(),
+            is_ready: AtomicBool::new(false),
+            state: Mutex::default(),
+        };
         Some(Arc::clone(prefixes.entry(prefix.to_owned()).or_insert(Arc::new(new))))
     }
 
@@ -259,7 +267,7 @@ impl Quotas {
 
     /// Tells whether to ask for room takes no time.
     pub(super) fn is_quick(&self, repo: &RepoName) -> bool {
-        self.of(repo).is_none_or(|of| of.state().is_ready())
+        self.of(repo).is_none_or(|of| of.is_ready())
     }
 
     /// Places a link of a repository to a blob of so many bytes, which were granted to `room`.
@@ -359,11 +367,11 @@ impl Storage {
 
     /// Counts a prefix if it has not been.
     fn count(&self, of: &Counted) -> Result<()> {
-        if of.state().is_ready() {
+        if of.is_ready() {
             return Ok(());
         }
         let _one = of.counting.lock().unwrap_or_else(PoisonError::into_inner);
-        if of.state().is_ready() {
+        if of.is_ready() {
             return Ok(());
         }
         *of.state() = State::default();
@@ -390,6 +398,7 @@ impl Storage {
             let Phase::Counting { counted, touched } = &state.phase else { return Ok(()) };
             let Some(left) = touched.difference(counted).next().cloned() else {
                 state.phase = Phase::Ready;
+                of.is_ready.store(true, Ordering::Release);
                 return Ok(());
             };
             self.count_repo(&mut state, &left)?;
@@ -457,9 +466,12 @@ impl Counted {
         Ok(())
     }
 
+    fn is_ready(&self) -> bool {
+        self.is_ready.load(Ordering::Acquire)
+    }
+
     fn usage(&self) -> Usage {
-        let state = self.state();
-        let used = state.is_ready().then(|| state.used());
+        let used = self.is_ready().then(|| self.state().used());
         Usage { prefix: self.prefix.clone(), limit: self.limit, used }
     }
 
@@ -469,10 +481,6 @@ impl Counted {
 }
 
 impl State {
-    fn is_ready(&self) -> bool {
-        matches!(self.phase, Phase::Ready)
-    }
-
     fn used(&self) -> u64 {
         self.blob_bytes.saturating_add(self.upload_bytes)
     }
@@ -568,6 +576,15 @@ mod tests {
         }
         assert!(quotas.prefixes().len() <= PREFIXES_MAX);
         assert!(Arc::ptr_eq(&held, &quotas.of(&repo("vi/held/y")).unwrap()));
+    }
+
+    #[test]
+    fn nobody_who_only_looks_waits_for_the_one_who_counts() {
+        let quotas = quotas(&[("q/", 10)]);
+        let of = quotas.of(&repo("q/a")).unwrap();
+        let _counting = of.state();
+        assert!(!quotas.is_quick(&repo("q/a")));
+        assert_eq!(quotas.usage(), [Usage { prefix: "q/".to_owned(), limit: 10, used: None }]);
     }
 
     #[test]
