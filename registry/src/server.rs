@@ -101,9 +101,13 @@ pub async fn serve(
     drop(listener);
     registry.background.stop();
     beside.shutdown().await;
-    registry.scrubbing_ended().await;
-    if timeout(DRAIN_TIMEOUT, graceful.shutdown()).await.is_err() {
-        tracing::warn!(seconds = DRAIN_TIMEOUT.as_secs(), "requests still run at the end and are cut");
+    // A disk that does not answer holds up neither those who read from elsewhere nor the end.
+    let ended = async { tokio::join!(graceful.shutdown(), registry.scrubbing_ended()) };
+    if timeout(DRAIN_TIMEOUT, ended).await.is_err() {
+        tracing::warn!(
+            seconds = DRAIN_TIMEOUT.as_secs(),
+            "requests, or a search for damage, still run at the end and are cut"
+        );
     }
     // A body breaks off with its connection, and the upload it was for puts away what has come.
     tasks.shutdown().await;
