@@ -196,6 +196,7 @@ impl Registry {
         let storage = &self.app.storage;
         let failed = |error: storage::Error| Error::Task { source: Box::new(error) };
         let rules = &self.app.rules;
+        let _immutable = rules.may_be_immutable(&repo).then(|| self.app.immutable());
         for named in storage.named(&repo).map_err(failed)? {
             let goes = match &reference {
                 None => true,

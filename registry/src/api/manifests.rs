@@ -1,7 +1,7 @@
 //! Manifests: GET and HEAD by tag and digest, PUT, DELETE.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use axum::body::Body;
 use axum::response::Response;
@@ -103,6 +103,8 @@ pub(super) async fn put(
 pub(super) async fn delete(app: Arc<App>, repo: RepoName, reference: Reference) -> Answer {
     let (name, of) = (repo.clone(), reference.clone());
     let deleted = blocking(move || {
+        // A tag that never changes, put meanwhile, would go with what it names.
+        let _immutable = app.rules.may_be_immutable(&name).then(|| app.immutable());
         refuse_deletion(&app, &name, &of)?;
         Ok::<_, ApiError>(match of {
             Reference::Tag(tag) => app.storage.delete_tag(&name, &tag)?,
@@ -246,7 +248,7 @@ fn hold_immutable<'a>(
 ) -> Result<Option<MutexGuard<'a, ()>>, ApiError> {
     let mut guard = None;
     for tag in tags.iter().filter(|tag| app.rules.is_immutable(repo, tag)) {
-        guard.get_or_insert_with(|| app.immutable.lock().unwrap_or_else(PoisonError::into_inner));
+        guard.get_or_insert_with(|| app.immutable());
         let named = app.storage.resolve(repo, &Reference::Tag(tag.clone()))?;
         if let Some(named) = named.filter(|named| named != digest) {
             let message = format!("the tag {tag} of {repo} is immutable and names {named}; push another tag");

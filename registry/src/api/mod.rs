@@ -22,7 +22,7 @@ mod token;
 mod uploads;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -67,8 +67,8 @@ pub(crate) struct App {
     /// Who may do what; `None` lets everybody do everything.
     pub(crate) guard: Option<Guard>,
     pub(crate) rules: Arc<Rules>,
-    /// Held while a tag that never changes is put.
-    pub(crate) immutable: Mutex<()>,
+    /// Held while a tag that never changes is put, or something is deleted that it may name.
+    immutable: Mutex<()>,
     /// How often each client may ask.
     pub(crate) rates: Option<Rates>,
     /// How long a client may take to bring a little of a body.
@@ -105,6 +105,11 @@ impl App {
             small_bodies: Arc::new(Semaphore::new(SMALL_BODIES_MAX)),
             manifests: Arc::new(Semaphore::new(MANIFESTS_MAX)),
         }
+    }
+
+    /// Keeps others from putting tags that never change, and from deleting what they may name.
+    pub(crate) fn immutable(&self) -> MutexGuard<'_, ()> {
+        self.immutable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -340,6 +340,30 @@ async fn a_sparse_manifest_is_taken_where_the_rules_let_it() {
 }
 
 #[tokio::test]
+async fn a_tag_that_never_changes_does_not_go_with_what_it_names_when_both_come_at_once() {
+    let served = Served::open_with(tempfile::tempdir().unwrap(), |config| {
+        let immutable = json!({"immutable": [{"repositories": "a", "tags": "v*"}]});
+        config.rules = serde_json::from_value(immutable).unwrap();
+    })
+    .await;
+    let content_type = [("content-type", OCI_INDEX)];
+    for n in 0..100 {
+        let manifest = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [], "annotations": {"n": n.to_string()}});
+        let digest = served.push_manifest("a", "any", &manifest).await;
+        let (named, tagged) =
+            (format!("/v2/a/manifests/{digest}"), format!("/v2/a/manifests/{digest}?tag=v{n}"));
+        let (put, deleted) = tokio::join!(
+            served.send("PUT", &tagged, &content_type, manifest.to_string()),
+            served.ask("DELETE", &named)
+        );
+        put.expect(201);
+        // Either it was deleted first, and put again, or it could not be deleted any more.
+        assert!([202, 403].contains(&deleted.status), "{deleted:?}");
+        served.get(&format!("/v2/a/manifests/v{n}")).await.expect(200);
+    }
+}
+
+#[tokio::test]
 async fn gaps_that_the_rules_allow_are_no_damage() {
     let rules = |patterns: &[&str]| {
         let sparse_manifests = patterns.iter().map(|pattern| pattern.parse().unwrap()).collect();

@@ -370,7 +370,7 @@ impl Settings {
             bail!("--allow-anonymous lets anybody do everything, and --{user} does not: set one of them");
         }
         for (name, is_set, other, is_met) in [
-            ("bearer", self.bearer, "who has a password or a token, such as --htpasswd", has_users),
+            ("bearer", self.bearer, "users, such as those of --htpasswd", has_users),
             ("bearer-key", self.bearer_key.is_some(), "--bearer", self.bearer),
             ("external-url", self.external_url.is_some(), "--bearer", self.bearer),
             ("trust-forwarded", self.trust_forwarded, "--bearer", self.bearer),
