@@ -160,9 +160,11 @@ impl Inventory {
     }
 
     /// Checks that every tag names a manifest, and that everything that manifests refer to is there and has its length.
-    /// Content is not read; that is the business of a scrub. Where `rules` let manifests be sparse, what is missing is a gap.
+    /// Content is not read; that is the business of a scrub. Where `rules` let manifests be sparse, and in repositories that are
+    /// those of an upstream, what is missing is a gap.
     pub fn check(&self, pattern: Option<&Pattern>, rules: &Rules) -> Result<Soundness> {
         let mut found = Soundness::default();
+        let cached = self.storage.cached().map_err(|error| Error::Task { source: Box::new(error) })?;
         self.each_repo(pattern, |repo| {
             found.repositories += 1;
             for named in self.storage.named(repo)? {
@@ -182,7 +184,8 @@ impl Inventory {
             })?;
             for digest in digests {
                 found.manifests += 1;
-                let mut counted = self.check_manifest(repo, &digest, rules.may_be_sparse(repo))?;
+                let is_cached = cached.iter().any(|prefix| repo.as_str().starts_with(prefix.as_str()));
+                let mut counted = self.check_manifest(repo, &digest, is_cached || rules.may_be_sparse(repo))?;
                 found.gaps += counted.gaps;
                 // What was deleted in the meantime needs nothing.
                 if !counted.messages.is_empty() && self.storage.revision_touched(repo, &digest)?.is_some() {

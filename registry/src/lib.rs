@@ -13,6 +13,7 @@
 //!                       ├── blobs, manifests, referrers
 //!                       ├── collect, scrub     garbage; damage
 //!                       └── sync, layout      durable placement; who lies where
+//!            cache/                     what upstream registries have, fetched by way of dvcr-client
 //!            inventory                  what a directory holds, for people
 //!            rules                      what is kept, what never changes
 //!            units                      sizes and times as people write them
@@ -25,6 +26,7 @@
 
 mod api;
 mod auth;
+mod cache;
 pub mod control;
 mod digest;
 pub mod inventory;
@@ -48,6 +50,7 @@ use std::time::Duration;
 use axum::Router;
 
 pub use auth::{Auth, Bearer, ExternalUrl, UrlError};
+pub use cache::{Cache, Upstream, UpstreamAddress};
 pub use rules::{Pattern, Retention, Rules, Tags};
 pub use server::serve;
 pub use storage::quota::{Prefix, Quota};
@@ -57,6 +60,7 @@ pub use units::{OrOff, Size, Time};
 
 use api::App;
 use auth::Guard;
+use cache::Sources;
 use storage::Storage;
 use storage::collect::Grace;
 use tls::Acceptors;
@@ -114,6 +118,8 @@ pub struct Config {
     pub scrub: Scrub,
     /// What clients may take of the machine.
     pub limits: Limits,
+    /// Whose content is fetched when somebody asks for it.
+    pub cache: Cache,
 }
 
 /// What clients may take of the machine.
@@ -196,6 +202,7 @@ impl Config {
             rules: Rules::default(),
             scrub: Scrub::default(),
             limits: Limits::default(),
+            cache: Cache::default(),
         }
     }
 }
@@ -224,16 +231,18 @@ impl Registry {
     /// When another process of ours serves the same directory, it cannot be written, or a file with secrets or certificates
     /// cannot be used.
     pub fn open(config: Config) -> Result<Self> {
-        let Config { root, auth, tls, uploads_max, connections_max, collection, rules, scrub, limits } =
+        let Config { root, auth, tls, uploads_max, connections_max, collection, rules, scrub, limits, cache } =
             config;
         let guard = auth.map(|auth| Guard::open(auth, tls.is_some())).transpose()?;
         let tls = tls.map(Acceptors::open).transpose()?.map(Arc::new);
         let storage = Storage::open(&root, Grace::new(collection.grace))
             .map_err(|source| Error::Open { path: root.clone(), source })?
             .bounded(limits.quotas.clone(), limits.reserve_bytes);
+        let (storage, rules) = (Arc::new(storage), Arc::new(rules));
+        let cache = Sources::open(cache, &storage, &rules)?;
         let bounded = |permits: usize| permits.clamp(1, tokio::sync::Semaphore::MAX_PERMITS);
         let (uploads_max, connections_max) = (bounded(uploads_max), bounded(connections_max));
-        let app = Arc::new(App::new(storage, guard, rules, uploads_max, &limits));
+        let app = Arc::new(App::new(storage, guard, rules, cache, uploads_max, &limits));
         Ok(Self {
             app,
             root,
@@ -260,6 +269,9 @@ impl Registry {
         }
         if let Some(tls) = &self.tls {
             tls.refresh(force);
+        }
+        if let Some(sources) = &self.app.cache {
+            sources.refresh(force);
         }
     }
 

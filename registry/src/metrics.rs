@@ -4,6 +4,7 @@ use std::fmt::{Display, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::cache::{Source, Sources};
 use crate::storage::Stats;
 use crate::storage::quota::Usage;
 use crate::tasks::Collected;
@@ -115,10 +116,13 @@ impl Metrics {
     }
 
     /// Writes everything as text.
-    pub(crate) fn render(&self, stats: &Stats) -> String {
+    pub(crate) fn render(&self, stats: &Stats, cache: Option<&Sources>) -> String {
         let mut out = String::new();
         // Writing to a string does not fail.
-        let _ = self.write(&mut out).and_then(|()| write_stats(&mut out, stats));
+        let _ = self
+            .write(&mut out)
+            .and_then(|()| write_stats(&mut out, stats))
+            .and_then(|()| cache.map_or(Ok(()), |sources| write_cache(&mut out, sources)));
         out
     }
 
@@ -262,6 +266,39 @@ fn single(out: &mut String, name: &str, kind: &str, help: &str, value: impl Disp
     writeln!(out, "{name} {value}")
 }
 
+fn write_cache(out: &mut String, sources: &Sources) -> std::fmt::Result {
+    type Value = fn(&Source) -> u64;
+    fn get(counter: &AtomicU64) -> u64 {
+        counter.load(Ordering::Relaxed)
+    }
+    let metrics: [(&str, &str, &str, Value); 8] = [
+        ("hits_total", "counter", "Requests answered from what is stored.", |of| get(&of.counters.hits)),
+        ("misses_total", "counter", "Requests that needed the upstream.", |of| get(&of.counters.misses)),
+        ("stale_total", "counter", "Questions about tags the upstream gave no answer to.", |of| {
+            get(&of.counters.stale)
+        }),
+        ("failures_total", "counter", "Requests to the upstream that failed.", |of| {
+            get(&of.counters.failures)
+        }),
+        ("fetched_bytes_total", "counter", "Bytes of content that came from the upstream.", |of| {
+            get(&of.counters.fetched_bytes)
+        }),
+        ("evicted_bytes_total", "counter", "Bytes taken out that were not used for longest.", |of| {
+            get(&of.counters.evicted_bytes)
+        }),
+        ("fetches_in_progress", "gauge", "Blobs that are being fetched.", |of| get(&of.counters.in_flight)),
+        ("stored_bytes", "gauge", "Bytes that are stored, as far as is known.", Source::stored_bytes),
+    ];
+    for (name, kind, help, value) in metrics {
+        let name = format!("dvcr_registry_cache_{name}");
+        head(out, &name, kind, help)?;
+        for source in sources.all() {
+            writeln!(out, "{name}{{prefix=\"{}\"}} {}", source.prefix(), value(source))?;
+        }
+    }
+    Ok(())
+}
+
 fn head(out: &mut String, name: &str, kind: &str, help: &str) -> std::fmt::Result {
     writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}")
 }
@@ -283,7 +320,7 @@ mod tests {
         for ms in [0, 2, 2, 1_000_000] {
             metrics.record(RouteLabel::Blob, "GET", 200, Duration::from_millis(ms));
         }
-        let text = metrics.render(&Stats::default());
+        let text = metrics.render(&Stats::default(), None);
         assert!(text.contains("requests_total{route=\"blob\",method=\"GET\",status=\"2xx\"} 4\n"), "{text}");
         assert!(text.contains("_bucket{route=\"blob\",le=\"0.001\"} 1\n"), "{text}");
         assert!(text.contains("_bucket{route=\"blob\",le=\"100\"} 3\n"), "{text}");

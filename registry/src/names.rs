@@ -56,7 +56,7 @@ impl fmt::Display for Tag {
 }
 
 /// What names a manifest.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Reference {
     Tag(Tag),
     Digest(Digest),

@@ -20,6 +20,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::api::limits::Address;
 use crate::auth::Peer;
+use crate::cache::USES_INTERVAL;
 use crate::control::Control;
 use crate::patience::Patient;
 use crate::reload::RELOAD_INTERVAL;
@@ -58,6 +59,7 @@ pub async fn serve(
     beside.spawn(registry.clone().keep_schedule());
     beside.spawn(registry.clone().keep_files());
     beside.spawn(registry.clone().keep_scrubbing());
+    beside.spawn(registry.clone().keep_cache());
     match Control::listen(&registry.root) {
         Ok(control) => {
             beside.spawn(control.serve(registry.clone()));
@@ -166,7 +168,7 @@ fn is_of_connection(error: &io::Error) -> bool {
 impl Registry {
     /// Looks now and then whether files with secrets and certificates changed.
     async fn keep_files(self) {
-        if self.app.guard.is_none() && self.tls.is_none() {
+        if self.app.guard.is_none() && self.tls.is_none() && self.app.cache.is_none() {
             return;
         }
         loop {
@@ -177,15 +179,39 @@ impl Registry {
         }
     }
 
+    /// Notes now and then what was used of what upstreams have, and takes out what is too much.
+    async fn keep_cache(self) {
+        if self.app.cache.is_none() {
+            return;
+        }
+        loop {
+            let registry = self.clone();
+            let kept = tokio::task::spawn_blocking(move || {
+                registry.app.cache.iter().for_each(|sources| sources.keep_uses());
+            });
+            // Should it panic, there is the next time.
+            let _ = kept.await;
+            let sources = self.app.cache.iter().flat_map(|sources| sources.all());
+            sources.for_each(|source| source.evict_if_full());
+            sleep(USES_INTERVAL).await;
+        }
+    }
+
     async fn finish(self, limit: Duration) -> Result<()> {
+        if let Some(sources) = &self.app.cache {
+            sources.close().await;
+        }
         let all = u32::try_from(self.uploads_max).unwrap_or(u32::MAX);
         if timeout(limit, self.app.uploads.acquire_many(all)).await.is_err() {
             tracing::warn!(
                 "uploads were still being put away at the end; they go on from their last saved state"
             );
         }
-        let storage = Arc::clone(&self.app.storage);
-        let kept = tokio::task::spawn_blocking(move || storage.keep_pending_uploads());
+        let app = Arc::clone(&self.app);
+        let kept = tokio::task::spawn_blocking(move || {
+            app.cache.iter().for_each(|sources| sources.keep_uses());
+            app.storage.keep_pending_uploads();
+        });
         kept.await.map_err(|error| Error::Finish { source: Box::new(error) })
     }
 }

@@ -178,6 +178,7 @@ as_text! {
     [] crate::Prefix,
     [] crate::Quota,
     [] crate::Schedule,
+    [] crate::UpstreamAddress,
 }
 
 /// A number and its unit.

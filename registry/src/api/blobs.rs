@@ -19,7 +19,7 @@ use super::range::{Selected, select};
 use super::{Answer, App, CONTENT_DIGEST, blocking, empty, header, header_str};
 use crate::digest::Digest;
 use crate::names::RepoName;
-use crate::storage::blobs::Reader;
+use crate::storage::blobs::{Blob, Reader};
 
 /// Content never changes under its digest: caches may keep it for a year.
 const IMMUTABLE: &str = "max-age=31536000, immutable";
@@ -34,6 +34,23 @@ pub(super) fn head(app: &App, repo: &RepoName, digest: &Digest) -> Answer {
 
 pub(super) fn get(app: &Arc<App>, repo: &RepoName, digest: &Digest, parts: &Parts) -> Answer {
     let blob = app.storage.open_blob(repo, digest)?.ok_or_else(|| unknown(repo, digest))?;
+    answer_stored(app, blob, digest, parts)
+}
+
+/// Gives a blob that is stored.
+pub(super) fn answer_stored(app: &Arc<App>, blob: Blob, digest: &Digest, parts: &Parts) -> Answer {
+    answer(digest, blob.length, parts, |first, end| {
+        body(Arc::clone(app), Reader::new(blob.file, &app.storage, first, end))
+    })
+}
+
+/// Gives a blob of so many bytes, or the part that is asked for, which `body` reads from the first byte up to the end.
+pub(super) fn answer(
+    digest: &Digest,
+    length: u64,
+    parts: &Parts,
+    body: impl FnOnce(u64, u64) -> Body,
+) -> Answer {
     if header_str(parts, IF_NONE_MATCH).is_some_and(|tags| names(tags, digest)) {
         let mut response = empty(StatusCode::NOT_MODIFIED);
         describe(response.headers_mut(), digest);
@@ -43,19 +60,17 @@ pub(super) fn get(app: &Arc<App>, repo: &RepoName, digest: &Digest, parts: &Part
     // strong and we give no dates, so nothing but the same tag is the same version.
     let same = header_str(parts, IF_RANGE).is_none_or(|tag| tag.trim() == format!("\"{digest}\""));
     let range = header_str(parts, RANGE).filter(|_| same);
-    let (status, first, end) = match select(range, blob.length) {
-        Selected::Whole => (StatusCode::OK, 0, blob.length),
+    let (status, first, end) = match select(range, length) {
+        Selected::Whole => (StatusCode::OK, 0, length),
         Selected::Part(first, end) => (StatusCode::PARTIAL_CONTENT, first, end),
         Selected::Nothing => {
-            let message = format!("the range begins behind the blob's {} bytes", blob.length);
+            let message = format!("the range begins behind the blob's {length} bytes");
             return Err(ApiError::new(StatusCode::RANGE_NOT_SATISFIABLE, Code::SizeInvalid, message)
-                .with(CONTENT_RANGE, header(format!("bytes */{}", blob.length)))
+                .with(CONTENT_RANGE, header(format!("bytes */{length}")))
                 .with(ACCEPT_RANGES, HeaderValue::from_static("bytes")));
         }
     };
-    let length = blob.length;
-    let reader = Reader::new(blob.file, &app.storage, first, end);
-    let mut response = Response::new(body(Arc::clone(app), reader));
+    let mut response = Response::new(body(first, end));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     describe(headers, digest);
@@ -89,7 +104,7 @@ pub(super) fn names(tags: &str, digest: &Digest) -> bool {
     })
 }
 
-fn describe(headers: &mut HeaderMap, digest: &Digest) {
+pub(super) fn describe(headers: &mut HeaderMap, digest: &Digest) {
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
     headers.insert(CONTENT_DIGEST, header(digest.as_str()));
     headers.insert(ETAG, header(format!("\"{digest}\"")));

@@ -38,10 +38,15 @@ pub(super) fn get(app: &App, repo: &RepoName, reference: &Reference, parts: &Par
         None => None,
     };
     let manifest = manifest.ok_or_else(|| unknown(repo, reference))?;
+    Ok(answer(app, &manifest, parts))
+}
+
+/// Gives a manifest, as much of it as is asked for.
+pub(super) fn answer(app: &App, manifest: &Manifest, parts: &Parts) -> Response {
     if header_str(parts, IF_NONE_MATCH).is_some_and(|tags| blobs::names(tags, &manifest.digest)) {
         let mut response = empty(StatusCode::NOT_MODIFIED);
-        describe(response.headers_mut(), &manifest);
-        return Ok(response);
+        describe(response.headers_mut(), manifest);
+        return response;
     }
     let length = manifest.bytes.len();
     let body = match parts.method {
@@ -52,9 +57,9 @@ pub(super) fn get(app: &App, repo: &RepoName, reference: &Reference, parts: &Par
         }
     };
     let mut response = Response::new(body);
-    describe(response.headers_mut(), &manifest);
+    describe(response.headers_mut(), manifest);
     response.headers_mut().insert(CONTENT_LENGTH, length.into());
-    Ok(response)
+    response
 }
 
 pub(super) async fn put(
@@ -258,7 +263,7 @@ fn hold_immutable<'a>(
     Ok(guard)
 }
 
-fn unknown(repo: &RepoName, reference: &Reference) -> ApiError {
+pub(super) fn unknown(repo: &RepoName, reference: &Reference) -> ApiError {
     let (key, name) = match reference {
         Reference::Tag(tag) => ("tag", tag.as_str()),
         Reference::Digest(digest) => ("digest", digest.as_str()),

@@ -3,7 +3,8 @@
 //! ```text
 //!  request ──> /healthz /readyz /metrics ──────────────────────────────────────────┐
 //!     ├──────> token ──────────────────────────────────────────────────────────────┤
-//!     └──────> admit: who, Route::parse, may they ──> blobs uploads manifests lists ──> headers, metrics, log ──> answer
+//!     └──────> admit: who, Route::parse, may they ─┬> blobs uploads manifests lists ──> headers, metrics, log ──> answer
+//!                                                  └> cached: what an upstream has
 //! ```
 //!
 //! Small lookups (a link, a length, a manifest in memory) run on the async threads: they are answered from the kernel's
@@ -12,6 +13,7 @@
 #[cfg(test)]
 mod access;
 mod blobs;
+mod cached;
 pub(crate) mod error;
 pub(crate) mod limits;
 mod lists;
@@ -41,6 +43,7 @@ use self::limits::{Address, Rates};
 use self::route::Route;
 use crate::Limits;
 use crate::auth::{Guard, Identity, TOKEN_PATH};
+use crate::cache::Sources;
 use crate::metrics::{Metrics, RouteLabel};
 use crate::rules::Rules;
 use crate::storage::Storage;
@@ -67,6 +70,8 @@ pub(crate) struct App {
     /// Who may do what; `None` lets everybody do everything.
     pub(crate) guard: Option<Guard>,
     pub(crate) rules: Arc<Rules>,
+    /// Whose repositories are fetched when they are wanted; `None` if there is no upstream.
+    pub(crate) cache: Option<Sources>,
     /// Held while a tag that never changes is put, or something is deleted that it may name.
     immutable: Mutex<()>,
     /// How often each client may ask.
@@ -86,16 +91,18 @@ pub(crate) struct App {
 
 impl App {
     pub(crate) fn new(
-        storage: Storage,
+        storage: Arc<Storage>,
         guard: Option<Guard>,
-        rules: Rules,
+        rules: Arc<Rules>,
+        cache: Option<Sources>,
         uploads_max: usize,
         limits: &Limits,
     ) -> Self {
         Self {
-            storage: Arc::new(storage),
+            storage,
             guard,
-            rules: Arc::new(rules),
+            rules,
+            cache,
             immutable: Mutex::default(),
             rates: limits.request_rate.map(Rates::new),
             idle_timeout: limits.idle_timeout,
@@ -161,6 +168,8 @@ async fn dispatch(app: &Arc<App>, parts: Parts, body: Body) -> (RouteLabel, Opti
     let expects = parts.headers.contains_key(EXPECT);
     let route = Route::parse(&parts.method, parts.uri.path());
     let label = route.as_ref().map_or(RouteLabel::Other, Route::label);
+    // Before it is asked who may do it: the name that counts is the one here.
+    let route = route.map(|route| cached::renamed(app, &parts, route));
     let admitted = admit(app, &parts, route).await;
     let name = match &admitted {
         Ok((who, _)) | Err((who, _)) => who.name(),
@@ -228,7 +237,7 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
     }
     Some(match path {
         "/metrics" => {
-            let mut response = app.metrics.render(&app.storage.stats()).into_response();
+            let mut response = app.metrics.render(&app.storage.stats(), app.cache.as_ref()).into_response();
             let text = HeaderValue::from_static("text/plain; version=0.0.4");
             response.headers_mut().insert(http::header::CONTENT_TYPE, text);
             Ok(response)
@@ -249,6 +258,14 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
 }
 
 async fn serve(app: &Arc<App>, parts: Parts, body: Body, route: Route) -> Answer {
+    if let Some(source) = app.cache.as_ref().and_then(|sources| sources.of(route.repo()?))
+        && let Some(answer) = cached::serve(app, source, &parts, &route).await
+    {
+        if answer.is_err() {
+            drain(body, parts.headers.contains_key(EXPECT), DRAIN_BYTES_MAX).await;
+        }
+        return answer;
+    }
     let app = Arc::clone(app);
     match (route, &parts.method) {
         (Route::Base, &Method::GET | &Method::HEAD) => Ok(json("{}".to_owned())),

@@ -39,6 +39,32 @@ impl Route {
         }
     }
 
+    /// The repository that is asked about.
+    pub(crate) fn repo(&self) -> Option<&RepoName> {
+        match self {
+            Self::Base | Self::Catalog => None,
+            Self::Blob(repo, _)
+            | Self::Uploads(repo)
+            | Self::Upload(repo, _)
+            | Self::Manifest(repo, _)
+            | Self::Tags(repo)
+            | Self::Referrers(repo, _) => Some(repo),
+        }
+    }
+
+    /// The same of another repository.
+    pub(crate) fn of(self, repo: RepoName) -> Self {
+        match self {
+            Self::Base | Self::Catalog => self,
+            Self::Blob(_, digest) => Self::Blob(repo, digest),
+            Self::Uploads(_) => Self::Uploads(repo),
+            Self::Upload(_, id) => Self::Upload(repo, id),
+            Self::Manifest(_, reference) => Self::Manifest(repo, reference),
+            Self::Tags(_) => Self::Tags(repo),
+            Self::Referrers(_, digest) => Self::Referrers(repo, digest),
+        }
+    }
+
     /// Reads a path.
     ///
     /// # Errors
@@ -113,7 +139,7 @@ pub(crate) fn param(query: Option<&str>, name: &str) -> Option<String> {
     params(query, name).next()
 }
 
-/// Finds all parameters of a name. Those that nobody asks for, such as the `ns` of proxies, are let be.
+/// Finds all parameters of a name. Those that nobody asks for are let be.
 pub(crate) fn params<'a>(query: Option<&'a str>, name: &'a str) -> impl Iterator<Item = String> + 'a {
     let pairs = query.unwrap_or_default().split('&').filter_map(|pair| pair.split_once('='));
     let values = pairs.filter(move |(key, value)| *key == name && !value.is_empty()).map(|(_, value)| value);

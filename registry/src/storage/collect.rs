@@ -89,6 +89,10 @@ impl Grace {
         Self(grace.max(Self::MIN))
     }
 
+    pub(super) fn period(self) -> Duration {
+        self.0
+    }
+
     /// Whether what was last touched at `then` has to be touched again, so that it counts as new for at least half of
     /// the period from `now` on. A time ahead of us was written under another clock.
     fn is_due(self, then: SystemTime, now: SystemTime) -> bool {
@@ -126,7 +130,9 @@ impl Storage {
     pub(super) fn touch(&self, path: &Path) -> Result<()> {
         let touch = || {
             let now = SystemTime::now();
-            if self.grace.is_due(fs::metadata(path)?.modified()?, now) {
+            if self.relink.load(Ordering::SeqCst) > 0
+                || self.grace.is_due(fs::metadata(path)?.modified()?, now)
+            {
                 fs::File::options().write(true).open(path)?.set_modified(now)?;
             }
             Ok(())

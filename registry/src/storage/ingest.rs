@@ -12,10 +12,9 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, OFlags};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use super::pool::{ALIGN_BYTES, Buffer, Pool};
@@ -45,6 +44,8 @@ pub(crate) struct Ingest {
     offset: u64,
     to_hash: mpsc::Sender<Arc<Piece>>,
     to_write: mpsc::Sender<Arc<Piece>>,
+    /// Up to where the file has its bytes.
+    written: watch::Receiver<u64>,
     hashing: JoinHandle<Hasher>,
     writing: JoinHandle<Result<()>>,
 }
@@ -82,8 +83,8 @@ impl Ingest {
         let (to_write, write_queue) = mpsc::channel(QUEUE_BUFFERS_MAX);
         let data = data.to_owned();
         let start = usize::try_from(offset % ALIGN_BYTES as u64).unwrap_or(0);
-        let written = Arc::new(AtomicU64::new(offset));
-        let reached = Arc::clone(&written);
+        let (reached, written) = watch::channel(offset);
+        let hashable = written.clone();
         let space = Arc::clone(space);
         Self {
             pool: Arc::clone(pool),
@@ -93,13 +94,19 @@ impl Ingest {
             offset,
             to_hash,
             to_write,
+            written,
             hashing: tokio::task::spawn_blocking(move || {
-                hash(hasher, offset, &hashstates, hash_queue, &written)
+                hash(hasher, offset, &hashstates, hash_queue, &hashable)
             }),
             writing: tokio::task::spawn_blocking(move || {
                 write(&data, offset, length, &space, write_queue, &reached)
             }),
         }
+    }
+
+    /// Tells up to where the file has its bytes, which can be read from then on.
+    pub(crate) fn written(&self) -> watch::Receiver<u64> {
+        self.written.clone()
     }
 
     /// Takes bytes in, waiting while both queues are full.
@@ -160,7 +167,7 @@ fn hash(
     mut offset: u64,
     hashstates: &Path,
     mut queue: mpsc::Receiver<Arc<Piece>>,
-    written: &AtomicU64,
+    written: &watch::Receiver<u64>,
 ) -> Hasher {
     let mut next_checkpoint = offset.saturating_add(CHECKPOINT_BYTES);
     let mut checkpoint: Option<(Hasher, u64)> = None;
@@ -173,7 +180,7 @@ fn hash(
             checkpoint = Some((hasher.clone(), offset));
         }
         // A state ahead of the file would be of no use, and it takes the place of the one before.
-        if let Some((state, at)) = checkpoint.take_if(|(_, at)| written.load(Ordering::Acquire) >= *at)
+        if let Some((state, at)) = checkpoint.take_if(|(_, at)| *written.borrow() >= *at)
             && let Err(error) = save_state(hashstates, &state, at)
         {
             // One that cannot be saved is not missed now.
@@ -189,7 +196,7 @@ fn write(
     length: u64,
     space: &Space,
     mut queue: mpsc::Receiver<Arc<Piece>>,
-    written: &AtomicU64,
+    written: &watch::Sender<u64>,
 ) -> Result<()> {
     let all = match length {
         RESERVE_BYTES_MIN.. => Some(space.take(length, Purpose::Blob)?),
@@ -205,7 +212,7 @@ fn write(
             false => Some(space.take(piece.bytes().len() as u64, Purpose::Blob)?),
         };
         target.write(piece.bytes(), piece.offset).map_err(Error::at("cannot write upload data", data))?;
-        written.store(piece.offset + piece.bytes().len() as u64, Ordering::Release);
+        written.send_replace(piece.offset + piece.bytes().len() as u64);
     }
     Ok(())
 }
@@ -313,7 +320,7 @@ mod tests {
             let states = dir.path().join("sha256");
             std::fs::create_dir(&states).unwrap();
             let (sender, queue) = mpsc::channel(1);
-            let (to, reached) = (states.clone(), AtomicU64::new(written));
+            let (to, (_sender, reached)) = (states.clone(), watch::channel(written));
             let hashing = tokio::task::spawn_blocking(move || {
                 hash(Hasher::new(Algorithm::Sha256), 0, &to, queue, &reached)
             });

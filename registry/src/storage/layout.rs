@@ -16,6 +16,7 @@
 //!   referrers/<name>/_subjects/<alg>/<hex>/<alg>-<hex>  empty files: subject / manifest that refers to it
 //!   quarantine/<alg>/<hex>                     damaged content, taken from its place
 //!   scrub                                      how far the search for damage is
+//!   cached                                     prefixes of the repositories that are fetched from elsewhere
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -55,6 +56,10 @@ impl Layout {
 
     pub(crate) fn quarantined(&self, digest: &Digest) -> PathBuf {
         join(&self.root, &["dvcr/quarantine", digest.algorithm().name(), digest.hex()])
+    }
+
+    pub(crate) fn cached(&self) -> PathBuf {
+        self.root.join("dvcr/cached")
     }
 
     pub(crate) fn scrub_cursor(&self) -> PathBuf {

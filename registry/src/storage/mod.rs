@@ -6,6 +6,7 @@
 //!            ├── manifests  revisions, tags             ├── sync     temp file, rename, fsync
 //!            ├── lists      tags, catalogue             │
 //!            ├── collect    garbage                     │
+//!            ├── evict      what was not used for long  │
 //!            ├── scrub      damage                      │
 //!            ├── quota, space   bounds                  │
 //!            └── referrers  index beside the layout   ──┴── layout   paths
@@ -15,6 +16,7 @@
 
 pub(crate) mod blobs;
 pub(crate) mod collect;
+pub(crate) mod evict;
 pub(crate) mod ingest;
 mod layout;
 pub(crate) mod lists;
@@ -32,7 +34,7 @@ pub(crate) mod uploads;
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::fs::FlockOperation;
@@ -124,6 +126,8 @@ pub(crate) struct Storage {
     grace: collect::Grace,
     /// Held for reading while a push looks at what is there and builds on it, for writing while garbage is removed.
     accepting: RwLock<()>,
+    /// How many are about to remove blobs without a link: everything that gets one meanwhile is touched.
+    relink: AtomicUsize,
     /// Held by the one collection that may run.
     collecting: Mutex<()>,
     /// Held for reading while what is placed, and so can be seen, is not yet durable.
@@ -206,6 +210,7 @@ impl Storage {
             scrubbing: scrub::Scrubbing::default(),
             grace,
             accepting: RwLock::default(),
+            relink: AtomicUsize::new(0),
             collecting: Mutex::default(),
             placing: RwLock::default(),
             deleting: RwLock::default(),

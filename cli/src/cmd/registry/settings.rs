@@ -20,7 +20,8 @@ use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Id};
 use dvcr_registry::{
-    Auth, Bearer, Collection, Config, ExternalUrl, OrOff, Pattern, Quota, Rules, Schedule, Size, Time, Tls,
+    Auth, Bearer, Cache, Collection, Config, ExternalUrl, OrOff, Pattern, Quota, Rules, Schedule, Size, Time,
+    Tls, UpstreamAddress,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -33,7 +34,7 @@ const ENV_PREFIX: &str = "DVCR_REGISTRY_";
 const ACCESS: &str = "Who may do what";
 
 /// The sections of the file, each with an example that has all of its keys.
-const SECTIONS: [(&str, &str); 1] = [("rules", Rules::EXAMPLE)];
+const SECTIONS: [(&str, &str); 2] = [("rules", Rules::EXAMPLE), ("cache", Cache::EXAMPLE)];
 
 const HEAD: &str = "\
 # Settings of dvcr registry, as `dvcr registry --print-config` shows them.
@@ -106,6 +107,11 @@ pub struct Settings {
     #[arg(long, value_name = "N", default_value = "1024")]
     pub connections_max: NonZeroU32,
 
+    /// Registry whose repositories appear below a prefix, fetched when they are wanted, as in
+    /// docker.io/=https://registry-1.docker.io; may be given several times. What else can be said of one is in `cache`
+    #[arg(long, value_name = "PREFIX=URL")]
+    pub upstream: Vec<UpstreamAddress>,
+
     /// Serve anybody, on any address
     #[arg(long, help_heading = ACCESS)]
     pub allow_anonymous: bool,
@@ -164,6 +170,9 @@ pub struct Settings {
 
     #[arg(skip)]
     pub rules: Rules,
+
+    #[arg(skip)]
+    pub cache: Cache,
 }
 
 impl Default for Settings {
@@ -327,6 +336,8 @@ impl Settings {
         config.tls =
             self.tls_cert.zip(self.tls_key).map(|(cert, key)| Tls { cert, key, client_ca: self.client_ca });
         config.limits.quotas = self.quota;
+        config.cache = self.cache;
+        config.cache.upstreams.extend(self.upstream.into_iter().map(Into::into));
         Ok(config)
     }
 

@@ -23,6 +23,7 @@ const CHANGES: &[(&str, &str)] = &[
     ("idle-timeout", "5s"),
     ("uploads-max", "1"),
     ("connections-max", "2"),
+    ("upstream", "['a/=https://a.example']"),
     ("allow-anonymous", "true"),
     ("admin-password-file", "/admin"),
     ("node-puller-password-file", "/puller"),
@@ -38,6 +39,7 @@ const CHANGES: &[(&str, &str)] = &[
     ("client-ca", "/ca.crt"),
     ("plain-http", "true"),
     ("rules", "{pinned: [{repositories: golden/*}]}"),
+    ("cache", "{upstreams: [{prefix: a/, url: 'https://a.example', bytes-max: 10G}]}"),
 ];
 
 /// Settings among which every change has an effect.
