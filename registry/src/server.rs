@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
+use crate::api::error::Chain;
 use crate::api::limits::Address;
 use crate::auth::Peer;
 use crate::cache::USES_INTERVAL;
@@ -52,6 +53,7 @@ pub async fn serve(
     let router = registry.router();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(RECEIVE_BYTES_MAX);
+    registry.note_cached().await;
     let graceful = GracefulShutdown::new();
     let connections = Arc::new(Semaphore::new(registry.connections_max));
     let mut tasks = JoinSet::new();
@@ -176,6 +178,19 @@ impl Registry {
             let registry = self.clone();
             // Should it panic, there is the next time.
             let _ = tokio::task::spawn_blocking(move || registry.refresh(false)).await;
+        }
+    }
+
+    /// Leaves word of what is fetched from elsewhere for those who look at the directory.
+    async fn note_cached(&self) {
+        let app = Arc::clone(&self.app);
+        let noted = tokio::task::spawn_blocking(move || {
+            let sources = app.cache.iter().flat_map(|sources| sources.all());
+            app.storage.note_cached(sources.map(|source| source.prefix()))
+        });
+        if let Ok(Err(error)) = noted.await {
+            let error = Chain(&error);
+            tracing::warn!(%error, "`dvcr registry check` will miss what was not fetched");
         }
     }
 

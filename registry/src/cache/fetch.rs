@@ -228,6 +228,7 @@ impl Fetch {
         }
         source.grown(length);
         drop(arriving);
+        source.evict_if_full();
         source.used(repo, digest, false);
         tracing::info!(%repo, %digest, bytes = length, ms = begun.elapsed().as_millis(), "blob fetched");
         Ok(State::Stored)

@@ -103,9 +103,6 @@ impl Counters {
 impl Sources {
     /// Reads the files with secrets and certificates; `None` if there is no upstream. Blocks.
     pub(crate) fn open(cache: Cache, storage: &Arc<Storage>, rules: &Arc<Rules>) -> Result<Option<Self>> {
-        storage
-            .note_cached(cache.upstreams.iter().map(|upstream| upstream.prefix.as_str()))
-            .map_err(|source| Error::Task { source: Box::new(source) })?;
         if cache.upstreams.is_empty() {
             return Ok(None);
         }

@@ -80,6 +80,8 @@ pub(crate) struct Source {
     /// Whether what is stored has been counted since the start.
     counted: AtomicBool,
     evicting: AtomicBool,
+    /// Held by the one who takes contents out.
+    alone: Mutex<()>,
 }
 
 /// A manifest that can be given to a client.
@@ -120,6 +122,7 @@ impl Source {
             arriving: AtomicU64::new(0),
             counted: AtomicBool::new(false),
             evicting: AtomicBool::new(false),
+            alone: Mutex::default(),
         })
     }
 
@@ -265,6 +268,7 @@ impl Source {
         if short > 0 && !self.counted.load(Ordering::Relaxed) {
             self.evict(0);
         }
+        let _alone = lock(&self.alone);
         self.keep_uses();
         let before = self.stored_bytes();
         let arriving = self.arriving.load(Ordering::Relaxed);

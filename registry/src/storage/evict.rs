@@ -271,3 +271,123 @@ impl Drop for Raised<'_> {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::collect::Grace;
+
+    fn storage() -> (tempfile::TempDir, Storage) {
+        let root = tempfile::tempdir().unwrap();
+        let storage = Storage::open(root.path(), Grace::new(Duration::from_secs(1))).unwrap();
+        (root, storage.bounded(Vec::new(), Some(0)))
+    }
+
+    fn repo(name: &str) -> RepoName {
+        RepoName::parse(name).unwrap()
+    }
+
+    /// Stores a blob that was last used, and touched, so many seconds ago.
+    fn store(storage: &Storage, repo: &RepoName, content: &str, seconds: u64) -> Digest {
+        let digest = Digest::of(Algorithm::Sha256, content.as_bytes());
+        storage.store_blob(repo, content.as_bytes(), &digest).unwrap();
+        let then = SystemTime::now() - Duration::from_secs(seconds);
+        storage.set_used(repo, &digest, false, then).unwrap();
+        fs::File::options()
+            .write(true)
+            .open(storage.layout.blob(&digest))
+            .unwrap()
+            .set_modified(then)
+            .unwrap();
+        digest
+    }
+
+    fn evict(storage: &Storage, bytes_max: u64, used: &[&Digest]) -> Evicted {
+        let eviction = Eviction {
+            prefix: "up/",
+            bytes_max,
+            bytes_goal: bytes_max,
+            is_pinned: &|_, _| false,
+            is_used: &|_, digest| used.contains(&digest),
+        };
+        storage.evict(&eviction).unwrap()
+    }
+
+    #[test]
+    fn the_oldest_go_and_only_what_nobody_else_has_leaves_the_disk() {
+        let (_root, storage) = storage();
+        let (a, b, ours) = (repo("up/a"), repo("up/b"), repo("mine"));
+        let blobs: Vec<Digest> =
+            (0..5).map(|n| store(&storage, &a, &format!("blob {n}"), 1000 - n * 100)).collect();
+        // The first is also ours; the second was used in another repository; the third just now.
+        assert!(storage.mount_blob(&a, &ours, &blobs[0]).unwrap());
+        assert!(storage.mount_blob(&a, &b, &blobs[1]).unwrap());
+        let none = Evicted { kept_bytes: 30, ..Evicted::default() };
+        assert_eq!(evict(&storage, 30, &[]), none);
+        let done = evict(&storage, 18, &[&blobs[2]]);
+        assert_eq!(done, Evicted { kept_bytes: 18, removed: 2, removed_bytes: 12, freed_bytes: 6 });
+        let has = |repo: &RepoName, n: usize| storage.stat_blob(repo, &blobs[n]).unwrap().is_some();
+        assert_eq!([0, 1, 2, 3, 4].map(|n| has(&a, n)), [false, true, true, false, true]);
+        assert!(has(&ours, 0) && has(&b, 1) && !storage.layout.blob(&blobs[3]).exists());
+    }
+
+    #[test]
+    fn what_is_below_no_prefix_is_not_touched() {
+        let (_root, storage) = storage();
+        for name in ["up", "upper/a", "mine/up/a"] {
+            store(&storage, &repo(name), name, 1000);
+        }
+        assert_eq!(evict(&storage, 0, &[]), Evicted::default());
+    }
+
+    #[test]
+    fn while_blobs_go_whoever_makes_a_link_touches_its_blob() {
+        let (_root, storage) = storage();
+        let storage = Storage { grace: Grace::default(), ..storage };
+        let (a, ours) = (repo("up/a"), repo("mine"));
+        let digest = store(&storage, &a, "young for the collector", 100);
+        let age = || {
+            let modified = fs::metadata(storage.layout.blob(&digest)).unwrap().modified().unwrap();
+            SystemTime::now().duration_since(modified).unwrap_or_default().as_secs()
+        };
+        assert!(storage.mount_blob(&a, &ours, &digest).unwrap());
+        assert!(age() >= 90);
+        let _going = Raised::by_one(&storage.relink);
+        assert!(storage.mount_blob(&a, &ours, &digest).unwrap());
+        assert!(age() < 90);
+    }
+
+    #[test]
+    fn no_link_that_was_made_meanwhile_loses_its_blob() {
+        let (_root, storage) = storage();
+        let (a, ours) = (repo("up/a"), repo("mine"));
+        let digests: Vec<Digest> =
+            (0..300).map(|n| Digest::of(Algorithm::Sha256, format!("blob {n}").as_bytes())).collect();
+        let done = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for n in 0..digests.len() {
+                    store(&storage, &a, &format!("blob {n}"), 1000);
+                    if n % 10 == 9 {
+                        evict(&storage, 0, &[]);
+                    }
+                }
+                done.store(1, Ordering::SeqCst);
+            });
+            scope.spawn(|| {
+                while done.load(Ordering::SeqCst) == 0 {
+                    for digest in &digests {
+                        // Most have not come yet, or have gone.
+                        storage.mount_blob(&a, &ours, digest).unwrap();
+                    }
+                }
+            });
+        });
+        storage
+            .each_layer(&ours, |digest| {
+                assert!(storage.stat_blob(&ours, &digest).unwrap().is_some(), "{digest} lost its blob");
+                Ok(())
+            })
+            .unwrap();
+    }
+}
