@@ -53,7 +53,6 @@ pub async fn serve(
     let router = registry.router();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(RECEIVE_BYTES_MAX);
-    registry.note_cached().await;
     let graceful = GracefulShutdown::new();
     let connections = Arc::new(Semaphore::new(registry.connections_max));
     let mut tasks = JoinSet::new();
@@ -196,6 +195,7 @@ impl Registry {
 
     /// Notes now and then what was used of what upstreams have, and takes out what is too much.
     async fn keep_cache(self) {
+        self.note_cached().await;
         if self.app.cache.is_none() {
             return;
         }
