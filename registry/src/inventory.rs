@@ -185,7 +185,8 @@ impl Inventory {
             for digest in digests {
                 found.manifests += 1;
                 let is_cached = cached.iter().any(|prefix| repo.as_str().starts_with(prefix.as_str()));
-                let mut counted = self.check_manifest(repo, &digest, is_cached || rules.may_be_sparse(repo))?;
+                let mut counted =
+                    self.check_manifest(repo, &digest, is_cached || rules.may_be_sparse(repo))?;
                 found.gaps += counted.gaps;
                 // What was deleted in the meantime needs nothing.
                 if !counted.messages.is_empty() && self.storage.revision_touched(repo, &digest)?.is_some() {

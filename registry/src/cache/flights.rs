@@ -9,9 +9,12 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 
+/// Work that any number may wait for; `None` if it panicked.
+type Flight<V> = Shared<BoxFuture<'static, Option<V>>>;
+
 /// What is being worked on, by its key.
 pub(super) struct Flights<K, V> {
-    running: Arc<Mutex<HashMap<K, Shared<BoxFuture<'static, Option<V>>>>>>,
+    running: Arc<Mutex<HashMap<K, Flight<V>>>>,
 }
 
 impl<K, V> Default for Flights<K, V> {
@@ -25,7 +28,7 @@ where
     K: Clone + Eq + Hash + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// Joins the work on `key`, or begins it; it goes on when nobody waits any more. `None` if it panicked.
+    /// Joins the work on `key`, or begins it; it goes on when nobody waits any more.
     pub(super) async fn join<F>(&self, key: K, work: impl FnOnce() -> F) -> Option<V>
     where
         F: Future<Output = V> + Send + 'static,

@@ -252,7 +252,8 @@ impl Source {
         let Some(bytes_max) = self.bytes_max() else { return };
         let arriving = self.arriving.load(Ordering::Relaxed);
         let is_full = self.stored_bytes().saturating_add(arriving) > bytes_max;
-        if !(is_full || !self.counted.load(Ordering::Relaxed)) || self.evicting.swap(true, Ordering::SeqCst) {
+        let is_known_to_fit = self.counted.load(Ordering::Relaxed) && !is_full;
+        if is_known_to_fit || self.evicting.swap(true, Ordering::SeqCst) {
             return;
         }
         let this = Arc::clone(self);

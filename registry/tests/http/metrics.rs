@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dvcr_registry::Quota;
+use dvcr_registry::{Quota, Upstream};
 use serde_json::Value;
 
 use super::support::*;
@@ -63,6 +63,7 @@ fn parse(text: &str) -> BTreeMap<String, Family> {
 async fn exported() -> BTreeMap<String, Family> {
     let dir = tempfile::tempdir().unwrap();
     let served = Served::open_with(dir, |config| {
+        config.cache.upstreams = vec![Upstream::new("up/", "https://up.example")];
         config.limits.quotas = vec![Quota { prefix: "a/".parse().unwrap(), bytes: 1 << 30 }];
     })
     .await;
