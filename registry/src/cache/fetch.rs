@@ -221,10 +221,9 @@ impl Fetch {
         }
         let arriving = Raised::by(source, length);
         source.evict_if_full();
-        let session = self.begin().await?;
         match length {
-            ..=SMALL_BLOB_BYTES_MAX => self.take_small(stream, session).await?,
-            _ => self.take(stream, session).await?,
+            ..=SMALL_BLOB_BYTES_MAX => self.take_small(stream).await?,
+            _ => self.take(stream).await?,
         }
         source.grown(length);
         drop(arriving);
@@ -284,16 +283,18 @@ impl Fetch {
         Ok(bytes)
     }
 
-    async fn take_small(&self, mut stream: BlobStream, session: Session) -> Result<(), Failure> {
+    async fn take_small(&self, mut stream: BlobStream) -> Result<(), Failure> {
         let mut body = BytesMut::new();
         let mut closing = self.source.fetches.closing.clone();
         while let Some(bytes) = self.next(&mut stream, &mut closing).await? {
             body.extend_from_slice(&bytes);
         }
+        let session = self.begin().await?;
         self.commit(move |storage, digest| storage.commit_small(session, &body, digest)).await
     }
 
-    async fn take(&self, mut stream: BlobStream, mut session: Session) -> Result<(), Failure> {
+    async fn take(&self, mut stream: BlobStream) -> Result<(), Failure> {
+        let mut session = self.begin().await?;
         let storage = Arc::clone(&self.source.storage);
         let length = stream.end();
         let (file, mut session) = blocking(move || {
