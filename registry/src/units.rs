@@ -42,6 +42,9 @@ const SIZE_UNITS: [(&[&str], u32); 5] = [
     (&["", "B"], 0),
 ];
 
+/// Longest time, 100 years of 365 days: one that can be added to any time of day without a thought.
+const TIME_SECONDS_MAX: u64 = 100 * 365 * 86_400;
+
 /// The units of times in seconds.
 const TIME_UNITS: [(&str, u64); 4] = [("d", 86_400), ("h", 3600), ("m", 60), ("s", 1)];
 
@@ -82,8 +85,8 @@ impl FromStr for Time {
         let number: u64 = number
             .parse()
             .map_err(|_| format!("'{text}' is not a time: it must begin with a whole number"))?;
-        let seconds = number.checked_mul(*seconds);
-        let seconds = seconds.ok_or_else(|| format!("'{text}' is longer than time lasts"))?;
+        let seconds = number.checked_mul(*seconds).filter(|seconds| *seconds <= TIME_SECONDS_MAX);
+        let seconds = seconds.ok_or_else(|| format!("'{text}' is longer than 100 years"))?;
         Ok(Self(Duration::from_secs(seconds)))
     }
 }
@@ -208,7 +211,8 @@ mod tests {
         let parse = |text: &str| text.parse().map(|Time(time)| time.as_secs());
         assert_eq!(parse("90s"), Ok(90));
         assert_eq!(parse("7d"), Ok(604_800));
-        for bad in ["", "90", "h", "1.5h", "1w", "999999999999999999d"] {
+        assert_eq!(parse("36500d"), Ok(TIME_SECONDS_MAX));
+        for bad in ["", "90", "h", "1.5h", "1w", "36501d", "999999999999999999d"] {
             assert!(parse(bad).is_err(), "{bad}");
         }
     }
@@ -229,7 +233,7 @@ mod tests {
         fn what_is_shown_is_read_again(number: u64, shift in 0_u32..64) {
             let size = Size(number >> shift);
             prop_assert_eq!(size.to_string().parse(), Ok(size));
-            let time = Time(Duration::from_secs(number >> shift));
+            let time = Time(Duration::from_secs((number >> shift) % (TIME_SECONDS_MAX + 1)));
             prop_assert_eq!(time.to_string().parse(), Ok(time));
             prop_assert_eq!(serde_json::from_str::<Size>(&serde_json::to_string(&size).unwrap()).unwrap(), size);
         }

@@ -396,6 +396,10 @@ impl Settings {
             "--plain-http is without TLS, --tls-cert with it: set one of them"
         );
         ensure!(self.scrub_rate != OrOff::On(Size(0)), "a --scrub-rate of 0 never ends; write `off`");
+        ensure!(
+            !self.idle_timeout.0.is_zero(),
+            "an --idle-timeout of 0 cuts everybody off; write a time such as 60s"
+        );
         let listen = self.listen;
         if !listen.ip().is_loopback() {
             ensure!(

@@ -167,6 +167,7 @@ fn settings_that_go_ill_together_are_told_wherever_they_come_from() {
         ("client-ca: /ca", "--tls-cert"),
         ("plain-http: true\ntls-cert: /c\ntls-key: /k", "--plain-http"),
         ("scrub-rate: 0", "off"),
+        ("idle-timeout: 0s", "60s"),
         ("listen: 0.0.0.0:5000\nplain-http: true", "--allow-anonymous"),
         ("listen: 0.0.0.0:5000\nallow-anonymous: true", "--plain-http"),
     ] {
