@@ -278,14 +278,16 @@ pub(crate) fn remove(
 ) -> storage::Result<u64> {
     match reference {
         Some(Reference::Tag(tag)) => storage.delete_tag(repo, tag).map(u64::from),
-        Some(Reference::Digest(digest)) => storage.delete_manifest(repo, digest).map(u64::from),
+        Some(Reference::Digest(digest)) => {
+            storage.delete_manifest(repo, digest).map(|tags| u64::from(tags.is_some()))
+        }
         None => {
             let mut removed = 0;
             for named in storage.named(repo)? {
                 removed += u64::from(storage.delete_tag(repo, &named.tag)?);
             }
             for digest in storage.revisions(repo)? {
-                removed += u64::from(storage.delete_manifest(repo, &digest)?);
+                removed += u64::from(storage.delete_manifest(repo, &digest)?.is_some());
             }
             Ok(removed)
         }

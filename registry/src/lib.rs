@@ -5,6 +5,7 @@
 //!              │   └── tls, reload          certificates; files that are read again
 //!              │
 //!            api/ ── auth/, metrics     HTTP: routes, answers, error codes; who may do what
+//!              │  └── events/             what happened: the audit log, webhooks
 //!              ├── uploads  blobs  manifests  lists
 //!              │          │
 //!              │        model           what is read of a manifest
@@ -29,6 +30,7 @@ mod auth;
 mod cache;
 pub mod control;
 mod digest;
+mod events;
 pub mod inventory;
 mod metrics;
 mod model;
@@ -51,6 +53,7 @@ use axum::Router;
 
 pub use auth::{Auth, Bearer, ExternalUrl, UrlError};
 pub use cache::{Cache, Upstream, UpstreamAddress};
+pub use events::{Events, Ignore, Webhook};
 pub use rules::{Pattern, Retention, Rules, Tags};
 pub use server::serve;
 pub use storage::quota::{Prefix, Quota};
@@ -61,6 +64,7 @@ pub use units::{OrOff, Size, Time};
 use api::App;
 use auth::Guard;
 use cache::Sources;
+use events::Recorder;
 use storage::Storage;
 use storage::collect::Grace;
 use tls::Acceptors;
@@ -76,6 +80,8 @@ pub enum Error {
     Open { path: PathBuf, source: io::Error },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
+    #[error("cannot write {path}")]
+    Write { path: PathBuf, source: io::Error },
     #[error("{path}, line {line}: {why}")]
     Htpasswd { path: PathBuf, line: usize, why: &'static str },
     #[error("{path} {why}")]
@@ -120,6 +126,8 @@ pub struct Config {
     pub limits: Limits,
     /// Whose content is fetched when somebody asks for it.
     pub cache: Cache,
+    /// What is recorded of requests, and who is told.
+    pub events: Events,
 }
 
 /// What clients may take of the machine.
@@ -203,6 +211,7 @@ impl Config {
             scrub: Scrub::default(),
             limits: Limits::default(),
             cache: Cache::default(),
+            events: Events::default(),
         }
     }
 }
@@ -231,8 +240,20 @@ impl Registry {
     /// When another process of ours serves the same directory, it cannot be written, or a file with secrets or certificates
     /// cannot be used.
     pub fn open(config: Config) -> Result<Self> {
-        let Config { root, auth, tls, uploads_max, connections_max, collection, rules, scrub, limits, cache } =
-            config;
+        let Config {
+            root,
+            auth,
+            tls,
+            uploads_max,
+            connections_max,
+            collection,
+            rules,
+            scrub,
+            limits,
+            cache,
+            events,
+        } = config;
+        let bearer = auth.as_ref().and_then(|auth| auth.bearer.clone());
         let guard = auth.map(|auth| Guard::open(auth, tls.is_some())).transpose()?;
         let tls = tls.map(Acceptors::open).transpose()?.map(Arc::new);
         let storage = Storage::open(&root, Grace::new(collection.grace))
@@ -242,7 +263,8 @@ impl Registry {
         let cache = Sources::open(cache, &storage, &rules)?;
         let bounded = |permits: usize| permits.clamp(1, tokio::sync::Semaphore::MAX_PERMITS);
         let (uploads_max, connections_max) = (bounded(uploads_max), bounded(connections_max));
-        let app = Arc::new(App::new(storage, guard, rules, cache, uploads_max, &limits));
+        let events = Recorder::open(&events, &storage.events(), bearer, tls.is_some())?.map(Arc::new);
+        let app = Arc::new(App::new(storage, guard, rules, cache, uploads_max, &limits, events));
         Ok(Self {
             app,
             root,
@@ -257,7 +279,8 @@ impl Registry {
         })
     }
 
-    /// Reads the files with secrets and certificates again, whether they changed or not; the log tells how that went.
+    /// Reads the files with secrets and certificates again, whether they changed or not, and opens the audit log again if
+    /// it was moved away; the log tells how that went.
     /// While it is served, a registry looks itself every 5 s whether they changed. Blocks.
     pub fn reload(&self) {
         self.refresh(true);
@@ -272,6 +295,9 @@ impl Registry {
         }
         if let Some(sources) = &self.app.cache {
             sources.refresh(force);
+        }
+        if let Some(events) = &self.app.events {
+            events.refresh(force);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Accepts connections and speaks HTTP/1.1 on them, inside TLS where that is set up.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,6 +30,8 @@ use crate::{Error, Registry, Result};
 
 /// How long requests may go on after the end was asked for.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long what happened may take to be written at the end.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long uploads whose connection was cut then may take to put away what has come.
 const KEEP_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a request's head may take, and a connection may be idle.
@@ -61,6 +63,12 @@ pub async fn serve(
     beside.spawn(registry.clone().keep_files());
     beside.spawn(registry.clone().keep_scrubbing());
     beside.spawn(registry.clone().keep_cache());
+    if let Some(events) = &registry.app.events {
+        if let Ok(address) = listener.local_addr() {
+            events.listens(address);
+        }
+        events.deliver(&mut beside);
+    }
     match Control::listen(&registry.root) {
         Ok(control) => {
             beside.spawn(control.serve(registry.clone()));
@@ -75,9 +83,9 @@ pub async fn serve(
         };
         // Answers are small or come in large pieces: waiting for more to send gains nothing.
         let _ = stream.set_nodelay(true);
-        let router = match registry.app.rates {
-            Some(_) => router.clone().layer(Extension(Address(peer))),
-            None => router.clone(),
+        let router = match registry.app.wants_addresses() {
+            true => router.clone().layer(Extension(Address(peer))),
+            false => router.clone(),
         };
         let stream = Patient::new(stream, registry.idle_timeout);
         // Forgets those that have ended.
@@ -145,12 +153,12 @@ async fn secured(
 async fn accept(
     listener: &TcpListener,
     connections: &Arc<Semaphore>,
-) -> (TcpStream, IpAddr, Option<OwnedSemaphorePermit>) {
+) -> (TcpStream, SocketAddr, Option<OwnedSemaphorePermit>) {
     // The semaphore is never closed.
     let permit = Arc::clone(connections).acquire_owned().await.ok();
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => return (stream, peer.ip(), permit),
+            Ok((stream, peer)) => return (stream, peer, permit),
             Err(error) if is_of_connection(&error) => {}
             Err(error) => {
                 tracing::error!(%error, "cannot accept connections");
@@ -169,7 +177,8 @@ fn is_of_connection(error: &io::Error) -> bool {
 impl Registry {
     /// Looks now and then whether files with secrets and certificates changed.
     async fn keep_files(self) {
-        if self.app.guard.is_none() && self.tls.is_none() && self.app.cache.is_none() {
+        let app = &self.app;
+        if app.guard.is_none() && self.tls.is_none() && app.cache.is_none() && app.events.is_none() {
             return;
         }
         loop {
@@ -226,6 +235,9 @@ impl Registry {
         let kept = tokio::task::spawn_blocking(move || {
             app.cache.iter().for_each(|sources| sources.keep_uses());
             app.storage.keep_pending_uploads();
+            if let Some(events) = &app.events {
+                events.flush(FLUSH_TIMEOUT);
+            }
         });
         kept.await.map_err(|error| Error::Finish { source: Box::new(error) })
     }

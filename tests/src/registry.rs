@@ -111,18 +111,23 @@ impl PeerRegistry {
 
     /// Starts Debian's docker-registry (distribution 2.8), which `make tools` unpacks.
     pub fn debian(root: &Path) -> Result<Self> {
-        Self::start(&tool("docker-registry")?, root)
+        Self::start(&tool("docker-registry")?, root, "")
     }
 
     /// Starts CNCF distribution v3, which `make tools` builds.
     pub fn distribution_v3(root: &Path) -> Result<Self> {
-        Self::start(&tool("registry")?, root)
+        Self::start(&tool("registry")?, root, "")
     }
 
-    fn start(program: &Path, root: &Path) -> Result<Self> {
+    /// Starts CNCF distribution v3 with further sections of its configuration.
+    pub fn distribution_v3_with(root: &Path, sections: &str) -> Result<Self> {
+        Self::start(&tool("registry")?, root, sections)
+    }
+
+    fn start(program: &Path, root: &Path, sections: &str) -> Result<Self> {
         let mut attempt = 1;
         loop {
-            match Self::try_start(program, root) {
+            match Self::try_start(program, root, sections) {
                 Err(error) if attempt < PEER_START_ATTEMPTS_MAX => {
                     attempt += 1;
                     eprintln!("starting {} again: {error:#}", program.display());
@@ -132,14 +137,14 @@ impl PeerRegistry {
         }
     }
 
-    fn try_start(program: &Path, root: &Path) -> Result<Self> {
+    fn try_start(program: &Path, root: &Path, sections: &str) -> Result<Self> {
         let address = free_port()?;
         let config = temp_dir();
         let file = config.path().join("config.yml");
         // No health checks and no redirects: what is compared is storage and HTTP alone.
         let text = format!(
             "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  delete:\n    enabled: true\n  \
-             filesystem:\n    rootdirectory: {root}\nhttp:\n  addr: {address}\n  secret: {secret}\n",
+             filesystem:\n    rootdirectory: {root}\nhttp:\n  addr: {address}\n  secret: {secret}\n{sections}",
             secret = Self::SECRET,
             root = serde_json::to_string(root)?,
         );

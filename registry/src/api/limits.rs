@@ -1,7 +1,7 @@
 //! Keeps one client from asking more often than its share.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ const CLEANING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Where a request comes from; an extension of the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Address(pub(crate) IpAddr);
+pub(crate) struct Address(pub(crate) SocketAddr);
 
 /// How often clients may ask.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl Rates {
     pub(crate) fn check(&self, user: Option<&str>, from: Option<Address>) -> Result<(), ApiError> {
         let client = match (user, from) {
             (Some(user), _) => Client::User(user.into()),
-            (None, Some(Address(address))) => Client::Address(network(address)),
+            (None, Some(Address(address))) => Client::Address(network(address.ip())),
             (None, None) => return Ok(()),
         };
         self.take(client, self.begun.elapsed()).map_err(|wait| {

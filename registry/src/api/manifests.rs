@@ -16,15 +16,15 @@ use serde_json::{Value, json};
 use super::error::{ApiError, Code};
 use super::route::params;
 use super::{
-    Answer, App, CONTENT_DIGEST, DRAIN_BYTES_MAX, blobs, blocking, drain, empty, header, header_str,
+    Answer, App, CONTENT_DIGEST, DRAIN_BYTES_MAX, OCI_TAG, blobs, blocking, drain, empty, header, header_str,
 };
 use crate::digest::{Algorithm, Digest};
+use crate::events::{Stored, Untagged};
 use crate::model;
 use crate::names::{Reference, ReferenceError, RepoName, Tag};
 use crate::storage::manifests::{MANIFEST_BYTES_MAX, Manifest};
 
 const OCI_SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
-const OCI_TAG: HeaderName = HeaderName::from_static("oci-tag");
 /// Tags that one push may bring as parameters (distribution-spec, main branch: 10 at least). Each is told back in a header
 /// of its own, and some clients read no more than 100 headers.
 const TAG_PARAMS_MAX: usize = 50;
@@ -106,20 +106,20 @@ pub(super) async fn put(
 }
 
 pub(super) async fn delete(app: Arc<App>, repo: RepoName, reference: Reference) -> Answer {
-    let (name, of) = (repo.clone(), reference.clone());
+    let (shared, name, of) = (Arc::clone(&app), repo.clone(), reference.clone());
     let deleted = blocking(move || {
         // A tag that never changes, put meanwhile, would go with what it names.
-        let _immutable = app.rules.may_be_immutable(&name).then(|| app.immutable());
-        refuse_deletion(&app, &name, &of)?;
+        let _immutable = shared.rules.may_be_immutable(&name).then(|| shared.immutable());
+        refuse_deletion(&shared, &name, &of)?;
         Ok::<_, ApiError>(match of {
-            Reference::Tag(tag) => app.storage.delete_tag(&name, &tag)?,
-            Reference::Digest(digest) => app.storage.delete_manifest(&name, &digest)?,
+            Reference::Tag(tag) => shared.storage.delete_tag(&name, &tag)?.then(Vec::new),
+            Reference::Digest(digest) => shared.storage.delete_manifest(&name, &digest)?,
         })
     });
-    match deleted.await? {
-        true => Ok(empty(StatusCode::ACCEPTED)),
-        false => Err(unknown(&repo, &reference)),
-    }
+    let tags = deleted.await?.ok_or_else(|| unknown(&repo, &reference))?;
+    let mut response = empty(StatusCode::ACCEPTED);
+    app.note(&mut response, || Untagged(tags));
+    Ok(response)
 }
 
 /// Fails if a tag that never changes would go.
@@ -222,9 +222,12 @@ fn store(
         return Err(ApiError::new(StatusCode::BAD_REQUEST, Code::ManifestBlobUnknown, lacks())
             .detail(json!({"digests": Value::Array(shown)})));
     }
+    let length = bytes.len() as u64;
     let manifest = Manifest { digest: digest.clone(), bytes, media_type: checked.media_type.into() };
+    let media_type = Arc::clone(&manifest.media_type);
     storage.put_manifest(repo, manifest, &tags, checked.subject.as_ref())?;
     let mut response = empty(StatusCode::CREATED);
+    app.note(&mut response, || Stored { media_type, bytes: length });
     let headers = response.headers_mut();
     headers.insert(LOCATION, header(format!("/v2/{repo}/manifests/{digest}")));
     headers.insert(CONTENT_DIGEST, header(digest.as_str()));

@@ -44,6 +44,7 @@ use self::route::Route;
 use crate::Limits;
 use crate::auth::{Guard, Identity, TOKEN_PATH};
 use crate::cache::Sources;
+use crate::events::Recorder;
 use crate::metrics::{Metrics, RouteLabel};
 use crate::rules::Rules;
 use crate::storage::Storage;
@@ -60,7 +61,8 @@ const UNAUTHORIZED_DRAIN_BYTES_MAX: u64 = 64 << 10;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 const API_VERSION: HeaderName = HeaderName::from_static("docker-distribution-api-version");
-const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+pub(crate) const CONTENT_DIGEST: HeaderName = HeaderName::from_static("docker-content-digest");
+pub(crate) const OCI_TAG: HeaderName = HeaderName::from_static("oci-tag");
 const UPLOAD_UUID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 
 /// What every request sees.
@@ -81,6 +83,8 @@ pub(crate) struct App {
     pub(crate) metrics: Metrics,
     /// Whether the end has been asked for.
     pub(crate) is_ending: AtomicBool,
+    /// Who is told of each request; `None` if nobody.
+    pub(crate) events: Option<Arc<Recorder>>,
     /// Requests that stream content in.
     pub(crate) uploads: Arc<Semaphore>,
     /// Requests whose content is held in memory.
@@ -97,6 +101,7 @@ impl App {
         cache: Option<Sources>,
         uploads_max: usize,
         limits: &Limits,
+        events: Option<Arc<Recorder>>,
     ) -> Self {
         Self {
             storage,
@@ -108,6 +113,7 @@ impl App {
             idle_timeout: limits.idle_timeout,
             metrics: Metrics::default(),
             is_ending: AtomicBool::new(false),
+            events,
             uploads: Arc::new(Semaphore::new(uploads_max)),
             small_bodies: Arc::new(Semaphore::new(SMALL_BODIES_MAX)),
             manifests: Arc::new(Semaphore::new(MANIFESTS_MAX)),
@@ -118,6 +124,18 @@ impl App {
     pub(crate) fn immutable(&self) -> MutexGuard<'_, ()> {
         self.immutable.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Whether somebody wants to know where requests come from.
+    pub(crate) fn wants_addresses(&self) -> bool {
+        self.rates.is_some() || self.events.is_some()
+    }
+
+    /// Puts a fact beside an answer, if somebody wants to know.
+    fn note<T: Clone + Send + Sync + 'static>(&self, response: &mut Response, fact: impl FnOnce() -> T) {
+        if self.events.is_some() {
+            response.extensions_mut().insert(fact());
+        }
+    }
 }
 
 pub(crate) fn router(app: Arc<App>) -> Router {
@@ -127,11 +145,27 @@ pub(crate) fn router(app: Arc<App>) -> Router {
 type Answer = Result<Response, ApiError>;
 
 async fn handle(State(app): State<Arc<App>>, request: Request<Body>) -> Response {
+    let Some(events) = app.events.clone() else { return answer(&app, request).await.2 };
+    let (parts, body) = request.into_parts();
+    let (asked, body) = events.asked(&parts, body);
+    let is_reading = matches!(parts.method, Method::GET | Method::HEAD);
+    let recorded = async move {
+        let (label, who, response) = answer(&app, Request::from_parts(parts, body)).await;
+        events.answered(asked, who, label, response)
+    };
+    if is_reading {
+        return recorded.await;
+    }
+    // A change is told of, also when its client is gone before it is made.
+    tokio::spawn(recorded).await.unwrap_or_else(|error| ApiError::internal(&error).into_response())
+}
+
+async fn answer(app: &Arc<App>, request: Request<Body>) -> (RouteLabel, Identity, Response) {
     let started = Instant::now();
     let (parts, body) = request.into_parts();
     let method = parts.method.clone();
     let path = parts.uri.path().to_owned();
-    let (label, user, answer) = dispatch(&app, parts, body).await;
+    let (label, who, answer) = dispatch(app, parts, body).await;
     let mut response = answer.unwrap_or_else(IntoResponse::into_response);
     response.headers_mut().insert(API_VERSION, HeaderValue::from_static("registry/2.0"));
     let (status, elapsed) = (response.status().as_u16(), started.elapsed());
@@ -145,47 +179,43 @@ async fn handle(State(app): State<Arc<App>>, request: Request<Body>) -> Response
         status,
         bytes,
         ms = elapsed.as_millis(),
-        user = user.as_deref().unwrap_or("-"),
+        user = who.name().unwrap_or("-"),
         "request"
     );
-    response
+    (label, who, response)
 }
 
-async fn dispatch(app: &Arc<App>, parts: Parts, body: Body) -> (RouteLabel, Option<String>, Answer) {
+async fn dispatch(app: &Arc<App>, parts: Parts, body: Body) -> (RouteLabel, Identity, Answer) {
     if let Some(answer) = probe(app, &parts).await {
-        return (RouteLabel::Probe, None, answer);
+        return (RouteLabel::Probe, Identity::Anonymous, answer);
     }
     if let Some(guard) = app.guard.as_ref().filter(|guard| guard.issues_tokens())
         && parts.uri.path() == TOKEN_PATH
     {
         if let Err(error) = throttle(app, None, &parts) {
             drain(body, false, UNAUTHORIZED_DRAIN_BYTES_MAX).await;
-            return (RouteLabel::Token, None, Err(error));
+            return (RouteLabel::Token, Identity::Anonymous, Err(error));
         }
-        let (user, answer) = token::answer(guard, parts, body).await;
-        return (RouteLabel::Token, user, answer);
+        let (who, answer) = token::answer(guard, parts, body).await;
+        return (RouteLabel::Token, who, answer);
     }
     let expects = parts.headers.contains_key(EXPECT);
     let route = Route::parse(&parts.method, parts.uri.path());
     let label = route.as_ref().map_or(RouteLabel::Other, Route::label);
     // Before it is asked who may do it: the name that counts is the one here.
     let route = route.map(|route| cached::renamed(app, &parts, route));
-    let admitted = admit(app, &parts, route).await;
-    let name = match &admitted {
-        Ok((who, _)) | Err((who, _)) => who.name(),
-    };
-    if let Err(error) = throttle(app, name, &parts) {
-        let name = name.map(str::to_owned);
+    let (who, admitted) = admit(app, &parts, route).await;
+    if let Err(error) = throttle(app, who.name(), &parts) {
         drain(body, expects, UNAUTHORIZED_DRAIN_BYTES_MAX).await;
-        return (label, name, Err(error));
+        return (label, who, Err(error));
     }
     match admitted {
-        Ok((who, route)) => (label, who.name().map(str::to_owned), serve(app, parts, body, route).await),
-        Err((who, error)) => {
+        Ok(route) => (label, who, serve(app, parts, body, route).await),
+        Err(error) => {
             let is_stranger = error.status() == StatusCode::UNAUTHORIZED;
             let bytes_max = if is_stranger { UNAUTHORIZED_DRAIN_BYTES_MAX } else { DRAIN_BYTES_MAX };
             drain(body, expects, bytes_max).await;
-            (label, who.name().map(str::to_owned), Err(error))
+            (label, who, Err(error))
         }
     }
 }
@@ -195,25 +225,20 @@ async fn admit(
     app: &App,
     parts: &Parts,
     route: Result<Route, ApiError>,
-) -> Result<(Identity, Route), (Identity, ApiError)> {
-    let Some(guard) = &app.guard else {
-        return match route {
-            Ok(route) => Ok((Identity::Anybody, route)),
-            Err(error) => Err((Identity::Anybody, error)),
-        };
+) -> (Identity, Result<Route, ApiError>) {
+    let Some(guard) = &app.guard else { return (Identity::Anybody, route) };
+    let who = match guard.identify(parts).await {
+        Ok(who) => who,
+        Err(error) => return (Identity::Anonymous, Err(error)),
     };
-    let who = guard.identify(parts).await.map_err(|error| (Identity::Anonymous, error))?;
-    match route {
-        Ok(route) => match guard.authorize(&who, &route, parts) {
-            Ok(()) => Ok((who, route)),
-            Err(error) => Err((who, error)),
-        },
+    let admitted = match route {
+        Ok(route) => guard.authorize(&who, &route, parts).map(|()| route),
         Err(_) if matches!(who, Identity::Anonymous) => {
-            let error = guard.challenge(parts, "user name and password are needed", None);
-            Err((who, error))
+            Err(guard.challenge(parts, "user name and password are needed", None))
         }
-        Err(error) => Err((who, error)),
-    }
+        Err(error) => Err(error),
+    };
+    (who, admitted)
 }
 
 /// Turns away clients that ask too often.
@@ -237,7 +262,12 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
     }
     Some(match path {
         "/metrics" => {
-            let mut response = app.metrics.render(&app.storage.stats(), app.cache.as_ref()).into_response();
+            let mut text = app.metrics.render(&app.storage.stats(), app.cache.as_ref());
+            if let Some(events) = &app.events {
+                // Writing to a string does not fail.
+                let _ = events.write_metrics(&mut text);
+            }
+            let mut response = text.into_response();
             let text = HeaderValue::from_static("text/plain; version=0.0.4");
             response.headers_mut().insert(http::header::CONTENT_TYPE, text);
             Ok(response)

@@ -33,18 +33,21 @@ struct Wanted {
     password: Option<String>,
 }
 
-/// Gives a token to whom it may concern; the name is for the log.
-pub(super) async fn answer(guard: &Guard, mut parts: Parts, body: Body) -> (Option<String>, Answer) {
+/// Gives a token to whom it may concern, and tells who that is, for the log.
+pub(super) async fn answer(guard: &Guard, mut parts: Parts, body: Body) -> (Identity, Answer) {
     let wanted = match wanted(&parts, body).await {
         Ok(wanted) => wanted,
-        Err(error) => return (None, Err(error)),
+        Err(error) => return (Identity::Anonymous, Err(error)),
     };
     if let (Some(user), Some(password)) = (&wanted.user, &wanted.password) {
         parts.headers.insert(AUTHORIZATION, basic_header(user, password));
     }
     match guard.identify_for_token(&parts).await {
-        Ok(who) => (who.name().map(str::to_owned), issue(guard, &who, &wanted)),
-        Err(error) => (None, Err(error)),
+        Ok(who) => {
+            let answer = issue(guard, &who, &wanted);
+            (who, answer)
+        }
+        Err(error) => (Identity::Anonymous, Err(error)),
     }
 }
 

@@ -32,6 +32,7 @@ use super::{
     range,
 };
 use crate::digest::{Algorithm, Digest, Hasher};
+use crate::events::Stored;
 use crate::names::RepoName;
 use crate::patience::PROGRESS_BYTES_MIN;
 use crate::storage::ingest::Ingest;
@@ -54,10 +55,18 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
         let digest: Digest = digest.parse()?;
         if let Some(from) = param(query, "from") {
             let from = route::repo(&from)?;
-            let storage = Arc::clone(&app.storage);
+            let of = Arc::clone(&app);
             let (to, mounted) = (repo.clone(), digest.clone());
-            if blocking(move || storage.mount_blob(&from, &to, &mounted)).await? {
-                return Ok(created(&repo, &digest));
+            let mount = move || {
+                let is_there = of.storage.mount_blob(&from, &to, &mounted)?;
+                let bytes = match of.events.is_some() && is_there {
+                    true => of.storage.stat_blob(&to, &mounted)?,
+                    false => None,
+                };
+                Ok::<_, crate::storage::Error>(is_there.then_some(bytes.unwrap_or(0)))
+            };
+            if let Some(bytes) = blocking(mount).await? {
+                return Ok(created(&app, &repo, &digest, bytes));
             }
         }
     } else if let Some(digest) = param(query, "digest") {
@@ -226,9 +235,11 @@ async fn complete(
     digest: Digest,
 ) -> Answer {
     let small = incoming.length.is_some_and(|length| length <= SMALL_BODY_BYTES_MAX);
+    let length;
     let done = if session.is_fresh() && small {
         let _turn = turn(&app.small_bodies).await?;
         let bytes = collect(&app, incoming).await?;
+        length = bytes.len() as u64;
         let (storage, digest) = (Arc::clone(&app.storage), digest.clone());
         blocking(move || storage.commit_small(session, &bytes, &digest)).await
     } else {
@@ -236,10 +247,11 @@ async fn complete(
         if incoming.length != Some(0) {
             session = receive(&app, session, incoming, Ending::Committed).await?;
         }
+        length = session.offset();
         let (storage, digest) = (Arc::clone(&app.storage), digest.clone());
         blocking(move || storage.commit_upload(session, &digest)).await
     };
-    done.map(|()| created(&repo, &digest))
+    done.map(|()| created(&app, &repo, &digest, length))
 }
 
 /// Takes a body into a session on disk.
@@ -481,8 +493,9 @@ fn progress(status: StatusCode, repo: &RepoName, id: Uuid, offset: u64) -> Respo
     response
 }
 
-fn created(repo: &RepoName, digest: &Digest) -> Response {
+fn created(app: &App, repo: &RepoName, digest: &Digest, bytes: u64) -> Response {
     let mut response = empty(StatusCode::CREATED);
+    app.note(&mut response, || Stored::blob(bytes));
     let headers = response.headers_mut();
     headers.insert(LOCATION, header(format!("/v2/{repo}/blobs/{digest}")));
     headers.insert(CONTENT_DIGEST, header(digest.as_str()));

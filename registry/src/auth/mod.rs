@@ -243,7 +243,8 @@ impl Guard {
     }
 
     fn bearer_challenge(&self, parts: &Parts, scope: &str, why: Option<&str>) -> Option<HeaderValue> {
-        let base = self.base_url(self.bearer.as_ref()?, &parts.headers)?;
+        let bearer = self.bearer.as_ref()?;
+        let base = base_url(Some(bearer), self.is_tls, &parts.headers)?;
         let mut text = format!("Bearer realm=\"{base}{TOKEN_PATH}\",service=\"{SERVICE}\"");
         if !scope.is_empty() {
             text += &format!(",scope=\"{scope}\"");
@@ -253,20 +254,21 @@ impl Guard {
         }
         HeaderValue::try_from(text).ok()
     }
+}
 
-    /// What the client calls us; `None` if it does not say.
-    fn base_url(&self, bearer: &Bearer, headers: &HeaderMap) -> Option<String> {
-        if let Some(url) = &bearer.external_url {
-            return Some(url.0.clone());
-        }
-        // Of a chain of proxies, the first speaks with the client.
-        let first = |name: &str| headers.get(name)?.to_str().ok()?.split(',').next().map(str::trim);
-        let forwarded = |name| first(name).filter(|_| bearer.trust_forwarded);
-        let scheme = forwarded(FORWARDED_PROTO).filter(|scheme| ["http", "https"].contains(scheme));
-        let scheme = scheme.unwrap_or(if self.is_tls { "https" } else { "http" });
-        let host = forwarded(FORWARDED_HOST).or_else(|| first(HOST.as_str())).filter(|host| is_host(host))?;
-        Some(format!("{scheme}://{host}"))
+/// What the client calls us; `None` if it does not say.
+pub(crate) fn base_url(bearer: Option<&Bearer>, is_tls: bool, headers: &HeaderMap) -> Option<String> {
+    if let Some(url) = bearer.and_then(|bearer| bearer.external_url.as_ref()) {
+        return Some(url.0.clone());
     }
+    // Of a chain of proxies, the first speaks with the client.
+    let first = |name: &str| headers.get(name)?.to_str().ok()?.split(',').next().map(str::trim);
+    let is_trusted = bearer.is_some_and(|bearer| bearer.trust_forwarded);
+    let forwarded = |name| first(name).filter(|_| is_trusted);
+    let scheme = forwarded(FORWARDED_PROTO).filter(|scheme| ["http", "https"].contains(scheme));
+    let scheme = scheme.unwrap_or(if is_tls { "https" } else { "http" });
+    let host = forwarded(FORWARDED_HOST).or_else(|| first(HOST.as_str())).filter(|host| is_host(host))?;
+    Some(format!("{scheme}://{host}"))
 }
 
 /// The value of a header that brings a name and a password.

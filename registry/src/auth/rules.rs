@@ -40,6 +40,8 @@ pub(crate) struct Known {
     rights: Rights,
     /// Whether another token would help who lacks a right.
     pub(crate) is_bearer: bool,
+    /// What showed it, for the audit log.
+    how: &'static str,
 }
 
 /// How somebody showed who they are.
@@ -232,13 +234,19 @@ impl Identity {
     pub(crate) fn known(name: impl Into<String>, credential: Credential, expires: Option<u64>) -> Self {
         let name = name.into();
         let is_bearer = matches!(credential, Credential::Bearer(_));
+        let how = match credential {
+            Credential::Password => "password",
+            Credential::Certificate => "certificate",
+            Credential::Token(_) => "token",
+            Credential::Bearer(_) => "bearer",
+        };
         let rights = match (credential, name.as_str()) {
             (Credential::Password, NODE_PULLER) => Rights::Pull,
             (Credential::Password, _) | (Credential::Certificate, ADMIN) => Rights::Everything,
             (Credential::Certificate, _) => Rights::Pull,
             (Credential::Token(grants) | Credential::Bearer(grants), _) => Rights::Granted(grants),
         };
-        Self::Known(Arc::new(Known { name, expires, rights, is_bearer }))
+        Self::Known(Arc::new(Known { name, expires, rights, is_bearer, how }))
     }
 
     /// The name, for the log.
@@ -246,6 +254,15 @@ impl Identity {
         match self {
             Self::Anybody | Self::Anonymous => None,
             Self::Known(known) => Some(&known.name),
+        }
+    }
+
+    /// How they showed who they are, for the audit log.
+    pub(crate) fn how(&self) -> &'static str {
+        match self {
+            Self::Anybody => "none",
+            Self::Anonymous => "anonymous",
+            Self::Known(known) => known.how,
         }
     }
 }

@@ -10,13 +10,14 @@
 //!     _manifests/tags/<tag>/index/<alg>/<hex>/link  what it named before
 //!     _uploads/<uuid>/                         an upload session: data, startedat, hashstates/<alg>/<offset>,
 //!                                              and ours alone: boot
-//! dvcr/                                        ours alone; all but `lock` can be rebuilt or thrown away
+//! dvcr/                                        ours alone; all but `lock` can be rebuilt or thrown away; with `events` go webhooks' events
 //!   lock                                       held by the process that serves the directory
 //!   tmp/                                       files on their way to their place; emptied at start
 //!   referrers/<name>/_subjects/<alg>/<hex>/<alg>-<hex>  empty files: subject / manifest that refers to it
 //!   quarantine/<alg>/<hex>                     damaged content, taken from its place
 //!   scrub                                      how far the search for damage is
 //!   cached                                     prefixes of the repositories that are fetched from elsewhere
+//!   events/<name>/                             what a webhook is still to be told
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -64,6 +65,10 @@ impl Layout {
 
     pub(crate) fn scrub_cursor(&self) -> PathBuf {
         self.root.join("dvcr/scrub")
+    }
+
+    pub(crate) fn events(&self) -> PathBuf {
+        self.root.join("dvcr/events")
     }
 
     pub(crate) fn blobs(&self) -> PathBuf {

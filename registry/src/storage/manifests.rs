@@ -151,24 +151,25 @@ impl Storage {
         remove().map_err(Error::at("cannot remove", link))
     }
 
-    /// Deletes a manifest and the tags that name it; returns whether it was there.
-    pub(crate) fn delete_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+    /// Deletes a manifest and the tags that name it; returns those tags, `None` if it was not there.
+    pub(crate) fn delete_manifest(&self, repo: &RepoName, digest: &Digest) -> Result<Option<Vec<Tag>>> {
         // A tag that is put meanwhile would name what is gone.
         let _deleting = self.deleting.write().unwrap_or_else(PoisonError::into_inner);
         if !self.has_revision(repo, digest)? {
-            return Ok(false);
+            return Ok(None);
         }
         let subject = self.manifest(repo, digest).ok().flatten();
         let subject = subject.and_then(|manifest| crate::model::subject_of(&manifest.bytes));
-        for tag in self.tags_of(repo, digest)? {
-            self.delete_tag(repo, &tag)?;
+        let tags = self.tags_of(repo, digest)?;
+        for tag in &tags {
+            self.delete_tag(repo, tag)?;
         }
         let link = self.layout.revision_link(repo, digest);
         let deleted = self.remove_link(repo, &link, digest)?;
         if let Some(subject) = subject {
             self.remove_referrer(repo, &subject, digest);
         }
-        Ok(deleted)
+        Ok(deleted.then_some(tags))
     }
 
     /// Lists the tags that name a manifest.

@@ -33,7 +33,7 @@ pub(crate) mod uploads;
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
@@ -245,6 +245,11 @@ impl Storage {
             reserved_bytes: self.space.reserve(),
             quotas: self.quotas.usage(),
         }
+    }
+
+    /// Where webhooks have their queues.
+    pub(crate) fn events(&self) -> PathBuf {
+        self.layout.events()
     }
 
     pub(crate) fn space(&self) -> &Arc<space::Space> {

@@ -9,6 +9,7 @@ mod blobs;
 mod collect;
 mod drain;
 mod errors;
+mod events;
 mod leftovers;
 mod limits;
 mod lists;

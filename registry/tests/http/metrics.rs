@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dvcr_registry::{Quota, Upstream};
+use dvcr_registry::{Quota, Upstream, Webhook};
 use serde_json::Value;
 
 use super::support::*;
@@ -65,6 +65,9 @@ async fn exported() -> BTreeMap<String, Family> {
     let served = Served::open_with(dir, |config| {
         config.cache.upstreams = vec![Upstream::new("up/", "https://up.example")];
         config.limits.quotas = vec![Quota { prefix: "a/".parse().unwrap(), bytes: 1 << 30 }];
+        config.events.audit_log = Some(config.root.with_file_name("audit.log"));
+        let (name, url) = ("ci".to_owned(), "http://127.0.0.1:9/".to_owned());
+        config.events.webhooks = vec![Webhook { name, url, ..Webhook::default() }];
     })
     .await;
     served.push_image("a/b", "tag", 1).await;

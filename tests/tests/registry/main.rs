@@ -2,6 +2,7 @@
 
 mod conformance;
 mod crash;
+mod events;
 mod interchange;
 mod support;
 mod takeover;

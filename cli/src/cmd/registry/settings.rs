@@ -20,8 +20,8 @@ use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Id};
 use dvcr_registry::{
-    Auth, Bearer, Cache, Collection, Config, ExternalUrl, OrOff, Pattern, Quota, Rules, Schedule, Size, Time,
-    Tls, UpstreamAddress,
+    Auth, Bearer, Cache, Collection, Config, Events, ExternalUrl, OrOff, Pattern, Quota, Rules, Schedule,
+    Size, Time, Tls, UpstreamAddress, Webhook,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -34,7 +34,8 @@ const ENV_PREFIX: &str = "DVCR_REGISTRY_";
 const ACCESS: &str = "Who may do what";
 
 /// The sections of the file, each with an example that has all of its keys.
-const SECTIONS: [(&str, &str); 2] = [("rules", Rules::EXAMPLE), ("cache", Cache::EXAMPLE)];
+const SECTIONS: [(&str, &str); 3] =
+    [("rules", Rules::EXAMPLE), ("cache", Cache::EXAMPLE), ("webhooks", Webhook::EXAMPLE)];
 
 const HEAD: &str = "\
 # Settings of dvcr registry, as `dvcr registry --print-config` shows them.
@@ -112,6 +113,10 @@ pub struct Settings {
     #[arg(long, value_name = "PREFIX=URL")]
     pub upstream: Vec<UpstreamAddress>,
 
+    /// File that is told who did what: JSON lines, appended to (docs/registry-events.md); none by default
+    #[arg(long, value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
+
     /// Serve anybody, on any address
     #[arg(long, help_heading = ACCESS)]
     pub allow_anonymous: bool,
@@ -173,6 +178,9 @@ pub struct Settings {
 
     #[arg(skip)]
     pub cache: Cache,
+
+    #[arg(skip)]
+    pub webhooks: Vec<Webhook>,
 }
 
 impl Default for Settings {
@@ -338,6 +346,7 @@ impl Settings {
         config.limits.quotas = self.quota;
         config.cache = self.cache;
         config.cache.upstreams.extend(self.upstream.into_iter().map(Into::into));
+        config.events = Events { audit_log: self.audit_log, webhooks: self.webhooks };
         Ok(config)
     }
 

@@ -24,6 +24,7 @@ const CHANGES: &[(&str, &str)] = &[
     ("uploads-max", "1"),
     ("connections-max", "2"),
     ("upstream", "['a/=https://a.example']"),
+    ("audit-log", "/audit.log"),
     ("allow-anonymous", "true"),
     ("admin-password-file", "/admin"),
     ("node-puller-password-file", "/puller"),
@@ -40,6 +41,7 @@ const CHANGES: &[(&str, &str)] = &[
     ("plain-http", "true"),
     ("rules", "{pinned: [{repositories: golden/*}]}"),
     ("cache", "{upstreams: [{prefix: a/, url: 'https://a.example', bytes-max: 10G}]}"),
+    ("webhooks", "[{name: ci, url: 'http://ci'}]"),
 ];
 
 /// Settings among which every change has an effect.
