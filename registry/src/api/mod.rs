@@ -147,7 +147,10 @@ type Answer = Result<Response, ApiError>;
 async fn handle(State(app): State<Arc<App>>, request: Request<Body>) -> Response {
     let Some(events) = app.events.clone() else { return answer(&app, request).await.2 };
     let (parts, body) = request.into_parts();
-    let (asked, body) = events.asked(&parts, body);
+    // As it is served: with the name that the repository has here.
+    let route = Route::parse(&parts.method, parts.uri.path()).ok();
+    let route = route.map(|route| cached::renamed(&app, &parts, route));
+    let (asked, body) = events.asked(&parts, route, body);
     let is_reading = matches!(parts.method, Method::GET | Method::HEAD);
     let recorded = async move {
         let (label, who, response) = answer(&app, Request::from_parts(parts, body)).await;

@@ -74,6 +74,8 @@ pub(crate) struct Asked {
     id: Uuid,
     method: Method,
     uri: Uri,
+    /// `None` of a path that is none of the API's.
+    route: Option<Route>,
     address: Option<SocketAddr>,
     forwarded_for: Option<String>,
     user_agent: Option<String>,
@@ -219,7 +221,7 @@ impl Recorder {
     }
 
     /// Takes down what is asked, and counts the bytes that come with it.
-    pub(crate) fn asked(&self, parts: &Parts, body: Body) -> (Asked, Body) {
+    pub(crate) fn asked(&self, parts: &Parts, route: Option<Route>, body: Body) -> (Asked, Body) {
         let headers = &parts.headers;
         let text = |name| headers.get(name).map(|value| bounded(value.as_bytes()));
         let received = Arc::<AtomicU64>::default();
@@ -233,6 +235,7 @@ impl Recorder {
             id: self.ids.next(),
             method: parts.method.clone(),
             uri: parts.uri.clone(),
+            route,
             address: parts.extensions.get::<Address>().map(|address| address.0),
             forwarded_for: text(FORWARDED_FOR),
             user_agent: text(USER_AGENT),
@@ -295,9 +298,10 @@ impl Recorder {
 
 impl Event {
     /// Derives what happened; `None` of what is neither content nor refused.
-    fn new(asked: Asked, who: Identity, label: RouteLabel, response: &Response) -> Option<Self> {
+    fn new(mut asked: Asked, who: Identity, label: RouteLabel, response: &Response) -> Option<Self> {
         let (status, headers) = (response.status().as_u16(), response.headers());
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let route = asked.route.take();
         let mut event = Self {
             who,
             action: Action::Other,
@@ -316,14 +320,14 @@ impl Event {
             asked,
         };
         let is_refused = matches!(status, 401 | 403 | 429);
-        match Route::parse(&event.asked.method, event.asked.uri.path()) {
-            Ok(route) => {
+        match route {
+            Some(route) => {
                 event.set(route, headers);
                 if let Some(Untagged(tags)) = response.extensions().get() {
                     event.tags.extend(tags.iter().map(|tag| tag.as_str().to_owned()));
                 }
             }
-            Err(_) => {
+            None => {
                 event.path = Some(bounded(event.asked.uri.path().as_bytes()));
                 if label == RouteLabel::Token {
                     event.action = Action::Token;
