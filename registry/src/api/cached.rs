@@ -124,7 +124,7 @@ fn answer(failure: Failure, unknown: ApiError) -> ApiError {
         Failure::Denied => {
             ApiError::denied("the registry behind this one does not let it read this; its log tells more")
         }
-        Failure::Busy => ApiError::too_many("too many blobs are being fetched; try again later"),
+        Failure::Busy => ApiError::too_many("too much is being fetched; try again later"),
         Failure::Upstream(why) => ApiError::new(StatusCode::BAD_GATEWAY, Code::Unknown, why),
         Failure::Storage(error) => ApiError::internal(&error),
     }

@@ -27,7 +27,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 use super::source::{Place, Source, blocking, lock, remote_digest};
-use super::{Counters, Failure};
+use super::{Counters, Failure, TURN_TIMEOUT};
 use crate::digest::{Digest, Hasher};
 use crate::names::{Reference, RepoName};
 use crate::storage::Storage;
@@ -39,8 +39,6 @@ use crate::storage::uploads::{Session, UploadError};
 const SMALL_BLOB_BYTES_MAX: u64 = 64 << 10;
 /// The end of a blob that clients get only when all of it is verified.
 const HELD_BACK_BYTES: u64 = 64 << 10;
-/// How long a fetch waits for its turn.
-const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a fetch goes on that nobody wants.
 const UNWANTED_TIMEOUT: Duration = Duration::from_secs(60);
 /// With so little left it goes on to its end.

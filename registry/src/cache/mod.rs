@@ -34,6 +34,8 @@ use crate::{Error, Result};
 
 /// Blobs fetched at a time; more wait.
 const FETCHES_MAX: u32 = 16;
+/// How long a fetch, or a question, waits for its turn.
+const TURN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often it is put on disk what was used when.
 pub(crate) const USES_INTERVAL: Duration = Duration::from_secs(60);
 /// How long fetches may take to clean up when the registry ends.

@@ -16,13 +16,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use dvcr_client::{AuthStore, Credentials, ErrorKind, Registry, RegistryOptions, Repository};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::time::timeout;
 
 use super::config::Upstream;
 use super::fetch::Fetches;
 use super::flights::{Flights, Recent};
-use super::{Counters, Failure};
+use super::{Counters, Failure, TURN_TIMEOUT};
 use crate::api::error::Chain;
 use crate::digest::Digest;
 use crate::names::{Reference, RepoName};
@@ -37,6 +37,8 @@ use crate::{Error, Result, model};
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Times that one request is tried.
 const ATTEMPTS_MAX: u32 = 3;
+/// Questions about manifests, tags and lengths at a time; more wait.
+const QUESTIONS_MAX: usize = 64;
 /// How long an upstream is asked about a tag that is stored.
 const REVALIDATION_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long an upstream that failed is not asked about tags that are stored.
@@ -66,6 +68,7 @@ pub(crate) struct Source {
     pub(crate) counters: Counters,
     manifests: Flights<Place<Reference>, Result<Served, Failure>>,
     lengths: Flights<Place<Digest>, Result<u64, Failure>>,
+    questions: Semaphore,
     /// What the upstream did not have a moment ago.
     pub(super) absent: Recent<Place<Reference>>,
     /// Tags that name what the upstream has.
@@ -115,6 +118,7 @@ impl Source {
             counters: Counters::default(),
             manifests: Flights::default(),
             lengths: Flights::default(),
+            questions: Semaphore::new(QUESTIONS_MAX),
             absent: Recent::new(ABSENT_AGE_MAX, ABSENT_MAX),
             paused: Mutex::default(),
             uses: Mutex::default(),
@@ -201,6 +205,7 @@ impl Source {
             if this.absent.has(&absent) {
                 return Err(Failure::Unknown);
             }
+            let _turn = this.turn().await?;
             let length = this.remote(&repo).blob_size(&remote_digest(&digest)?).await;
             match length.map_err(|error| this.failed(&repo, digest.as_str(), &error))? {
                 Some(length) => Ok(length),
@@ -396,6 +401,7 @@ impl Source {
     /// Asks the upstream, and stores what it has; `stored` is what a tag names here.
     async fn ask(&self, place: &Place<Reference>, stored: Option<&Manifest>) -> Result<Manifest, Failure> {
         let (repo, reference) = place;
+        let _turn = self.turn().await?;
         let what = shown(reference);
         let failed = |error: dvcr_client::Error| self.failed(repo, &what, &error);
         let remote = self.remote(repo);
@@ -441,6 +447,11 @@ impl Source {
             Err(error) => tracing::error!(%repo, what, %error, "a manifest was fetched and cannot be stored"),
         }
         Ok(manifest)
+    }
+
+    /// Waits for the turn of a question.
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, Failure> {
+        timeout(TURN_TIMEOUT, self.questions.acquire()).await.ok().and_then(Result::ok).ok_or(Failure::Busy)
     }
 
     fn pause(&self) {

@@ -175,6 +175,26 @@ async fn wrong_content_is_never_complete_and_never_kept() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_disk_without_room_is_no_reason_not_to_serve() -> Result<()> {
+    let setup = Setup::new("", &["--reserve-space", "900T"]).await?;
+    let pushed = setup.push("a", "v1", 90, &[1000, 3 << 20]).await?;
+    for _ in 0..2 {
+        let got = setup.client.get("/v2/up/a/manifests/v1").await?.expect(200)?;
+        assert_eq!(got.body, pushed.manifest);
+        pushed.check(&setup.client, "up/a").await?;
+    }
+    assert!(pushed.blobs.iter().all(|blob| setup.is_nowhere("up/a", &digest(blob))));
+    let path = blob_path("up/a", &pushed.blobs[1]);
+    let end = setup.client.send("GET", &path, &[("range", "bytes=-10")], Bytes::new()).await?.expect(206)?;
+    assert_eq!(end.body, pushed.blobs[1][(3 << 20) - 10..]);
+    setup.relay.corrupt(true);
+    let url = format!("{}{path}", setup.cache.url());
+    let got = async { setup.client.http.get(&url).send().await?.error_for_status()?.bytes().await };
+    assert!(got.await.is_err(), "wrong bytes came as a whole");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_upstream_that_breaks_off_is_gone_on_with_where_it_was() -> Result<()> {
     let setup = Setup::new("", &[]).await?;
     let pushed = setup.push("a", "v1", 3, &[16 << 20]).await?;
