@@ -43,6 +43,7 @@ pub fn run(dvcr: &Path, distribution: &Path, dir: &Path, sizes: &[usize]) -> any
             let scale = Scale { number, name, program, root: root.path(), images: &images };
             scale
                 .measure(&mut |row, better, value| {
+                    eprintln!("  {row}: {value:.2}");
                     table.add(&format!("{row}, {blobs} blobs"), better, name, value);
                 })
                 .with_context(|| format!("measuring {name}"))?;
