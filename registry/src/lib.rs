@@ -46,7 +46,7 @@ mod units;
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -305,4 +305,9 @@ impl Registry {
     pub fn router(&self) -> Router {
         api::router(Arc::clone(&self.app))
     }
+}
+
+/// Locks what stays sound when a thread that held it panicked.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

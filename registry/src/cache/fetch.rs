@@ -26,9 +26,10 @@ use dvcr_client::BlobStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-use super::source::{Place, Source, blocking, lock, remote_digest};
+use super::source::{Place, Source, blocking, remote_digest};
 use super::{Counters, Failure, TURN_TIMEOUT};
 use crate::digest::{Digest, Hasher};
+use crate::lock;
 use crate::names::{Reference, RepoName};
 use crate::storage::Storage;
 use crate::storage::blobs::{Blob, Reader};

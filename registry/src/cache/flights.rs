@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
+
+use crate::lock;
 
 /// Work that any number may wait for; `None` if it panicked.
 type Flight<V> = Shared<BoxFuture<'static, Option<V>>>;
@@ -105,10 +107,6 @@ impl<K: Eq + Hash> Recent<K> {
     pub(super) fn forget(&self, key: &K) {
         lock(&self.noted).remove(key);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use dvcr_client::{AuthStore, Credentials, ErrorKind, Registry, RegistryOptions, Repository};
@@ -31,7 +31,7 @@ use crate::rules::Rules;
 use crate::storage::Storage;
 use crate::storage::evict::Eviction;
 use crate::storage::manifests::Manifest;
-use crate::{Error, Result, model};
+use crate::{Error, Result, lock, model};
 
 /// Longest wait for an answer of an upstream to begin.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -526,8 +526,4 @@ fn client(upstream: &Upstream) -> Result<Registry> {
         attempts_max: ATTEMPTS_MAX,
     };
     Registry::open(&upstream.url, options).map_err(invalid)
-}
-
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

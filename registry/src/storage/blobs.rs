@@ -12,9 +12,9 @@ use rustix::io::ReadWriteFlags;
 use tokio::task::JoinHandle;
 
 use super::pool::{Buffer, Pool};
-use super::quota::{Room, link_target};
+use super::quota::Room;
 use super::{Error, Result, Storage};
-use crate::digest::Digest;
+use crate::digest::{Algorithm, Digest};
 use crate::names::RepoName;
 
 /// Bytes per buffer of the read pool.
@@ -115,6 +115,14 @@ pub(super) fn read_link(path: &Path) -> Result<Option<Digest>> {
             tracing::warn!(path = %path.display(), %error, "a link holds no digest and is passed over");
             Ok(None)
         }
+    }
+}
+
+/// Reads which blob a repository's link names: only that of a sha512 digest may name another than it is called.
+pub(super) fn link_target(link: &Path, digest: &Digest) -> Result<Option<Digest>> {
+    match digest.algorithm() {
+        Algorithm::Sha256 => Ok(Some(digest.clone())),
+        Algorithm::Sha512 => read_link(link),
     }
 }
 

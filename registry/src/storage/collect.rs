@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use super::blobs::{found, read_link};
+use super::blobs::{found, link_target};
 use super::manifests::{MANIFEST_BYTES_MAX, REPO_DIRS, read_at_most, walk};
 use super::pace::Pace;
 use super::{Error, Result, Storage};
@@ -308,12 +308,7 @@ impl<'a> Run<'a> {
         storage.each_layer(repo, |digest| {
             self.check()?;
             let path = storage.layout.layer_link(repo, &digest);
-            // Only the link of another algorithm's digest names something else than it is called.
-            let target = match digest.algorithm() {
-                Algorithm::Sha256 => Some(digest.clone()),
-                Algorithm::Sha512 => read_link(&path)?,
-            };
-            let Some(target) = target.as_ref().map(key) else { return Ok(()) };
+            let Some(target) = link_target(&path, &digest)?.as_ref().map(key) else { return Ok(()) };
             let wanted = |key: u128| referenced.binary_search(&key).is_ok();
             if !all_are_read || wanted(key(&digest)) || wanted(target) {
                 live.push(target);

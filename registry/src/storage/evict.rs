@@ -21,11 +21,11 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
-use super::blobs::{found, read_link};
+use super::blobs::{found, link_target};
 use super::collect::key;
 use super::manifests::{REPO_DIRS, walk_below};
 use super::{Error, Result, Storage};
-use crate::digest::{Algorithm, Digest};
+use crate::digest::Digest;
 use crate::model;
 use crate::names::{RepoName, Tag};
 
@@ -219,12 +219,9 @@ impl Storage {
         let cutoff = SystemTime::now().checked_sub(settle).unwrap_or(SystemTime::UNIX_EPOCH);
         self.each_repo(&mut |repo| {
             self.each_layer(repo, |digest| {
-                let target = match digest.algorithm() {
-                    Algorithm::Sha256 => Some(digest),
-                    // Only the link of another algorithm's digest names something else than it is called.
-                    Algorithm::Sha512 => read_link(&self.layout.layer_link(repo, &digest))?,
-                };
-                gone.remove(&target.as_ref().map_or(0, key));
+                if let Some(target) = link_target(&self.layout.layer_link(repo, &digest), &digest)? {
+                    gone.remove(&key(&target));
+                }
                 Ok(())
             })?;
             self.each_revision(repo, |digest| {
@@ -275,6 +272,7 @@ impl Drop for Raised<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::digest::Algorithm;
     use crate::storage::collect::Grace;
 
     fn storage() -> (tempfile::TempDir, Storage) {

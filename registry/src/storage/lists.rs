@@ -180,14 +180,8 @@ mod tests {
 
     use super::*;
     use crate::digest::{Algorithm, Digest};
-    use crate::storage::collect::Grace;
     use crate::storage::manifests::Manifest;
-
-    fn storage() -> (tempfile::TempDir, Storage) {
-        let root = tempfile::tempdir().unwrap();
-        let storage = Storage::open(root.path(), Grace::default()).unwrap();
-        (root, storage)
-    }
+    use crate::storage::testing::storage;
 
     fn make_repository(storage: &Storage, name: &str, kind: &str) {
         fs::create_dir_all(storage.layout.repositories().join(name).join(kind)).unwrap();

@@ -270,3 +270,15 @@ impl Storage {
         write().map_err(Error::at("cannot write below", self.layout.root()))
     }
 }
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// Opens an empty storage, which is gone with its directory.
+    pub(crate) fn storage() -> (tempfile::TempDir, Storage) {
+        let root = tempfile::tempdir().unwrap();
+        let storage = Storage::open(root.path(), collect::Grace::default()).unwrap();
+        (root, storage)
+    }
+}

@@ -26,11 +26,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use uuid::Uuid;
 
-use super::blobs::{found, read_link};
+use super::blobs::{found, link_target};
 use super::collect::key;
 use super::manifests::walk_below;
 use super::{Error, Result, Storage};
-use crate::digest::{Algorithm, Digest};
+use crate::digest::Digest;
 use crate::names::RepoName;
 use crate::units::Size;
 
@@ -440,14 +440,6 @@ impl Storage {
     fn bytes_of(&self, digest: &Digest) -> u64 {
         let length = fs::metadata(self.layout.blob(digest)).ok().map(|metadata| metadata.len());
         length.or_else(|| self.quarantined_bytes(digest)).unwrap_or(0)
-    }
-}
-
-/// Reads which blob a repository's link names: only that of a sha512 digest may name another than it is called.
-pub(super) fn link_target(link: &Path, digest: &Digest) -> Result<Option<Digest>> {
-    match digest.algorithm() {
-        Algorithm::Sha256 => Ok(Some(digest.clone())),
-        Algorithm::Sha512 => read_link(link),
     }
 }
 

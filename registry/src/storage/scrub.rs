@@ -448,14 +448,9 @@ mod tests {
     use crate::names::Tag;
     use crate::storage::collect::Grace;
     use crate::storage::manifests::Manifest;
+    use crate::storage::testing::storage;
 
     static RUN: AtomicBool = AtomicBool::new(false);
-
-    fn storage() -> (tempfile::TempDir, Storage) {
-        let root = tempfile::tempdir().unwrap();
-        let storage = Storage::open(root.path(), Grace::default()).unwrap();
-        (root, storage)
-    }
 
     fn repo() -> RepoName {
         RepoName::parse("a/b").unwrap()

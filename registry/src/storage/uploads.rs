@@ -16,9 +16,10 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
+use chrono::{DateTime, SecondsFormat, Utc};
 use uuid::Uuid;
 
 use super::blobs::found;
@@ -28,6 +29,7 @@ use super::space::Purpose;
 use super::sync::Changes;
 use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest, Hasher};
+use crate::lock;
 use crate::names::RepoName;
 
 /// Sessions without bytes that are kept in memory; the oldest of more are put on disk.
@@ -628,39 +630,18 @@ fn remove_session_dir(dir: &Path) -> io::Result<()> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Writes a time as `2006-01-02T15:04:05Z`, as distribution does in `startedat`.
 fn rfc3339(time: SystemTime) -> String {
-    let seconds = time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let (days, of_day) = (seconds / 86_400, seconds % 86_400);
-    // Days to a civil date, counted in years that begin in March, so that the leap day comes last.
-    let shifted = days + 719_468;
-    let (era, of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
+    DateTime::<Utc>::from(time).to_rfc3339_opts(SecondsFormat::Secs, true)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     use super::*;
     use crate::storage::collect::Grace;
-
-    fn storage() -> (tempfile::TempDir, Storage) {
-        let root = tempfile::tempdir().unwrap();
-        let storage = Storage::open(root.path(), Grace::default()).unwrap();
-        (root, storage)
-    }
+    use crate::storage::testing::storage;
 
     fn repo() -> RepoName {
         RepoName::parse("a/b").unwrap()

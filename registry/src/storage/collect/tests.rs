@@ -4,6 +4,7 @@ use super::*;
 use crate::names::Tag;
 use crate::storage::manifests::Manifest;
 use crate::storage::scrub;
+use crate::storage::testing::storage;
 
 fn options() -> Options {
     Options {
@@ -64,12 +65,6 @@ fn collect(storage: &Storage, options: &Options) -> Counts {
 
 fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
-}
-
-fn storage() -> (tempfile::TempDir, Storage) {
-    let root = tempfile::tempdir().unwrap();
-    let storage = Storage::open(root.path(), Grace::default()).unwrap();
-    (root, storage)
 }
 
 #[test]
