@@ -31,6 +31,7 @@ use super::manifests::{MANIFEST_BYTES_MAX, REPO_DIRS, read_at_most, walk};
 use super::pace::Pace;
 use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest};
+use crate::lock;
 use crate::model;
 use crate::names::RepoName;
 use crate::rules::Rules;
@@ -38,7 +39,7 @@ use crate::rules::Rules;
 /// Removals under one hold of the lock that keeps pushes out.
 const BATCH_REMOVALS_MAX: usize = 128;
 /// Threads that look and remove at a time; more of them than cores, as they wait for the disk.
-const THREADS: usize = 6;
+const THREADS: usize = 24;
 /// Repositories, or directories of blobs, that wait for a thread.
 const QUEUE_MAX: usize = 2 * THREADS;
 
@@ -192,6 +193,8 @@ pub(super) struct Run<'a> {
     /// Digests that a repository has, by their first 128 bits. Two that agree in them can only keep garbage.
     live: Mutex<Vec<u128>>,
     pace: Mutex<Pace>,
+    /// Held by the thread that removes.
+    turn: Mutex<()>,
 }
 
 /// A file that is garbage, if it is still old when its turn comes.
@@ -210,7 +213,7 @@ impl<'a> Run<'a> {
         let cutoff = begun.checked_sub(storage.grace.0).unwrap_or(SystemTime::UNIX_EPOCH);
         let pace = Mutex::new(Pace::new(Some(options.removals_per_second.into())));
         let (failed, live) = (AtomicBool::default(), Mutex::default());
-        Self { storage, options, counts, stop, failed, begun, cutoff, live, pace }
+        Self { storage, options, counts, stop, failed, begun, cutoff, live, pace, turn: Mutex::default() }
     }
 
     fn mark(&self) -> Result<()> {
@@ -369,6 +372,8 @@ impl<'a> Run<'a> {
     /// Removes the files that are old, each with its directory, and calls `removed` with its length; returns what the
     /// others stand for. Nothing is synced: a removal that a crash undoes is done again by the next run.
     ///
+    /// With the lock held the directories are only moved away: to free what they take waits for the disk.
+    ///
     /// `of` is the repository whose links the files are.
     fn remove(
         &self,
@@ -388,7 +393,13 @@ impl<'a> Run<'a> {
         if doomed.is_empty() {
             return Ok(kept);
         }
+        let grave = self.storage.dirs.temp_path();
+        if !self.options.dry_run {
+            fs::create_dir(&grave).map_err(Error::at("cannot make", &grave))?;
+        }
         let mut removals = 0;
+        // One at a time, so that those who push find the lock free between two of us.
+        let turn = lock(&self.turn);
         let exclusive = self.storage.accepting.write().unwrap_or_else(PoisonError::into_inner);
         if SystemTime::now() < self.begun {
             let context = "the clock was set back during the collection";
@@ -407,18 +418,22 @@ impl<'a> Run<'a> {
                 Look::Old(bytes) => bytes,
             };
             if !self.options.dry_run {
-                let fail = |error| Error::at("cannot collect", &path)(error);
+                let place = grave.join(removals.to_string());
+                let bury = || path.parent().map_or(Ok(()), |dir| fs::rename(dir, place));
                 match of {
-                    Some(repo) => self.storage.quotas.removing(repo, &path, target).map(drop),
-                    None => fs::remove_file(&path),
+                    Some(repo) => self.storage.quotas.removing(repo, target, bury).map(drop),
+                    None => bury(),
                 }
-                .map_err(fail)?;
-                remove_empty(path.parent()).map_err(fail)?;
+                .map_err(Error::at("cannot collect", &path))?;
                 removals += 1;
             }
             removed(bytes);
         }
         drop(exclusive);
+        drop(turn);
+        if !self.options.dry_run {
+            fs::remove_dir_all(&grave).map_err(Error::at("cannot remove", &grave))?;
+        }
         self.pace(removals);
         Ok(kept)
     }

@@ -203,7 +203,9 @@ impl Storage {
         }
         // Not synced: a link that a crash brings back, and whose blob is gone, counts as absent.
         let link = self.layout.layer_link(repo, digest);
-        self.quotas.removing(repo, &link, key(digest)).map_err(Error::at("cannot remove", &link))?;
+        self.quotas
+            .removing(repo, key(digest), || fs::remove_file(&link))
+            .map_err(Error::at("cannot remove", &link))?;
         if let Some(dir) = link.parent() {
             let _ = fs::remove_dir(dir);
         }

@@ -142,7 +142,7 @@ impl Storage {
     /// Removes a link of a repository durably; returns whether there was one.
     pub(super) fn remove_link(&self, repo: &RepoName, link: &Path, target: &Digest) -> Result<bool> {
         let remove = || {
-            let removed = self.quotas.removing(repo, link, key(target))?;
+            let removed = self.quotas.removing(repo, key(target), || fs::remove_file(link))?;
             if let (true, Some(dir)) = (removed, link.parent()) {
                 sync_dir(dir)?;
             }

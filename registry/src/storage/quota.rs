@@ -294,9 +294,14 @@ impl Quotas {
         Ok(placed)
     }
 
-    /// Removes a link of a repository to a blob, without syncing anything; returns whether there was one.
-    pub(super) fn removing(&self, repo: &RepoName, link: &Path, target: u128) -> io::Result<bool> {
-        let remove = || match fs::remove_file(link) {
+    /// Has `remove` take away a link of a repository to a blob; returns whether there was one.
+    pub(super) fn removing(
+        &self,
+        repo: &RepoName,
+        target: u128,
+        remove: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<bool> {
+        let remove = || match remove() {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
             done => done.map(|()| true),
         };

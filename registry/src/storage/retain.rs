@@ -125,7 +125,10 @@ impl Run<'_> {
         }
         let link = storage.layout.revision_link(repo, digest);
         if !self.options.dry_run {
-            storage.quotas.removing(repo, &link, key(digest)).map_err(Error::at("cannot remove", &link))?;
+            storage
+                .quotas
+                .removing(repo, key(digest), || fs::remove_file(&link))
+                .map_err(Error::at("cannot remove", &link))?;
         }
         Ok(true)
     }

@@ -73,6 +73,7 @@ struct World {
     accepted: std::sync::Mutex<BTreeMap<(usize, String), Vec<String>>>,
     refused: AtomicU64,
     mounted: AtomicU64,
+    verified: AtomicU64,
 }
 
 /// Numbers without a pattern.
@@ -163,6 +164,7 @@ impl World {
         }
         // Another client may have deleted it meanwhile.
         let is_wanted = self.accepted.lock().unwrap().contains_key(at);
+        self.verified.fetch_add(is_wanted.into(), Ordering::Relaxed);
         assert!(missing.is_empty() || !is_wanted, "{name} lost of {}: {missing:?}", at.1);
     }
 }
@@ -176,6 +178,7 @@ async fn no_accepted_manifest_loses_a_blob_while_garbage_is_collected() {
         accepted: std::sync::Mutex::default(),
         refused: AtomicU64::new(0),
         mounted: AtomicU64::new(0),
+        verified: AtomicU64::new(0),
     });
     let ended = Arc::new(AtomicBool::new(false));
     let collector = tokio::spawn({
@@ -208,9 +211,10 @@ async fn no_accepted_manifest_loses_a_blob_while_garbage_is_collected() {
     for (at, blobs) in &accepted {
         world.verify(at, blobs).await;
     }
-    let (refused, mounted) = (world.refused.load(Ordering::Relaxed), world.mounted.load(Ordering::Relaxed));
-    eprintln!("{} left, {refused} refused, {mounted} mounted, {all:?}", accepted.len());
-    assert!(all.removed_blobs > 0 && mounted > 0 && !accepted.is_empty(), "{all:?}");
+    let [refused, mounted, verified] =
+        [&world.refused, &world.mounted, &world.verified].map(|count| count.load(Ordering::Relaxed));
+    eprintln!("{verified} verified, {refused} refused, {mounted} mounted, {all:?}");
+    assert!(all.removed_blobs > 0 && mounted > 0 && verified > 0, "{all:?}");
     // Those that were told that a blob is there have time to build on it.
     assert!(refused * 10 < operations, "{refused} of {operations}");
     // And nothing stays that nobody wants.
