@@ -226,12 +226,15 @@ impl<'a> Run<'a> {
                 walk(&base, &["_layers", "_manifests", "_uploads"], &mut |repo| hand_out(repo.clone()))
             },
             |repo| {
-                self.mark_repo(&repo)?;
+                let has_something = self.mark_repo(&repo)?;
                 self.collect_uploads(&repo)?;
-                self.forget_empty(&repo)
+                match has_something {
+                    true => Ok(()),
+                    false => self.forget_empty(&repo),
+                }
             },
         )?;
-        let mut live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut live = lock(&self.live);
         live.sort_unstable();
         live.dedup();
         Ok(())
@@ -245,7 +248,7 @@ impl<'a> Run<'a> {
     ) -> Result<()> {
         let (sender, receiver) = mpsc::sync_channel(QUEUE_MAX);
         let receiver = Mutex::new(receiver);
-        let next = || receiver.lock().unwrap_or_else(PoisonError::into_inner).recv().ok();
+        let next = || lock(&receiver).recv().ok();
         let worker = || {
             let mut done = Ok(());
             // When one has failed, all take what is still handed out, and that ends soon.
@@ -278,8 +281,9 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Notes what a repository has, and removes its links to blobs that none of its manifests refers to.
-    fn mark_repo(&self, repo: &RepoName) -> Result<()> {
+    /// Notes what a repository has, and removes its links to blobs that none of its manifests refers to; returns whether
+    /// anything is left.
+    fn mark_repo(&self, repo: &RepoName) -> Result<bool> {
         count(&self.counts.repositories, 1);
         let storage = self.storage;
         let gone = self.retain(repo)?;
@@ -324,8 +328,9 @@ impl<'a> Run<'a> {
             }
         })?;
         live.extend(self.remove_links(repo, &mut doomed)?);
-        self.live.lock().unwrap_or_else(PoisonError::into_inner).extend(live);
-        Ok(())
+        let has_something = !live.is_empty();
+        lock(&self.live).extend(live);
+        Ok(has_something)
     }
 
     fn remove_links(&self, repo: &RepoName, doomed: &mut Vec<Doomed>) -> Result<Vec<u128>> {
@@ -333,7 +338,7 @@ impl<'a> Run<'a> {
     }
 
     fn sweep(&self) -> Result<()> {
-        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let live = lock(&self.live);
         let is_live = |digest: &Digest| live.binary_search(&key(digest)).is_ok();
         let removed = |bytes| {
             count(&self.counts.removed_blobs, 1);
@@ -449,7 +454,7 @@ impl<'a> Run<'a> {
 
     /// Keeps all threads together to the rate.
     fn pace(&self, removals: u64) {
-        self.pace.lock().unwrap_or_else(PoisonError::into_inner).spend(removals, self.stop);
+        lock(&self.pace).spend(removals, self.stop);
     }
 
     /// Removes the directory that an earlier removal, or a deletion, has left of what is not at `path` any more.
