@@ -27,6 +27,7 @@
 
 mod api;
 mod auth;
+mod bucket;
 mod cache;
 pub mod control;
 mod digest;

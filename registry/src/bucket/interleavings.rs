@@ -1,0 +1,516 @@
+//! A model of a collection in a bucket beside pushes, mounts, uploads and deletions on other replicas, small enough to try
+//! every interleaving of them, with requests that are late, replicas that stand still, and a second one that takes over.
+//!
+//! One blob, two repositories. A request that places a link or removes something is sent in one step and lands in another,
+//! or never; it is refused once it has expired by the server's clock. An actor that takes no further step is one that was
+//! killed, or stands still. The promise: a manifest that was accepted, and not deleted, has its link and its blob.
+
+use std::collections::HashSet;
+
+/// For how long a request is valid, in ticks of the server's clock.
+const VALID: u8 = 1;
+/// What is so old has expired, and is as good as older.
+const AGE_MAX: u8 = VALID + 1;
+const RUNS_MAX: u8 = 2;
+
+/// The rules of `docs/decisions/0004-a-registry-in-a-bucket.md`. Each of them is needed.
+#[derive(Clone, Copy, Debug)]
+struct Rules {
+    /// Requests that place a link expire.
+    links_expire: bool,
+    /// So do those that remove.
+    removals_expire: bool,
+    /// The holder waits when it has announced the run.
+    waits_to_mark: bool,
+    /// Whoever knows of a run leaves a claim,
+    claims: bool,
+    /// and then looks at the state of the run again.
+    looks_again: bool,
+    /// What is condemned is not there.
+    condemned_is_absent: bool,
+    /// For how long a lease is held that is not renewed: as long as a removal is valid that was signed with it.
+    lease: u8,
+    /// The state of the run is replaced only by who wrote it last.
+    state_is_replaced: bool,
+    /// Claims belong to a run.
+    claims_have_a_run: bool,
+}
+
+const ALL: Rules = Rules {
+    links_expire: true,
+    removals_expire: true,
+    waits_to_mark: true,
+    claims: true,
+    looks_again: true,
+    condemned_is_absent: true,
+    lease: VALID,
+    state_is_replaced: true,
+    claims_have_a_run: true,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Phase {
+    None,
+    Marking,
+    Condemned,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Link {
+    Absent,
+    Old,
+    New,
+}
+
+/// What a request does when it lands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Effect {
+    PutLink(usize),
+    PutManifest(usize),
+    RemoveLink(usize),
+    RemoveBlob,
+}
+
+/// A request on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Request {
+    effect: Effect,
+    /// Ticks since the time it is signed with.
+    age: u8,
+}
+
+/// What a replica knows of the run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct View {
+    /// Ticks since it was true.
+    age: u8,
+    phase: Phase,
+    run: u8,
+    /// Whether the blob, and the link of the repository at hand, are condemned.
+    condemned: bool,
+}
+
+const NOTHING: View = View { age: 0, phase: Phase::None, run: 0, condemned: false };
+
+/// One who pushes: what it is about to do, what it knows, and its request that is on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Pusher {
+    step: Push,
+    view: View,
+    request: Option<Request>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Push {
+    /// Has not begun, or begins again.
+    Look(Goal),
+    Claim(Goal),
+    LookAgain(Goal),
+    Check(Goal),
+    Send(Goal),
+    Wait(Goal),
+    Ended,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Goal {
+    /// Brings the blob, which then lies there without a link.
+    Blob,
+    /// Links the blob it has brought.
+    Commit,
+    /// Links the blob of the other repository.
+    Mount,
+    Manifest,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Holder {
+    step: Collect,
+    /// Ticks since it was last seen that the lease is ours, or since it began to wait.
+    age: u8,
+    run: u8,
+    /// What the marking found: which repositories refer to the blob, and whether their links are old.
+    referenced: [bool; 2],
+    links: [Link; 2],
+    request: Option<Request>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Collect {
+    Idle,
+    Announce,
+    AwaitMarking,
+    Links,
+    Manifests,
+    Condemn,
+    Spare,
+    Renew(u8),
+    Send(u8),
+    Wait(u8),
+    End,
+    Clear,
+    Ended,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct State {
+    blob: bool,
+    links: [Link; 2],
+    manifests: [bool; 2],
+    phase: Phase,
+    run: u8,
+    /// Who wrote the state of the run last.
+    writer: usize,
+    condemned_links: [bool; 2],
+    condemned_blob: bool,
+    /// By the run.
+    claims: [bool; RUNS_MAX as usize + 1],
+    /// Who took the lease, and how many ticks ago.
+    lease: (usize, u8),
+    pusher: Pusher,
+    holders: [Holder; 2],
+}
+
+impl State {
+    /// The promise.
+    fn is_kept(&self) -> bool {
+        (0..2).all(|repo| !self.manifests[repo] || self.links[repo] != Link::Absent && self.blob)
+    }
+
+    /// Lands or loses a request; tells whether it landed.
+    fn land(&mut self, request: Request, rules: &Rules) -> bool {
+        let expires = match request.effect {
+            Effect::PutLink(_) | Effect::PutManifest(_) => rules.links_expire,
+            Effect::RemoveLink(_) | Effect::RemoveBlob => rules.removals_expire,
+        };
+        if expires && request.age > VALID {
+            return false;
+        }
+        match request.effect {
+            Effect::PutLink(repo) => self.links[repo] = Link::New,
+            Effect::PutManifest(repo) => self.manifests[repo] = true,
+            Effect::RemoveLink(repo) => self.links[repo] = Link::Absent,
+            Effect::RemoveBlob => self.blob = false,
+        }
+        true
+    }
+
+    fn view(&self, repo: usize, goal: Goal) -> View {
+        let link = match goal {
+            Goal::Mount => self.condemned_links[1 - repo],
+            Goal::Manifest => self.condemned_links[repo],
+            Goal::Blob | Goal::Commit => false,
+        };
+        let condemned = self.phase == Phase::Condemned && (self.condemned_blob || link);
+        View { age: 0, phase: self.phase, run: self.run, condemned }
+    }
+
+    /// The server's clock goes on.
+    fn tick(&self) -> Self {
+        let older = |age: &mut u8| *age = (*age + 1).min(AGE_MAX);
+        let mut state = self.clone();
+        older(&mut state.pusher.view.age);
+        state.lease.1 = (state.lease.1 + 1).min(AGE_MAX);
+        for request in [&mut state.pusher.request]
+            .into_iter()
+            .chain(state.holders.iter_mut().map(|holder| &mut holder.request))
+        {
+            request.iter_mut().for_each(|request| older(&mut request.age));
+        }
+        state.holders.iter_mut().for_each(|holder| older(&mut holder.age));
+        state
+    }
+
+    /// Forgets what no step looks at any more, so that states which differ in nothing else are one.
+    fn forget(mut self) -> Self {
+        let pusher = &mut self.pusher;
+        if matches!(pusher.step, Push::Look(_) | Push::Wait(_) | Push::Ended) {
+            pusher.view = NOTHING;
+        }
+        for holder in &mut self.holders {
+            if !matches!(holder.step, Collect::AwaitMarking | Collect::Send(_)) {
+                holder.age = 0;
+            }
+            if !matches!(holder.step, Collect::Manifests | Collect::Condemn) {
+                (holder.referenced, holder.links) = ([false; 2], [Link::Absent; 2]);
+            }
+            if matches!(holder.step, Collect::Idle | Collect::Announce | Collect::Ended) {
+                holder.run = 0;
+            }
+        }
+        self
+    }
+
+    /// Renews the lease, unless another has taken it; one that ran out and that nobody took is still good.
+    fn renew(&mut self, who: usize) -> bool {
+        let is_ours = self.lease.0 == who;
+        if is_ours {
+            self.lease.1 = 0;
+        }
+        is_ours
+    }
+}
+
+/// All that may come of one step of who pushes to a repository.
+fn push(state: &State, repo: usize, rules: &Rules) -> Vec<State> {
+    let mut state = state.clone();
+    let pusher = state.pusher;
+    let to = |state: &State, step| {
+        let mut state = state.clone();
+        state.pusher.step = step;
+        state
+    };
+    match pusher.step {
+        Push::Look(goal) => {
+            state.pusher.view = state.view(repo, goal);
+            let view = state.pusher.view;
+            vec![match view.phase {
+                Phase::None => to(&state, Push::Check(goal)),
+                _ if rules.claims => to(&state, Push::Claim(goal)),
+                _ => to(&state, Push::Check(goal)),
+            }]
+        }
+        Push::Claim(goal) => {
+            let run = if rules.claims_have_a_run { pusher.view.run } else { 0 };
+            state.claims[usize::from(run)] = true;
+            vec![to(&state, if rules.looks_again { Push::LookAgain(goal) } else { Push::Check(goal) })]
+        }
+        Push::LookAgain(goal) => {
+            let view = state.view(repo, goal);
+            let same = view.phase == Phase::None || view.run == pusher.view.run;
+            state.pusher.view = view;
+            vec![to(&state, if same { Push::Check(goal) } else { Push::Claim(goal) })]
+        }
+        Push::Check(goal) => {
+            if pusher.view.condemned && rules.condemned_is_absent {
+                return vec![match goal {
+                    // It waits for the end of the run.
+                    Goal::Blob | Goal::Commit if state.phase == Phase::Condemned => return Vec::new(),
+                    Goal::Blob | Goal::Commit => to(&state, Push::Look(Goal::Blob)),
+                    Goal::Mount | Goal::Manifest => to(&state, Push::Ended),
+                }];
+            }
+            let is_there = match goal {
+                Goal::Blob => true,
+                Goal::Commit => state.blob,
+                Goal::Mount => state.links[1 - repo] != Link::Absent && state.blob,
+                Goal::Manifest => state.links[repo] != Link::Absent && state.blob,
+            };
+            vec![match (is_there, goal) {
+                (true, Goal::Blob) => {
+                    state.blob = true;
+                    to(&state, Push::Look(Goal::Commit))
+                }
+                (true, goal) => to(&state, Push::Send(goal)),
+                (false, Goal::Commit) => to(&state, Push::Look(Goal::Blob)),
+                (false, _) => to(&state, Push::Ended),
+            }]
+        }
+        Push::Send(goal) => {
+            let effect = match goal {
+                Goal::Manifest => Effect::PutManifest(repo),
+                _ => Effect::PutLink(repo),
+            };
+            state.pusher.request = Some(Request { effect, age: pusher.view.age });
+            vec![to(&state, Push::Wait(goal))]
+        }
+        Push::Wait(goal) => {
+            let Some(request) = pusher.request else { return Vec::new() };
+            state.pusher.request = None;
+            vec![match (state.land(request, rules), goal) {
+                (false, goal) => to(&state, Push::Look(goal)),
+                (true, Goal::Manifest) => to(&state, Push::Ended),
+                (true, _) => to(&state, Push::Look(Goal::Manifest)),
+            }]
+        }
+        Push::Ended => Vec::new(),
+    }
+}
+
+/// All that may come of one step of the replica that collects, or of the one that takes over.
+fn collect(state: &State, who: usize, rules: &Rules) -> Vec<State> {
+    let mut state = state.clone();
+    let holder = state.holders[who];
+    let is_ours = state.lease.0 == who;
+    let next = |state: &State, step| {
+        let mut state = state.clone();
+        state.holders[who].step = step;
+        vec![state]
+    };
+    // A conditional write of the state of the run: the one before must have been ours.
+    let replaces = !rules.state_is_replaced || state.writer == who;
+    match holder.step {
+        Collect::Idle => {
+            if !is_ours && state.lease.1 <= rules.lease {
+                return Vec::new();
+            }
+            state.lease = (who, 0);
+            state.holders[who].age = 0;
+            match state.phase {
+                // The lists of the one before are in the bucket.
+                Phase::Condemned => {
+                    state.writer = who;
+                    state.holders[who].run = state.run;
+                    next(&state, Collect::Spare)
+                }
+                _ => {
+                    state.writer = who;
+                    next(&state, Collect::Announce)
+                }
+            }
+        }
+        Collect::Announce if !replaces => next(&state, Collect::Ended),
+        Collect::Announce => {
+            if state.run == RUNS_MAX {
+                return next(&state, Collect::Ended);
+            }
+            state.run += 1;
+            state.phase = Phase::Marking;
+            state.holders[who].run = state.run;
+            state.holders[who].age = 0;
+            next(&state, Collect::AwaitMarking)
+        }
+        Collect::AwaitMarking if rules.waits_to_mark && holder.age <= VALID => Vec::new(),
+        Collect::AwaitMarking if !state.renew(who) => next(&state, Collect::Ended),
+        Collect::AwaitMarking => next(&state, Collect::Links),
+        Collect::Links => {
+            state.holders[who].links = state.links;
+            next(&state, Collect::Manifests)
+        }
+        Collect::Manifests => {
+            state.holders[who].referenced = state.manifests;
+            next(&state, Collect::Condemn)
+        }
+        Collect::Condemn if !replaces => next(&state, Collect::Ended),
+        Collect::Condemn => {
+            let goes = |repo: usize| holder.links[repo] == Link::Old && !holder.referenced[repo];
+            let stays = |repo: usize| holder.links[repo] != Link::Absent && !goes(repo);
+            state.condemned_links = [goes(0), goes(1)];
+            state.condemned_blob = !stays(0) && !stays(1);
+            state.phase = Phase::Condemned;
+            next(&state, Collect::Spare)
+        }
+        Collect::Spare => {
+            let run = if rules.claims_have_a_run { holder.run } else { 0 };
+            match state.claims[usize::from(run)] {
+                true => next(&state, Collect::End),
+                false => next(&state, Collect::Renew(0)),
+            }
+        }
+        Collect::Renew(_) if !state.renew(who) => next(&state, Collect::Ended),
+        Collect::Renew(item) => {
+            state.holders[who].age = 0;
+            next(&state, Collect::Send(item))
+        }
+        Collect::Send(item) => {
+            let effect = match item {
+                0 | 1 if state.condemned_links[usize::from(item)] => Effect::RemoveLink(item.into()),
+                2 if state.condemned_blob => Effect::RemoveBlob,
+                0 | 1 => return next(&state, Collect::Send(item + 1)),
+                _ => return next(&state, Collect::End),
+            };
+            state.holders[who].request = Some(Request { effect, age: holder.age });
+            next(&state, Collect::Wait(item))
+        }
+        Collect::Wait(item) => {
+            let Some(request) = holder.request else { return Vec::new() };
+            state.holders[who].request = None;
+            match state.land(request, rules) {
+                true if item == 2 => next(&state, Collect::End),
+                true => next(&state, Collect::Renew(item + 1)),
+                false => next(&state, Collect::Renew(item)),
+            }
+        }
+        Collect::End if !replaces => next(&state, Collect::Ended),
+        Collect::End => {
+            state.phase = Phase::None;
+            state.condemned_links = [false; 2];
+            state.condemned_blob = false;
+            next(&state, Collect::Clear)
+        }
+        // The claims go when everybody can know that the run is over; meanwhile there may be another.
+        Collect::Clear => {
+            let run = if rules.claims_have_a_run { holder.run } else { 0 };
+            state.claims[usize::from(run)] = false;
+            if state.lease.0 == who {
+                state.lease.1 = AGE_MAX;
+            }
+            next(&state, Collect::Idle)
+        }
+        Collect::Ended => Vec::new(),
+    }
+}
+
+/// Tries all interleavings of one who pushes to a repository, one who deletes the manifest of the first, and two who collect;
+/// returns how many states there are, or one that breaks the promise.
+fn explore((repo, goal): (usize, Goal), rules: &Rules) -> Result<usize, Box<State>> {
+    let holder = Holder {
+        step: Collect::Idle,
+        age: 0,
+        run: 0,
+        referenced: [false; 2],
+        links: [Link::Absent; 2],
+        request: None,
+    };
+    let begin = |manifest| State {
+        blob: true,
+        links: [Link::Old, Link::Absent],
+        manifests: [manifest, false],
+        phase: Phase::None,
+        run: 0,
+        writer: 0,
+        condemned_links: [false; 2],
+        condemned_blob: false,
+        claims: [false; RUNS_MAX as usize + 1],
+        lease: (0, AGE_MAX),
+        pusher: Pusher { step: Push::Look(goal), view: NOTHING, request: None },
+        holders: [holder; 2],
+    };
+    let mut seen = HashSet::new();
+    let mut todo = vec![begin(false), begin(true)];
+    while let Some(state) = todo.pop() {
+        let state = state.forget();
+        if seen.contains(&state) {
+            continue;
+        }
+        if !state.is_kept() {
+            return Err(Box::new(state));
+        }
+        todo.push(state.tick());
+        todo.push(State { manifests: [false, state.manifests[1]], ..state.clone() });
+        todo.extend(push(&state, repo, rules));
+        for who in 0..2 {
+            todo.extend(collect(&state, who, rules));
+        }
+        seen.insert(state);
+    }
+    Ok(seen.len())
+}
+
+const GOALS: [(usize, Goal); 3] = [(0, Goal::Manifest), (1, Goal::Mount), (1, Goal::Blob)];
+
+#[test]
+fn an_accepted_manifest_never_loses_its_blob_in_any_interleaving() {
+    for goal in GOALS {
+        let states = explore(goal, &ALL).unwrap_or_else(|state| panic!("lost: {state:#?}"));
+        assert!(states > 10_000, "{states}");
+    }
+}
+
+#[test]
+fn each_rule_is_needed() {
+    for (name, rules) in [
+        ("links_expire", Rules { links_expire: false, ..ALL }),
+        ("removals_expire", Rules { removals_expire: false, ..ALL }),
+        ("waits_to_mark", Rules { waits_to_mark: false, ..ALL }),
+        ("claims", Rules { claims: false, ..ALL }),
+        ("looks_again", Rules { looks_again: false, ..ALL }),
+        ("condemned_is_absent", Rules { condemned_is_absent: false, ..ALL }),
+        ("lease", Rules { lease: VALID - 1, ..ALL }),
+        ("state_is_replaced", Rules { state_is_replaced: false, ..ALL }),
+        ("claims_have_a_run", Rules { claims_have_a_run: false, ..ALL }),
+    ] {
+        let broken = GOALS.iter().any(|goal| explore(*goal, &rules).is_err());
+        assert!(broken, "{name} could go");
+    }
+}
