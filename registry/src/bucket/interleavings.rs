@@ -466,23 +466,22 @@ fn explore((repo, goal): (usize, Goal), rules: &Rules) -> Result<usize, Box<Stat
         pusher: Pusher { step: Push::Look(goal), view: NOTHING, request: None },
         holders: [holder; 2],
     };
-    let mut seen = HashSet::new();
     let mut todo = vec![begin(false), begin(true)];
+    let mut seen: HashSet<State> = todo.iter().cloned().collect();
     while let Some(state) = todo.pop() {
-        let state = state.forget();
-        if seen.contains(&state) {
-            continue;
-        }
         if !state.is_kept() {
             return Err(Box::new(state));
         }
-        todo.push(state.tick());
-        todo.push(State { manifests: [false, state.manifests[1]], ..state.clone() });
-        todo.extend(push(&state, repo, rules));
-        for who in 0..2 {
-            todo.extend(collect(&state, who, rules));
+        let mut next = push(&state, repo, rules);
+        next.extend((0..2).flat_map(|who| collect(&state, who, rules)));
+        next.push(state.tick());
+        next.push(State { manifests: [false, state.manifests[1]], ..state });
+        for state in next.into_iter().map(State::forget) {
+            if !seen.contains(&state) {
+                seen.insert(state.clone());
+                todo.push(state);
+            }
         }
-        seen.insert(state);
     }
     Ok(seen.len())
 }
