@@ -58,7 +58,7 @@ build: deps-build ## Build the release binary, target/release/dvcr
 	cargo build --locked --release -p dvcr
 
 .PHONY: tools
-tools: ## Build the programs that tests compare with (clients, two registries, OCI conformance)
+tools: ## Build the programs that tests need (clients, registries, S3 servers, OCI conformance)
 	@tools/deps.sh tools
 	@tools/build.sh
 

@@ -4,7 +4,7 @@
 #   build   compile the workspace
 #   demo    build a Debian image, import it, boot it
 #   test    the end-to-end tests: image tools and registry clients of others
-#   tools   Go, when there is none at all, for tools/build.sh
+#   tools   Go, and Python's environments, when there are none at all, for tools/build.sh
 #   lint    the shell checker
 #
 # Nothing is done, and no root asked for, when all are there.
@@ -31,6 +31,7 @@ has_go() {
 }
 # Any Go will do: one that is too old fetches a newer one.
 has_go || packages[tools]="golang-go"
+python3 -c "import ensurepip, venv" 2> /dev/null || packages[tools]+=" python3-venv"
 
 wanted=()
 for purpose in "$@"; do
