@@ -5,6 +5,7 @@
 //!           /      |          \               \
 //!    fixture   FileServer   Registry           qemu (convert, compare, boot)
 //!  (images)   (HTTP source) PeerRegistry      /
+//!         |         |       S3Server          /
 //!          \        |          |             /
 //!           programs (where binaries are), process (start, log, kill, wait)
 //! ```
@@ -25,6 +26,7 @@ mod process;
 mod programs;
 pub mod qemu;
 mod registry;
+mod s3;
 
 pub use file_server::FileServer;
 pub use main_job::{Done, main_job};
@@ -33,6 +35,7 @@ pub use process::{
 };
 pub use programs::{dvcr, tool, workspace};
 pub use registry::{PeerRegistry, Registry};
+pub use s3::S3Server;
 pub use tempfile::TempDir;
 
 use anyhow::{Context, Result};

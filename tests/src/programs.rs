@@ -25,7 +25,7 @@ pub fn dvcr() -> Result<PathBuf> {
 }
 
 /// Finds a peer or checker that `make tools` builds: `crane`, `oras`, `helm`, `cosign`, `containerd` and `ctr` (Debian's),
-/// `registry` (CNCF distribution v3), `docker-registry` (Debian's, 2.8) or `conformance.test`.
+/// `registry` (CNCF distribution v3), `docker-registry` (Debian's, 2.8), `minio`, `moto_server` or `conformance.test`.
 pub fn tool(name: &str) -> Result<PathBuf> {
     let path = workspace().join(".cache/tools/bin").join(name);
     if !path.is_file() {

@@ -186,13 +186,13 @@ impl PeerRegistry {
     }
 }
 
-fn free_port() -> Result<SocketAddr> {
+pub(crate) fn free_port() -> Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").context("no free port on 127.0.0.1")?;
     Ok(listener.local_addr()?)
 }
 
 /// Asks for a path and returns the status code of the answer.
-fn http_status(address: SocketAddr, path: &str) -> Result<u16> {
+pub(crate) fn http_status(address: SocketAddr, path: &str) -> Result<u16> {
     let mut stream = TcpStream::connect_timeout(&address, PROBE_TIMEOUT)?;
     stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
