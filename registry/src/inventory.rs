@@ -8,11 +8,11 @@ use std::time::SystemTime;
 use serde::Serialize;
 
 use crate::digest::Digest;
-use crate::names::{Reference, RepoName};
+use crate::names::RepoName;
 use crate::rules::{Pattern, Rules};
 use crate::storage::collect::key;
-use crate::storage::manifests::Manifest;
 use crate::storage::{self, Storage};
+use crate::store::Manifest;
 use crate::{Error, Result, model};
 
 /// Findings of a check in words; the others are only counted.
@@ -266,30 +266,6 @@ impl Soundness {
     fn tell(&mut self, message: String) {
         if self.messages.len() < MESSAGES_MAX {
             self.messages.push(message);
-        }
-    }
-}
-
-/// Takes tags and manifests of a repository away; what they alone needed goes with the next collection.
-pub(crate) fn remove(
-    storage: &Storage,
-    repo: &RepoName,
-    reference: Option<&Reference>,
-) -> storage::Result<u64> {
-    match reference {
-        Some(Reference::Tag(tag)) => storage.delete_tag(repo, tag).map(u64::from),
-        Some(Reference::Digest(digest)) => {
-            storage.delete_manifest(repo, digest).map(|tags| u64::from(tags.is_some()))
-        }
-        None => {
-            let mut removed = 0;
-            for named in storage.named(repo)? {
-                removed += u64::from(storage.delete_tag(repo, &named.tag)?);
-            }
-            for digest in storage.revisions(repo)? {
-                removed += u64::from(storage.delete_manifest(repo, &digest)?.is_some());
-            }
-            Ok(removed)
         }
     }
 }

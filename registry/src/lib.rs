@@ -10,8 +10,10 @@
 //!              │          │
 //!              │        model           what is read of a manifest
 //!              │          │
-//!            storage/ ──┬── uploads, ingest   sessions; hash and write while bytes arrive
-//!                       ├── blobs, manifests, referrers
+//!            store/                     what keeps the bytes, as the API sees it: a trait, and tests of its promises
+//!              │
+//!            storage/ ──┬── uploads, ingest   a directory: sessions; hash and write while bytes arrive
+//!                       ├── blobs, manifests, changes, referrers
 //!                       ├── collect, scrub     garbage; damage
 //!                       └── sync, layout      durable placement; who lies where
 //!            cache/                     what upstream registries have, fetched by way of dvcr-client
@@ -41,6 +43,7 @@ mod reload;
 mod rules;
 mod server;
 mod storage;
+mod store;
 mod tasks;
 mod tls;
 mod units;
@@ -68,6 +71,7 @@ use cache::Sources;
 use events::Recorder;
 use storage::Storage;
 use storage::collect::Grace;
+use store::Store;
 use tls::Acceptors;
 
 /// Result of this crate.
@@ -221,6 +225,8 @@ impl Config {
 #[derive(Clone, Debug)]
 pub struct Registry {
     app: Arc<App>,
+    /// What keeps the bytes, where something is done that is of a directory alone.
+    directory: Arc<Storage>,
     root: PathBuf,
     uploads_max: usize,
     connections_max: usize,
@@ -260,14 +266,16 @@ impl Registry {
         let storage = Storage::open(&root, Grace::new(collection.grace))
             .map_err(|source| Error::Open { path: root.clone(), source })?
             .bounded(limits.quotas.clone(), limits.reserve_bytes);
-        let (storage, rules) = (Arc::new(storage), Arc::new(rules));
-        let cache = Sources::open(cache, &storage, &rules)?;
+        let (directory, rules) = (Arc::new(storage), Arc::new(rules));
+        let cache = Sources::open(cache, &directory, &rules)?;
         let bounded = |permits: usize| permits.clamp(1, tokio::sync::Semaphore::MAX_PERMITS);
         let (uploads_max, connections_max) = (bounded(uploads_max), bounded(connections_max));
-        let events = Recorder::open(&events, &storage.events(), bearer, tls.is_some())?.map(Arc::new);
-        let app = Arc::new(App::new(storage, guard, rules, cache, uploads_max, &limits, events));
+        let events = Recorder::open(&events, &directory.events(), bearer, tls.is_some())?.map(Arc::new);
+        let store: Arc<dyn Store> = Arc::<Storage>::clone(&directory);
+        let app = Arc::new(App::new(store, guard, rules, cache, uploads_max, &limits, events));
         Ok(Self {
             app,
+            directory,
             root,
             uploads_max,
             connections_max,

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::cache::{Source, Sources};
-use crate::storage::Stats;
 use crate::storage::quota::Usage;
+use crate::store::Stats;
 use crate::tasks::Collected;
 
 /// What a request is about; the label `route`.

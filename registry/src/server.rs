@@ -191,10 +191,10 @@ impl Registry {
 
     /// Leaves word of what is fetched from elsewhere for those who look at the directory.
     async fn note_cached(&self) {
-        let app = Arc::clone(&self.app);
+        let registry = self.clone();
         let noted = tokio::task::spawn_blocking(move || {
-            let sources = app.cache.iter().flat_map(|sources| sources.all());
-            app.storage.note_cached(sources.map(|source| source.prefix()))
+            let sources = registry.app.cache.iter().flat_map(|sources| sources.all());
+            registry.directory.note_cached(sources.map(|source| source.prefix()))
         });
         if let Ok(Err(error)) = noted.await {
             let error = Chain(&error);
@@ -234,7 +234,7 @@ impl Registry {
         let app = Arc::clone(&self.app);
         let kept = tokio::task::spawn_blocking(move || {
             app.cache.iter().for_each(|sources| sources.keep_uses());
-            app.storage.keep_pending_uploads();
+            app.store.close();
             if let Some(events) = &app.events {
                 events.flush(FLUSH_TIMEOUT);
             }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  schedule ──┐
-//!  signal ────┼──> Registry::perform ──> storage
+//!  signal ────┼──> Registry::perform ──> store; storage for a search for damage
 //!  control ───┘     (blocks)             a socket in the root directory, see control.rs; or the command opens the
 //!                                        directory itself when nobody serves it
 //! ```
@@ -17,9 +17,10 @@ use croner::Cron;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{Reference, RepoName};
-use crate::storage::collect::{Counts, Options};
 use crate::storage::scrub::{self, Pass};
-use crate::{Error, Registry, Result, inventory, storage};
+use crate::store::ChangeError;
+use crate::store::collect::{Counts, Options};
+use crate::{Error, Registry, Result};
 
 /// Pause before a schedule is looked at again that has no next time.
 const NEVER_PAUSE: Duration = Duration::from_secs(86_400);
@@ -193,30 +194,19 @@ impl Registry {
             .ok_or_else(|| invalid(format!("{repository:?} is not the name of a repository")))?;
         let reference =
             reference.map(Reference::parse).transpose().map_err(|error| invalid(error.to_string()))?;
-        let storage = &self.app.storage;
-        let failed = |error: storage::Error| Error::Task { source: Box::new(error) };
-        let rules = &self.app.rules;
-        let _immutable = rules.may_be_immutable(&repo).then(|| self.app.immutable());
-        for named in storage.named(&repo).map_err(failed)? {
-            let goes = match &reference {
-                None => true,
-                Some(Reference::Tag(tag)) => named.tag == *tag,
-                Some(Reference::Digest(digest)) => named.digest == *digest,
-            };
-            if goes && rules.is_immutable(&repo, &named.tag) {
-                return Err(invalid(format!(
-                    "the tag {} of {repo} is immutable; change the rules first",
-                    named.tag
-                )));
+        let removed = self.app.store.remove(&repo, reference.as_ref(), &self.app.rules);
+        removed.map(|removed| removed.count).map_err(|error| match error {
+            ChangeError::Immutable { tag, .. } => {
+                invalid(format!("the tag {tag} of {repo} is immutable; change the rules first"))
             }
-        }
-        inventory::remove(storage, &repo, reference.as_ref()).map_err(failed)
+            error => Error::Task { source: Box::new(error) },
+        })
     }
 
     fn scrub(&self, rate: Option<u64>, watch: &Watch) -> Result<Scrubbed> {
         let begun = Instant::now();
         let Watched { stop, scrubbed, .. } = &*watch.0;
-        let done = self.app.storage.scrub(&Pass { rate, counts: scrubbed, stop });
+        let done = self.directory.scrub(&Pass { rate, counts: scrubbed, stop });
         done.map_err(|error| Error::Task { source: Box::new(error) })?;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (blobs, bytes, damaged) = (get(&scrubbed.blobs), get(&scrubbed.bytes), get(&scrubbed.damaged));
@@ -232,7 +222,7 @@ impl Registry {
             removals_per_second: self.collection.removals_per_second,
         };
         let Watched { stop, counts, .. } = &*watch.0;
-        let done = self.app.storage.collect(&options, counts, stop);
+        let done = self.app.store.collect(&options, counts, stop);
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let collected = Collected {
             dry_run,
@@ -307,7 +297,7 @@ impl Registry {
         let watch = self.background.another();
         let Watched { stop, scrubbed, .. } = &*watch.0;
         let pass = Pass { rate: Some(rate), counts: scrubbed, stop };
-        match self.app.storage.scrub_on(&pass, self.scrub.period) {
+        match self.directory.scrub_on(&pass, self.scrub.period) {
             Ok(pause) => {
                 let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
                 let (blobs, damaged) = (get(&scrubbed.blobs), get(&scrubbed.damaged));

@@ -1,11 +1,14 @@
 //! Blobs: HEAD, GET with ranges, DELETE.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::body::Body;
 use axum::response::Response;
-use futures_util::stream;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, IF_RANGE,
     RANGE,
@@ -19,29 +22,35 @@ use super::range::{Selected, select};
 use super::{Answer, App, CONTENT_DIGEST, blocking, empty, header, header_str};
 use crate::digest::Digest;
 use crate::names::RepoName;
-use crate::storage::blobs::{Blob, Reader};
+use crate::store::Blob;
 
 /// Content never changes under its digest: caches may keep it for a year.
 const IMMUTABLE: &str = "max-age=31536000, immutable";
 
-pub(super) fn head(app: &App, repo: &RepoName, digest: &Digest) -> Answer {
-    let length = app.storage.claim_blob(repo, digest)?.ok_or_else(|| unknown(repo, digest))?;
+pub(super) async fn head(app: &App, repo: RepoName, digest: Digest) -> Answer {
+    let claimed = app.ask(move |store| {
+        let length = store.claim_blob(&repo, &digest)?.ok_or_else(|| unknown(&repo, &digest))?;
+        Ok::<_, ApiError>((digest, length))
+    });
+    let (digest, length) = claimed.await?;
     let mut response = empty(StatusCode::OK);
-    describe(response.headers_mut(), digest);
+    describe(response.headers_mut(), &digest);
     response.headers_mut().insert(CONTENT_LENGTH, length.into());
     Ok(response)
 }
 
-pub(super) fn get(app: &Arc<App>, repo: &RepoName, digest: &Digest, parts: &Parts) -> Answer {
-    let blob = app.storage.open_blob(repo, digest)?.ok_or_else(|| unknown(repo, digest))?;
-    answer_stored(app, blob, digest, parts)
+pub(super) async fn get(app: &Arc<App>, repo: RepoName, digest: Digest, parts: &Parts) -> Answer {
+    let opened = app.ask(move |store| {
+        let blob = Arc::clone(store).open_blob(&repo, &digest)?.ok_or_else(|| unknown(&repo, &digest))?;
+        Ok::<_, ApiError>((digest, blob))
+    });
+    let (digest, blob) = opened.await?;
+    answer_stored(app, blob, &digest, parts)
 }
 
 /// Gives a blob that is stored.
-pub(super) fn answer_stored(app: &Arc<App>, blob: Blob, digest: &Digest, parts: &Parts) -> Answer {
-    answer(digest, blob.length, parts, |first, end| {
-        body(Arc::clone(app), Reader::new(blob.file, &app.storage, first, end))
-    })
+pub(super) fn answer_stored(app: &Arc<App>, blob: Box<dyn Blob>, digest: &Digest, parts: &Parts) -> Answer {
+    answer(digest, blob.length(), parts, |first, end| body(Arc::clone(app), blob.read(first, end)))
 }
 
 /// Gives a blob of so many bytes, or the part that is asked for, which `body` reads from the first byte up to the end.
@@ -82,9 +91,9 @@ pub(super) fn answer(
 }
 
 pub(super) async fn delete(app: Arc<App>, repo: RepoName, digest: Digest) -> Answer {
-    let storage = Arc::clone(&app.storage);
+    let store = Arc::clone(&app.store);
     let (name, of) = (repo.clone(), digest.clone());
-    match blocking(move || storage.delete_blob(&name, &of)).await? {
+    match blocking(move || store.delete_blob(&name, &of)).await? {
         true => Ok(empty(StatusCode::ACCEPTED)),
         false => Err(unknown(&repo, &digest)),
     }
@@ -112,16 +121,12 @@ pub(super) fn describe(headers: &mut HeaderMap, digest: &Digest) {
     headers.insert(CACHE_CONTROL, HeaderValue::from_static(IMMUTABLE));
 }
 
-fn body(app: Arc<App>, reader: Reader) -> Body {
-    Body::from_stream(stream::unfold((app, reader), async |(app, mut reader)| {
-        let bytes = reader.next().await.transpose()?;
-        match &bytes {
-            Ok(bytes) => {
-                app.metrics.sent_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-            }
-            // The connection breaks off, which tells the client; here is told why.
-            Err(error) => tracing::error!(%error, "a blob could not be read to its end"),
+fn body(app: Arc<App>, bytes: BoxStream<'static, io::Result<Bytes>>) -> Body {
+    Body::from_stream(bytes.inspect(move |bytes| match bytes {
+        Ok(bytes) => {
+            app.metrics.sent_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
-        Some((bytes, (app, reader)))
+        // The connection breaks off, which tells the client; here is told why.
+        Err(error) => tracing::error!(%error, "a blob could not be read to its end"),
     }))
 }

@@ -100,7 +100,7 @@ async fn blob(
 ) -> Answer {
     let content = source.blob(repo, digest).await;
     match content.map_err(|failure| answer(failure, blobs::unknown(repo, digest)))? {
-        Content::Stored(blob) => blobs::answer_stored(app, blob, digest, parts),
+        Content::Stored(blob) => blobs::answer_stored(app, Box::new(blob), digest, parts),
         Content::Arriving(arriving) => {
             let length = arriving.length();
             blobs::answer(digest, length, parts, |first, end| {

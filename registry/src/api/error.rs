@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 
 use crate::digest::DigestError;
 use crate::names::ReferenceError;
-use crate::storage::{self, quota};
+use crate::storage::quota;
+use crate::store::{self, Kind};
 
 /// Seconds after which a client that was turned away may come again.
 const RETRY_AFTER_SECONDS: u64 = 2;
@@ -118,18 +119,26 @@ impl ApiError {
     }
 }
 
-impl From<storage::Error> for ApiError {
-    fn from(error: storage::Error) -> Self {
+impl From<store::Error> for ApiError {
+    fn from(error: store::Error) -> Self {
         if let Some(exceeded) = error.exceeded() {
             let message = format!("{exceeded}; delete what is not needed, or have the quota raised");
             let quota::Exceeded { prefix, limit, used, .. } = exceeded;
             return Self::denied(message).detail(json!({"prefix": prefix, "limit": limit, "used": used}));
         }
-        let full = error.is_full();
+        let kind = error.kind();
         let mut answer = Self::internal(&error);
-        if full {
-            answer.0.status = StatusCode::INSUFFICIENT_STORAGE;
-            answer.0.message = "the registry's disk is full; nothing was stored".to_owned();
+        match kind {
+            Kind::Full => {
+                answer.0.status = StatusCode::INSUFFICIENT_STORAGE;
+                answer.0.message = "the registry's disk is full; nothing was stored".to_owned();
+            }
+            Kind::Unavailable => {
+                answer.0.status = StatusCode::SERVICE_UNAVAILABLE;
+                answer.0.message = "what keeps the registry's content gives no answer; try again".to_owned();
+                answer = answer.with(RETRY_AFTER, RETRY_AFTER_SECONDS.into());
+            }
+            Kind::Exceeded | Kind::Other => {}
         }
         answer
     }

@@ -1,5 +1,6 @@
 //! Lists: tags, repositories, referrers.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use axum::response::Response;
@@ -15,8 +16,7 @@ use super::{Answer, App, blocking, header, json};
 use crate::digest::Digest;
 use crate::model;
 use crate::names::RepoName;
-use crate::storage::Storage;
-use crate::storage::lists::Page;
+use crate::store::{self, Page, Store};
 
 /// Repositories in one answer, when no number or a greater one is asked for.
 const CATALOG_NAMES_MAX: usize = 1000;
@@ -29,9 +29,9 @@ const FILTERS_APPLIED: HeaderName = HeaderName::from_static("oci-filters-applied
 pub(super) async fn tags(app: Arc<App>, repo: RepoName, parts: &Parts) -> Answer {
     let (limit, after) = paging(parts)?;
     let path = format!("/v2/{repo}/tags/list");
-    let storage = Arc::clone(&app.storage);
+    let store = Arc::clone(&app.store);
     let name = repo.clone();
-    let page = blocking(move || storage.tags(&name, after.as_deref(), limit.unwrap_or(usize::MAX))).await?;
+    let page = blocking(move || store.tags(&name, after.as_deref(), limit.unwrap_or(usize::MAX))).await?;
     let Some(page) = page else {
         let error = ApiError::not_found(Code::NameUnknown, format!("there is no repository {repo}"));
         return Err(error.detail(json!({"name": repo.as_str()})));
@@ -43,8 +43,8 @@ pub(super) async fn tags(app: Arc<App>, repo: RepoName, parts: &Parts) -> Answer
 pub(super) async fn catalog(app: Arc<App>, parts: &Parts) -> Answer {
     let (limit, after) = paging(parts)?;
     let limit = limit.unwrap_or(CATALOG_NAMES_MAX).min(CATALOG_NAMES_MAX);
-    let storage = Arc::clone(&app.storage);
-    let page = blocking(move || storage.repositories(after.as_deref(), limit)).await?;
+    let store = Arc::clone(&app.store);
+    let page = blocking(move || store.repositories(after.as_deref(), limit)).await?;
     let body = json!({"repositories": page.names}).to_string();
     Ok(linked(json(body), "/v2/_catalog", &page, Some(limit)))
 }
@@ -54,9 +54,9 @@ pub(super) async fn referrers(app: Arc<App>, repo: RepoName, subject: Digest, pa
     let after = param(parts.uri.query(), "last").and_then(|last| last.parse::<Digest>().ok());
     let filtered = wanted.is_some();
     let path = format!("/v2/{repo}/referrers/{subject}");
-    let storage = Arc::clone(&app.storage);
+    let store = Arc::clone(&app.store);
     let (listed, next) =
-        blocking(move || page_of_referrers(&storage, &repo, &subject, wanted, after)).await?;
+        blocking(move || page_of_referrers(&*store, &repo, &subject, wanted, after.as_ref())).await?;
     let body = json!({"schemaVersion": 2, "mediaType": model::OCI_INDEX, "manifests": listed}).to_string();
     let mut response = json(body);
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(model::OCI_INDEX));
@@ -71,36 +71,37 @@ pub(super) async fn referrers(app: Arc<App>, repo: RepoName, subject: Digest, pa
 
 /// Describes the referrers behind `after`, as many as one answer takes, and makes the query of the next page.
 fn page_of_referrers(
-    storage: &Storage,
+    store: &dyn Store,
     repo: &RepoName,
     subject: &Digest,
     wanted: Option<String>,
-    after: Option<Digest>,
-) -> Result<(Vec<Value>, Option<String>), crate::storage::Error> {
+    after: Option<&Digest>,
+) -> Result<(Vec<Value>, Option<String>), store::Error> {
     let (mut listed, mut bytes) = (Vec::new(), 0);
     let mut last: Option<Digest> = None;
-    for digest in storage.referrers(repo, subject)? {
-        if after.as_ref().is_some_and(|after| digest <= *after) {
-            continue;
-        }
-        let Some(manifest) = storage.sound_manifest(repo, &digest) else { continue };
-        let Some(referrer) = model::referrer(&digest, &manifest.bytes) else { continue };
+    let mut has_more = false;
+    store.referrers(repo, subject, after, &mut |manifest| {
+        let Some(referrer) = model::referrer(&manifest.digest, &manifest.bytes) else {
+            return ControlFlow::Continue(());
+        };
         if wanted.is_some() && referrer.artifact_type != wanted {
-            continue;
+            return ControlFlow::Continue(());
         }
         let described = json!(referrer);
         bytes += described.to_string().len() + 1;
-        if let Some(last) = last.filter(|_| bytes > REFERRERS_BYTES_MAX) {
-            let wanted = wanted.map(|wanted| format!("artifactType={}&", encoded(&wanted)));
-            return Ok((
-                listed,
-                Some(format!("{}last={}", wanted.unwrap_or_default(), encoded(last.as_str()))),
-            ));
+        if last.is_some() && bytes > REFERRERS_BYTES_MAX {
+            has_more = true;
+            return ControlFlow::Break(());
         }
         listed.push(described);
-        last = Some(digest);
-    }
-    Ok((listed, None))
+        last = Some(manifest.digest.clone());
+        ControlFlow::Continue(())
+    })?;
+    let next = last.filter(|_| has_more).map(|last| {
+        let wanted = wanted.map(|wanted| format!("artifactType={}&", encoded(&wanted)));
+        format!("{}last={}", wanted.unwrap_or_default(), encoded(last.as_str()))
+    });
+    Ok((listed, next))
 }
 
 /// Reads `n` and `last`.

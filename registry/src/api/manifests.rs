@@ -1,7 +1,7 @@
 //! Manifests: GET and HEAD by tag and digest, PUT, DELETE.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard};
 
 use axum::body::Body;
 use axum::response::Response;
@@ -22,7 +22,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::events::{Stored, Untagged};
 use crate::model;
 use crate::names::{Reference, ReferenceError, RepoName, Tag};
-use crate::storage::manifests::{MANIFEST_BYTES_MAX, Manifest};
+use crate::store::{ChangeError, MANIFEST_BYTES_MAX, Manifest};
 
 const OCI_SUBJECT: HeaderName = HeaderName::from_static("oci-subject");
 /// Tags that one push may bring as parameters (distribution-spec, main branch: 10 at least). Each is told back in a header
@@ -31,14 +31,10 @@ const TAG_PARAMS_MAX: usize = 50;
 /// Missing descriptors told back to the client.
 const MISSING_SHOWN_MAX: usize = 20;
 
-pub(super) fn get(app: &App, repo: &RepoName, reference: &Reference, parts: &Parts) -> Answer {
-    let digest = app.storage.resolve(repo, reference)?;
-    let manifest = match &digest {
-        Some(digest) => app.storage.manifest(repo, digest)?,
-        None => None,
-    };
-    let manifest = manifest.ok_or_else(|| unknown(repo, reference))?;
-    Ok(answer(app, &manifest, parts))
+pub(super) async fn get(app: &App, repo: RepoName, reference: Reference, parts: &Parts) -> Answer {
+    let found = app
+        .ask(move |store| store.find_manifest(&repo, &reference)?.ok_or_else(|| unknown(&repo, &reference)));
+    Ok(answer(app, &found.await?, parts))
 }
 
 /// Gives a manifest, as much of it as is asked for.
@@ -107,36 +103,50 @@ pub(super) async fn put(
 
 pub(super) async fn delete(app: Arc<App>, repo: RepoName, reference: Reference) -> Answer {
     let (shared, name, of) = (Arc::clone(&app), repo.clone(), reference.clone());
-    let deleted = blocking(move || {
-        // A tag that never changes, put meanwhile, would go with what it names.
-        let _immutable = shared.rules.may_be_immutable(&name).then(|| shared.immutable());
-        refuse_deletion(&shared, &name, &of)?;
-        Ok::<_, ApiError>(match of {
-            Reference::Tag(tag) => shared.storage.delete_tag(&name, &tag)?.then(Vec::new),
-            Reference::Digest(digest) => shared.storage.delete_manifest(&name, &digest)?,
-        })
+    let removed = blocking(move || {
+        match &of {
+            // Whether it is there or not.
+            Reference::Tag(tag) if shared.rules.is_immutable(&name, tag) => Err(cannot_go(&name, tag)),
+            _ => shared.store.remove(&name, Some(&of), &shared.rules).map_err(|error| match error {
+                ChangeError::Immutable { tag, .. } => cannot_go(&name, &tag),
+                error => refused(&name, error),
+            }),
+        }
     });
-    let tags = deleted.await?.ok_or_else(|| unknown(&repo, &reference))?;
+    let removed = removed.await?;
+    if removed.count == 0 {
+        return Err(unknown(&repo, &reference));
+    }
     let mut response = empty(StatusCode::ACCEPTED);
-    app.note(&mut response, || Untagged(tags));
+    app.note(&mut response, || Untagged(removed.tags));
     Ok(response)
 }
 
-/// Fails if a tag that never changes would go.
-fn refuse_deletion(app: &App, repo: &RepoName, reference: &Reference) -> Result<(), ApiError> {
-    let denied = |tag: &Tag| {
-        let message =
-            format!("the tag {tag} of {repo} is immutable: neither it nor what it names can be deleted");
-        Err(ApiError::denied(message))
-    };
-    match reference {
-        Reference::Tag(tag) if app.rules.is_immutable(repo, tag) => denied(tag),
-        Reference::Digest(digest) if app.rules.may_be_immutable(repo) => {
-            let tags = app.storage.tags_of(repo, digest)?;
-            tags.iter().find(|tag| app.rules.is_immutable(repo, tag)).map_or(Ok(()), denied)
+fn cannot_go(repo: &RepoName, tag: &Tag) -> ApiError {
+    let message =
+        format!("the tag {tag} of {repo} is immutable: neither it nor what it names can be deleted");
+    ApiError::denied(message)
+}
+
+/// What a client hears whose change is refused.
+fn refused(repo: &RepoName, error: ChangeError) -> ApiError {
+    match error {
+        ChangeError::Immutable { tag, names } => {
+            let message = format!("the tag {tag} of {repo} is immutable and names {names}; push another tag");
+            ApiError::denied(message)
         }
-        _ => Ok(()),
+        ChangeError::Missing(missing) => {
+            let shown: Vec<_> =
+                missing.iter().take(MISSING_SHOWN_MAX).map(|digest| json!(digest.as_str())).collect();
+            ApiError::new(StatusCode::BAD_REQUEST, Code::ManifestBlobUnknown, lacks(repo, &missing))
+                .detail(json!({"digests": Value::Array(shown)}))
+        }
+        ChangeError::Store(error) => error.into(),
     }
+}
+
+fn lacks(repo: &RepoName, missing: &[Digest]) -> String {
+    format!("the manifest refers to {} blobs or manifests that {repo} lacks", missing.len())
 }
 
 /// What a push names.
@@ -198,34 +208,15 @@ fn store(
             expected
         }
     };
-    let storage = &app.storage;
-    let _immutable = hold_immutable(app, repo, &tags, &digest)?;
     let checked = model::check(&bytes, content_type)
         .map_err(|refusal| ApiError::bad_request(Code::ManifestInvalid, refusal.to_string()))?;
-    let mut missing = Vec::new();
-    let _room = storage.admit_manifest(repo, &digest, bytes.len() as u64)?;
-    let _accepting = storage.accepting();
-    for blob in checked.blobs {
-        if storage.claim_blob(repo, &blob)?.is_none() {
-            missing.push(blob);
-        }
-    }
-    for manifest in checked.manifests {
-        if !storage.claim_manifest(repo, &manifest)? {
-            missing.push(manifest);
-        }
-    }
-    let lacks = || format!("the manifest refers to {} blobs or manifests that {repo} lacks", missing.len());
-    if !missing.is_empty() && !app.rules.may_be_sparse(repo) {
-        let shown: Vec<_> =
-            missing.iter().take(MISSING_SHOWN_MAX).map(|digest| json!(digest.as_str())).collect();
-        return Err(ApiError::new(StatusCode::BAD_REQUEST, Code::ManifestBlobUnknown, lacks())
-            .detail(json!({"digests": Value::Array(shown)})));
-    }
     let length = bytes.len() as u64;
-    let manifest = Manifest { digest: digest.clone(), bytes, media_type: checked.media_type.into() };
-    let media_type = Arc::clone(&manifest.media_type);
-    storage.put_manifest(repo, manifest, &tags, checked.subject.as_ref())?;
+    let media_type: Arc<str> = checked.media_type.as_str().into();
+    let manifest = Manifest { digest: digest.clone(), bytes, media_type: Arc::clone(&media_type) };
+    let missing = app
+        .store
+        .accept_manifest(repo, manifest, &checked, &tags, &app.rules)
+        .map_err(|error| refused(repo, error))?;
     let mut response = empty(StatusCode::CREATED);
     app.note(&mut response, || Stored { media_type, bytes: length });
     let headers = response.headers_mut();
@@ -242,28 +233,9 @@ fn store(
         headers.append(WARNING, warning(text));
     }
     if !missing.is_empty() {
-        headers.append(WARNING, warning(&lacks()));
+        headers.append(WARNING, warning(&lacks(repo, &missing)));
     }
     Ok(response)
-}
-
-/// Keeps others from putting tags that never change while one is put; fails if a tag names something else already.
-fn hold_immutable<'a>(
-    app: &'a App,
-    repo: &RepoName,
-    tags: &[Tag],
-    digest: &Digest,
-) -> Result<Option<MutexGuard<'a, ()>>, ApiError> {
-    let mut guard = None;
-    for tag in tags.iter().filter(|tag| app.rules.is_immutable(repo, tag)) {
-        guard.get_or_insert_with(|| app.immutable());
-        let named = app.storage.resolve(repo, &Reference::Tag(tag.clone()))?;
-        if let Some(named) = named.filter(|named| named != digest) {
-            let message = format!("the tag {tag} of {repo} is immutable and names {named}; push another tag");
-            return Err(ApiError::denied(message));
-        }
-    }
-    Ok(guard)
 }
 
 pub(super) fn unknown(repo: &RepoName, reference: &Reference) -> ApiError {

@@ -7,8 +7,9 @@
 //!                                                  └> cached: what an upstream has
 //! ```
 //!
-//! Small lookups (a link, a length, a manifest in memory) run on the async threads: they are answered from the kernel's
-//! caches in microseconds, less than handing them to another thread costs. What syncs, hashes or moves content does not.
+//! On a directory small lookups (a link, a length, a manifest in memory) run on the async threads: they are answered from the
+//! kernel's caches in microseconds, less than handing them to another thread costs. What syncs, hashes or moves content does not,
+//! and neither does what asks another machine; [`App::ask`] makes the difference.
 
 #[cfg(test)]
 mod access;
@@ -23,8 +24,8 @@ pub(crate) mod route;
 mod token;
 mod uploads;
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -47,7 +48,7 @@ use crate::cache::Sources;
 use crate::events::Recorder;
 use crate::metrics::{Metrics, RouteLabel};
 use crate::rules::Rules;
-use crate::storage::Storage;
+use crate::store::Store;
 
 /// Bodies that are held in memory until they are stored, at a time.
 const SMALL_BODIES_MAX: usize = 256;
@@ -68,14 +69,12 @@ const UPLOAD_UUID: HeaderName = HeaderName::from_static("docker-upload-uuid");
 /// What every request sees.
 #[derive(Debug)]
 pub(crate) struct App {
-    pub(crate) storage: Arc<Storage>,
+    pub(crate) store: Arc<dyn Store>,
     /// Who may do what; `None` lets everybody do everything.
     pub(crate) guard: Option<Guard>,
     pub(crate) rules: Arc<Rules>,
     /// Whose repositories are fetched when they are wanted; `None` if there is no upstream.
     pub(crate) cache: Option<Sources>,
-    /// Held while a tag that never changes is put, or something is deleted that it may name.
-    immutable: Mutex<()>,
     /// How often each client may ask.
     pub(crate) rates: Option<Rates>,
     /// How long a client may take to bring a little of a body.
@@ -95,7 +94,7 @@ pub(crate) struct App {
 
 impl App {
     pub(crate) fn new(
-        storage: Arc<Storage>,
+        store: Arc<dyn Store>,
         guard: Option<Guard>,
         rules: Arc<Rules>,
         cache: Option<Sources>,
@@ -104,11 +103,10 @@ impl App {
         events: Option<Arc<Recorder>>,
     ) -> Self {
         Self {
-            storage,
+            store,
             guard,
             rules,
             cache,
-            immutable: Mutex::default(),
             rates: limits.request_rate.map(Rates::new),
             idle_timeout: limits.idle_timeout,
             metrics: Metrics::default(),
@@ -120,9 +118,21 @@ impl App {
         }
     }
 
-    /// Keeps others from putting tags that never change, and from deleting what they may name.
-    pub(crate) fn immutable(&self) -> MutexGuard<'_, ()> {
-        self.immutable.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Asks the store what it is quick to tell: at once, or, where each question is a request to another machine, on a thread of
+    /// its own.
+    async fn ask<T, E>(
+        &self,
+        question: impl FnOnce(&Arc<dyn Store>) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, ApiError>
+    where
+        T: Send + 'static,
+        E: Into<ApiError> + Send + 'static,
+    {
+        if !self.store.is_remote() {
+            return question(&self.store).map_err(Into::into);
+        }
+        let store = Arc::clone(&self.store);
+        blocking(move || question(&store)).await
     }
 
     /// Whether somebody wants to know where requests come from.
@@ -265,7 +275,7 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
     }
     Some(match path {
         "/metrics" => {
-            let mut text = app.metrics.render(&app.storage.stats(), app.cache.as_ref());
+            let mut text = app.metrics.render(&app.store.stats(), app.cache.as_ref());
             if let Some(events) = &app.events {
                 // Writing to a string does not fail.
                 let _ = events.write_metrics(&mut text);
@@ -280,8 +290,8 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
             Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, Code::Unknown, message))
         }
         "/readyz" => {
-            let storage = Arc::clone(&app.storage);
-            blocking(move || storage.probe()).await.map(|()| "ok\n".into_response()).map_err(|_| {
+            let store = Arc::clone(&app.store);
+            blocking(move || store.probe()).await.map(|()| "ok\n".into_response()).map_err(|_| {
                 let message = "the storage cannot be written; the log tells why";
                 ApiError::new(StatusCode::SERVICE_UNAVAILABLE, Code::Unknown, message)
             })
@@ -309,12 +319,12 @@ async fn serve(app: &Arc<App>, parts: Parts, body: Body, route: Route) -> Answer
         (Route::Tags(_), _) => Err(not_allowed("GET")),
         (Route::Referrers(repo, subject), &Method::GET) => lists::referrers(app, repo, subject, &parts).await,
         (Route::Referrers(..), _) => Err(not_allowed("GET")),
-        (Route::Blob(repo, digest), &Method::GET) => blobs::get(&app, &repo, &digest, &parts),
-        (Route::Blob(repo, digest), &Method::HEAD) => blobs::head(&app, &repo, &digest),
+        (Route::Blob(repo, digest), &Method::GET) => blobs::get(&app, repo, digest, &parts).await,
+        (Route::Blob(repo, digest), &Method::HEAD) => blobs::head(&app, repo, digest).await,
         (Route::Blob(repo, digest), &Method::DELETE) => blobs::delete(app, repo, digest).await,
         (Route::Blob(..), _) => Err(not_allowed("GET, HEAD, DELETE")),
         (Route::Manifest(repo, reference), &Method::GET | &Method::HEAD) => {
-            manifests::get(&app, &repo, &reference, &parts)
+            manifests::get(&app, repo, reference, &parts).await
         }
         (Route::Manifest(repo, reference), &Method::PUT) => {
             manifests::put(app, repo, reference, &parts, body).await

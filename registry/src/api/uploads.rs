@@ -31,12 +31,11 @@ use super::{
     Answer, App, CONTENT_DIGEST, DRAIN_BYTES_MAX, UPLOAD_UUID, blocking, drain, empty, header, header_str,
     range,
 };
-use crate::digest::{Algorithm, Digest, Hasher};
+use crate::digest::{Algorithm, Digest};
 use crate::events::Stored;
 use crate::names::RepoName;
 use crate::patience::PROGRESS_BYTES_MIN;
-use crate::storage::ingest::Ingest;
-use crate::storage::uploads::{Session, UploadError};
+use crate::store::{self, Ending, Intake, Session, UploadError};
 
 /// Largest body that is held in memory until it is stored.
 const SMALL_BODY_BYTES_MAX: u64 = 64 << 10;
@@ -55,17 +54,9 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
         let digest: Digest = digest.parse()?;
         if let Some(from) = param(query, "from") {
             let from = route::repo(&from)?;
-            let of = Arc::clone(&app);
+            let store = Arc::clone(&app.store);
             let (to, mounted) = (repo.clone(), digest.clone());
-            let mount = move || {
-                let is_there = of.storage.mount_blob(&from, &to, &mounted)?;
-                let bytes = match of.events.is_some() && is_there {
-                    true => of.storage.stat_blob(&to, &mounted)?,
-                    false => None,
-                };
-                Ok::<_, crate::storage::Error>(is_there.then_some(bytes.unwrap_or(0)))
-            };
-            if let Some(bytes) = blocking(mount).await? {
+            if let Some(bytes) = blocking(move || store.mount_blob(&from, &to, &mounted)).await? {
                 return Ok(created(&app, &repo, &digest, bytes));
             }
         }
@@ -73,10 +64,14 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
         let digest: Digest = digest.parse()?;
         // Without a body it is a client that tells early what will follow by PUT.
         if length != Some(0) || digest == Digest::of(digest.algorithm(), b"") {
-            let id = app.storage.begin_upload(&repo, digest.algorithm())?;
-            let session = open(&app, &repo, id).await?;
+            let algorithm = digest.algorithm();
+            let started = app.ask(move |store| {
+                let session = Arc::clone(store).start_upload(&repo, algorithm)?;
+                Ok::<_, UploadError>((repo, session))
+            });
+            let (repo, session) = started.await?;
             let incoming = Incoming { body, length, expected: length };
-            let (session, incoming) = admit(&app, session, incoming, &parts, Some(&digest)).await?;
+            let (session, incoming) = admit(session, incoming, &parts, Some(&digest)).await?;
             return detached(complete(app, repo, session, incoming, digest)).await;
         }
     }
@@ -87,7 +82,11 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
         })?,
         None => Algorithm::Sha256,
     };
-    let id = app.storage.begin_upload(&repo, algorithm)?;
+    let begun = app.ask(move |store| {
+        let id = store.begin_upload(&repo, algorithm)?;
+        Ok::<_, store::Error>((repo, id))
+    });
+    let (repo, id) = begun.await?;
     let mut response = progress(StatusCode::ACCEPTED, &repo, id, 0);
     response.headers_mut().insert(OCI_CHUNK_MIN_LENGTH, CHUNK_MIN_LENGTH);
     Ok(response)
@@ -96,7 +95,7 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
 /// Takes a chunk, or a stream of any length.
 pub(super) async fn patch(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, body: Body) -> Answer {
     let session = open(&app, &repo, id).await?;
-    let incoming = match Incoming::check(&parts, body, &repo, &session) {
+    let incoming = match Incoming::check(&parts, body, &repo, &*session) {
         Ok(incoming) => incoming,
         Err((error, body)) => {
             // The next request need not wait until this one's body is drained.
@@ -104,9 +103,9 @@ pub(super) async fn patch(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts,
             return refuse(error, &parts, body).await;
         }
     };
-    let (session, incoming) = admit(&app, session, incoming, &parts, None).await?;
+    let (session, incoming) = admit(session, incoming, &parts, None).await?;
     detached(async move {
-        let session = receive(&app, session, incoming, Ending::Acknowledged).await?;
+        let session = receive(&app, session, incoming, None).await?;
         Ok(progress(StatusCode::ACCEPTED, &repo, session.id(), session.offset()))
     })
     .await
@@ -125,9 +124,9 @@ pub(super) async fn put(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, b
         Err(error) => return refuse(error, &parts, body).await,
     };
     let session = open(&app, &repo, id).await?;
-    match Incoming::check(&parts, body, &repo, &session) {
+    match Incoming::check(&parts, body, &repo, &*session) {
         Ok(incoming) => {
-            let (session, incoming) = admit(&app, session, incoming, &parts, Some(&digest)).await?;
+            let (session, incoming) = admit(session, incoming, &parts, Some(&digest)).await?;
             detached(complete(app, repo, session, incoming, digest)).await
         }
         Err((error, body)) => {
@@ -139,16 +138,16 @@ pub(super) async fn put(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, b
 
 /// Tells how much of an upload has been taken.
 pub(super) async fn get(app: Arc<App>, repo: RepoName, id: Uuid) -> Answer {
-    let storage = Arc::clone(&app.storage);
+    let store = Arc::clone(&app.store);
     let name = repo.clone();
-    let offset = blocking(move || storage.upload_offset(&name, id)).await?.ok_or_else(upload_unknown)?;
+    let offset = blocking(move || store.upload_offset(&name, id)).await?.ok_or_else(upload_unknown)?;
     Ok(progress(StatusCode::NO_CONTENT, &repo, id, offset))
 }
 
 /// Cancels an upload.
 pub(super) async fn delete(app: Arc<App>, repo: RepoName, id: Uuid) -> Answer {
     let session = open(&app, &repo, id).await?;
-    blocking(move || app.storage.cancel_upload(session)).await?;
+    blocking(move || session.cancel()).await?;
     Ok(empty(StatusCode::NO_CONTENT))
 }
 
@@ -167,7 +166,7 @@ impl Incoming {
         parts: &Parts,
         body: Body,
         repo: &RepoName,
-        session: &Session,
+        session: &dyn Session,
     ) -> Result<Self, (ApiError, Body)> {
         let length = content_length(parts);
         let Some(text) = header_str(parts, CONTENT_RANGE) else {
@@ -196,18 +195,17 @@ impl Incoming {
 
 /// Asks, before the body is read, whether there is room for what it is told to bring, and to become.
 async fn admit(
-    app: &Arc<App>,
-    mut session: Session,
+    mut session: Box<dyn Session>,
     incoming: Incoming,
     parts: &Parts,
     digest: Option<&Digest>,
-) -> Result<(Session, Incoming), ApiError> {
+) -> Result<(Box<dyn Session>, Incoming), ApiError> {
     let length = incoming.length;
-    let admitted = if app.storage.admits_quickly(session.repo()) {
-        app.storage.admit(&mut session, length, digest).map(|()| session).map_err(Into::into)
+    let admitted = if session.admits_quickly() {
+        session.admit(length, digest).map(|()| session).map_err(Into::into)
     } else {
-        let (storage, digest) = (Arc::clone(&app.storage), digest.cloned());
-        blocking(move || storage.admit(&mut session, length, digest.as_ref()).map(|()| session)).await
+        let digest = digest.cloned();
+        blocking(move || session.admit(length, digest.as_ref()).map(|()| session)).await
     };
     match admitted {
         Ok(session) => Ok((session, incoming)),
@@ -218,19 +216,10 @@ async fn admit(
     }
 }
 
-/// What a request that brings content leaves behind.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    /// The state is put on disk: the bytes are the session's for good.
-    Acknowledged,
-    /// The blob is made next.
-    Committed,
-}
-
 async fn complete(
     app: Arc<App>,
     repo: RepoName,
-    mut session: Session,
+    mut session: Box<dyn Session>,
     incoming: Incoming,
     digest: Digest,
 ) -> Answer {
@@ -240,112 +229,80 @@ async fn complete(
         let _turn = turn(&app.small_bodies).await?;
         let bytes = collect(&app, incoming).await?;
         length = bytes.len() as u64;
-        let (storage, digest) = (Arc::clone(&app.storage), digest.clone());
-        blocking(move || storage.commit_small(session, &bytes, &digest)).await
+        let digest = digest.clone();
+        blocking(move || session.commit_small(&bytes, &digest)).await
     } else {
-        session.prefer(digest.algorithm());
         if incoming.length != Some(0) {
-            session = receive(&app, session, incoming, Ending::Committed).await?;
+            session = receive(&app, session, incoming, Some(&digest)).await?;
         }
         length = session.offset();
-        let (storage, digest) = (Arc::clone(&app.storage), digest.clone());
-        blocking(move || storage.commit_upload(session, &digest)).await
+        let digest = digest.clone();
+        blocking(move || session.commit(&digest)).await
     };
     done.map(|()| created(&app, &repo, &digest, length))
 }
 
-/// Takes a body into a session on disk.
+/// Takes a body into a session; `digest` is what the blob that is made of it next will be.
 async fn receive(
     app: &Arc<App>,
-    session: Session,
+    session: Box<dyn Session>,
     incoming: Incoming,
-    ending: Ending,
-) -> Result<Session, ApiError> {
+    digest: Option<&Digest>,
+) -> Result<Box<dyn Session>, ApiError> {
     let _turn = turn(&app.uploads).await?;
     let _gauge = Gauge::raise(app);
-    let storage = Arc::clone(&app.storage);
-    let mut session = blocking(move || {
-        let mut session = session;
-        storage.settle_upload(&mut session)?;
-        Ok::<_, crate::storage::Error>(session)
-    })
-    .await?;
-    let (began_with, began_at) = (session.hasher(), session.offset());
     let length = incoming.length.unwrap_or(0);
-    let from = (app.storage.ingest_pool(), app.storage.space());
-    let mut ingest =
-        Ingest::start(from, &session.data(), session.hashstates(), began_at, session.hasher(), length);
-    let came = pour(app, incoming.body, &mut ingest, &mut session).await;
-    // A disk that took no more is told here.
-    let ((hasher, offset), came) = match (ingest.finish().await, came) {
-        (Ok(_), Err(Break::Refused(error))) => return give_back(session, began_with, began_at, error).await,
-        (Err(error), _) if error.is_full() => return give_back(session, began_with, began_at, error).await,
-        (done, came) => (done?, came),
+    let done = if digest.is_some() { Ending::Committed } else { Ending::Acknowledged };
+    let digest = digest.cloned();
+    let mut intake = blocking(move || session.receive(length, digest.as_ref())).await?;
+    let (came, stop) = pour(app, incoming.body, &mut *intake).await;
+    let expected = incoming.expected.unwrap_or(came);
+    let ending = match stop {
+        None if came == expected => done,
+        Some(Stop::Broken(_)) => Ending::BrokenOff,
+        _ => Ending::TakenBack,
     };
-    let expected = incoming.expected.unwrap_or(offset - began_at);
-    match came {
-        Ok(()) if offset - began_at == expected => {
-            if ending == Ending::Acknowledged {
-                session = blocking(move || session.advance(hasher, offset).map(|()| session)).await?;
-            } else {
-                session.set(hasher, offset);
-            }
-            Ok(session)
-        }
-        Ok(()) => {
-            let message = format!("{expected} bytes were announced, {} came", offset - began_at);
-            blocking(move || session.rewind(began_with, began_at)).await?;
-            Err(ApiError::bad_request(Code::SizeInvalid, message))
-        }
-        Err(Break::Refused(error)) => Err(error.into()),
-        Err(Break::Body(reason)) => {
-            // Good to the last byte: the client asks by GET and goes on from there.
-            blocking(move || session.keep((hasher, offset), (began_with, began_at))).await?;
-            let message = format!("the body broke off after {} bytes: {reason}", offset - began_at);
+    // A store that took no more tells why here.
+    let session = intake.end(ending).await?;
+    match stop {
+        Some(Stop::Broken(reason)) => {
+            let message = format!("the body broke off after {came} bytes: {reason}");
             Err(ApiError::bad_request(Code::BlobUploadInvalid, message))
         }
+        _ if ending == Ending::TakenBack => {
+            let message = format!("{expected} bytes were announced, {came} came");
+            Err(ApiError::bad_request(Code::SizeInvalid, message))
+        }
+        _ => Ok(session),
     }
 }
 
 /// Why a body was not taken to its end.
-enum Break {
+enum Stop {
     /// It broke off.
-    Body(String),
-    /// There is no room for more.
-    Refused(crate::storage::Error),
+    Broken(String),
+    /// The store takes no more.
+    Full,
 }
 
-/// Takes a request's bytes back, so that they leave room for others.
-async fn give_back(
-    mut session: Session,
-    hasher: Hasher,
-    offset: u64,
-    error: crate::storage::Error,
-) -> Result<Session, ApiError> {
-    let cut = blocking(move || session.rewind(hasher, offset)).await;
-    if cut.is_err() {
-        tracing::warn!("an upload that found no room keeps its place until it goes on or is given up");
-    }
-    Err(error.into())
-}
-
-/// Moves a body into a session until either ends.
-async fn pour(app: &App, mut body: Body, ingest: &mut Ingest, session: &mut Session) -> Result<(), Break> {
-    let mut reached = session.offset();
+/// Moves a body into a session until either ends; returns how many bytes were taken.
+async fn pour(app: &App, mut body: Body, intake: &mut dyn Intake) -> (u64, Option<Stop>) {
+    let mut came: u64 = 0;
     let mut pace = Pace::new(app.idle_timeout);
-    while let Some(data) = pace.next(&mut body).await.map_err(Break::Body)? {
-        reached = reached.saturating_add(data.len() as u64);
-        if let Err(error) = session.reach(reached) {
+    loop {
+        let data = match pace.next(&mut body).await {
+            Ok(Some(data)) => data,
+            Ok(None) => return (came, None),
+            Err(reason) => return (came, Some(Stop::Broken(reason))),
+        };
+        let bytes = data.len() as u64;
+        app.metrics.received_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if intake.push(data).await.is_err() {
             drain(body, false, DRAIN_BYTES_MAX).await;
-            return Err(Break::Refused(error));
+            return (came, Some(Stop::Full));
         }
-        app.metrics.received_bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
-        if ingest.push(&data).await.is_err() {
-            drain(body, false, DRAIN_BYTES_MAX).await;
-            break;
-        }
+        came = came.saturating_add(bytes);
     }
-    Ok(())
 }
 
 /// Reads a whole body of known, small length.
@@ -403,12 +360,13 @@ impl Pace {
     }
 }
 
-async fn open(app: &App, repo: &RepoName, id: Uuid) -> Result<Session, ApiError> {
-    let opened = if app.storage.is_fresh_upload(id) {
-        app.storage.open_upload(repo, id)?
+async fn open(app: &App, repo: &RepoName, id: Uuid) -> Result<Box<dyn Session>, ApiError> {
+    let store = Arc::clone(&app.store);
+    let opened = if store.opens_quickly(id) {
+        store.open_upload(repo, id)?
     } else {
-        let (storage, repo) = (Arc::clone(&app.storage), repo.clone());
-        blocking(move || storage.open_upload(&repo, id)).await?
+        let repo = repo.clone();
+        blocking(move || store.open_upload(&repo, id)).await?
     };
     opened.ok_or_else(upload_unknown)
 }
@@ -463,7 +421,7 @@ impl From<UploadError> for ApiError {
                 Self::bad_request(Code::DigestInvalid, format!("the content's digest is {actual}"))
                     .detail(json!({"digest": actual.as_str()}))
             }
-            UploadError::Storage(error) => error.into(),
+            UploadError::Store(error) => error.into(),
         }
     }
 }

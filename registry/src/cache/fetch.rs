@@ -34,7 +34,8 @@ use crate::names::{Reference, RepoName};
 use crate::storage::Storage;
 use crate::storage::blobs::{Blob, Reader};
 use crate::storage::ingest::Ingest;
-use crate::storage::uploads::{Session, UploadError};
+use crate::storage::uploads::Session;
+use crate::store::UploadError;
 
 /// Largest blob that is held in memory until it is stored; larger ones are streamed.
 const SMALL_BLOB_BYTES_MAX: u64 = 64 << 10;
@@ -259,7 +260,7 @@ impl Fetch {
             let id = storage.begin_upload(&repo, digest.algorithm())?;
             match storage.open_upload(&repo, id) {
                 Ok(session) => Ok(session),
-                Err(UploadError::Storage(error)) => Err(error),
+                Err(UploadError::Store(error)) => Err(error),
                 Err(_) => Ok(None),
             }
         });
@@ -362,7 +363,7 @@ impl Fetch {
         let wanted = digest.clone();
         let committed = blocking(move || match commit(&storage, &wanted) {
             Ok(()) => Ok(None),
-            Err(UploadError::Storage(error)) => Err(error),
+            Err(UploadError::Store(error)) => Err(error),
             Err(UploadError::Digest { actual }) => Ok(Some(actual.to_string())),
             Err(UploadError::Busy) => Ok(Some("nothing: another one works on it".to_owned())),
         });

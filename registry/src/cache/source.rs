@@ -30,7 +30,7 @@ use crate::reload::{self, Reloaded};
 use crate::rules::Rules;
 use crate::storage::Storage;
 use crate::storage::evict::Eviction;
-use crate::storage::manifests::Manifest;
+use crate::store::Manifest;
 use crate::{Error, Result, lock, model};
 
 /// Longest wait for an answer of an upstream to begin.

@@ -22,8 +22,9 @@ pub(crate) const READ_BUFFER_BYTES: usize = 512 << 10;
 /// Longest link that is read; a sha512 digest takes 135 bytes.
 const LINK_BYTES_MAX: u64 = 256;
 
-/// A blob a repository has.
+/// A blob a repository has, open.
 pub(crate) struct Blob {
+    pub(super) storage: Arc<Storage>,
     pub(crate) file: File,
     pub(crate) length: u64,
 }
@@ -47,32 +48,32 @@ impl Storage {
     }
 
     /// Opens a blob of a repository.
-    pub(crate) fn open_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<Blob>> {
+    pub(crate) fn open_blob(self: &Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Blob>> {
         let Some(target) = self.layer(repo, digest)? else { return Ok(None) };
         let path = self.layout.blob(&target);
         let open = || {
             let file = File::open(&path)?;
             let length = file.metadata()?.len();
-            Ok(Blob { file, length })
+            Ok(Blob { storage: Arc::clone(self), file, length })
         };
         found(open()).map_err(Error::at("cannot open", &path))
     }
 
-    /// Gives `to` a blob that `from` has; durable when it returns. Returns whether `from` has it.
-    pub(crate) fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<bool> {
+    /// Gives `to` a blob that `from` has; durable when it returns. Returns its length, `None` if `from` lacks it.
+    pub(crate) fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<Option<u64>> {
         let mut room = Room::default();
         // Before anybody is held up.
         if self.quotas.is_for(to) {
-            let Some(target) = self.layer(from, digest)? else { return Ok(false) };
-            let Some(bytes) = self.stat_blob(from, digest)? else { return Ok(false) };
+            let Some(target) = self.layer(from, digest)? else { return Ok(None) };
+            let Some(bytes) = self.stat_blob(from, digest)? else { return Ok(None) };
             room = self.room_for(to, &target, bytes)?;
         }
         let _accepting = self.accepting();
-        let Some(target) = self.layer(from, digest)? else { return Ok(false) };
+        let Some(target) = self.layer(from, digest)? else { return Ok(None) };
         let blob = self.layout.blob(&target);
         let length = found(fs::metadata(&blob)).map_err(Error::at("cannot look at", &blob))?;
         let Some(bytes) = length.filter(fs::Metadata::is_file).map(|metadata| metadata.len()) else {
-            return Ok(false);
+            return Ok(None);
         };
         self.touch(&blob)?;
         self.settled();
@@ -83,7 +84,7 @@ impl Storage {
         self.quotas
             .placing(to, &path, (&target, bytes), &mut room, || self.place_link(&mut changes, link, &path))?;
         changes.sync().map_err(Error::at("cannot sync directories of", &path))?;
-        Ok(true)
+        Ok(Some(bytes))
     }
 
     /// Takes a blob from a repository; its bytes stay, for other repositories may have it. Returns whether it was there.

@@ -22,19 +22,20 @@ use std::io::{self, ErrorKind};
 use std::mem;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
 use super::blobs::{found, link_target};
-use super::manifests::{MANIFEST_BYTES_MAX, REPO_DIRS, read_at_most, walk};
+use super::manifests::{REPO_DIRS, read_at_most, walk};
 use super::pace::Pace;
 use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest};
 use crate::lock;
 use crate::model;
 use crate::names::RepoName;
-use crate::rules::Rules;
+use crate::store::MANIFEST_BYTES_MAX;
+use crate::store::collect::{Counts, Options};
 
 /// Removals under one hold of the lock that keeps pushes out.
 const BATCH_REMOVALS_MAX: usize = 128;
@@ -42,35 +43,6 @@ const BATCH_REMOVALS_MAX: usize = 128;
 const THREADS: usize = 24;
 /// Repositories, or directories of blobs, that wait for a thread.
 const QUEUE_MAX: usize = 2 * THREADS;
-
-/// How a collection is run.
-#[derive(Clone, Debug)]
-pub(crate) struct Options {
-    /// What of the repositories is kept.
-    pub(crate) rules: Arc<Rules>,
-    /// Uploads in which nothing happened for so long are given up.
-    pub(crate) upload_age: Duration,
-    /// Only tells what would be removed.
-    pub(crate) dry_run: bool,
-    /// Files removed per second, at most.
-    pub(crate) removals_per_second: u32,
-}
-
-/// What a collection found and removed; the dry run only found it.
-#[derive(Debug, Default)]
-pub(crate) struct Counts {
-    pub(crate) repositories: AtomicU64,
-    pub(crate) manifests: AtomicU64,
-    pub(crate) blobs: AtomicU64,
-    pub(crate) removed_tags: AtomicU64,
-    pub(crate) removed_manifests: AtomicU64,
-    pub(crate) removed_links: AtomicU64,
-    pub(crate) removed_blobs: AtomicU64,
-    pub(crate) removed_uploads: AtomicU64,
-    /// Bytes of the removed blobs and uploads.
-    pub(crate) freed_bytes: AtomicU64,
-    pub(crate) removed_repositories: AtomicU64,
-}
 
 /// How old what nothing refers to must be.
 #[derive(Clone, Copy, Debug)]

@@ -320,8 +320,8 @@ mod tests {
         let blobs: Vec<Digest> =
             (0..5).map(|n| store(&storage, &a, &format!("blob {n}"), 1000 - n * 100)).collect();
         // The first is also ours; the second was used in another repository; the third just now.
-        assert!(storage.mount_blob(&a, &ours, &blobs[0]).unwrap());
-        assert!(storage.mount_blob(&a, &b, &blobs[1]).unwrap());
+        assert!(storage.mount_blob(&a, &ours, &blobs[0]).unwrap().is_some());
+        assert!(storage.mount_blob(&a, &b, &blobs[1]).unwrap().is_some());
         let none = Evicted { kept_bytes: 30, ..Evicted::default() };
         assert_eq!(evict(&storage, 30, &[]), none);
         let done = evict(&storage, 18, &[&blobs[2]]);
@@ -350,10 +350,10 @@ mod tests {
             let modified = fs::metadata(storage.layout.blob(&digest)).unwrap().modified().unwrap();
             SystemTime::now().duration_since(modified).unwrap_or_default().as_secs()
         };
-        assert!(storage.mount_blob(&a, &ours, &digest).unwrap());
+        assert!(storage.mount_blob(&a, &ours, &digest).unwrap().is_some());
         assert!(age() >= 90);
         let _going = Raised::by_one(&storage.relink);
-        assert!(storage.mount_blob(&a, &ours, &digest).unwrap());
+        assert!(storage.mount_blob(&a, &ours, &digest).unwrap().is_some());
         assert!(age() < 90);
     }
 

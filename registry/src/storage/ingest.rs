@@ -22,6 +22,7 @@ use super::space::{Purpose, Space};
 use super::uploads::save_state;
 use super::{Error, Result};
 use crate::digest::{Algorithm, Hasher};
+use crate::store::Stopped;
 
 /// Bytes per buffer of the upload pool, a multiple of [`ALIGN_BYTES`].
 pub(crate) const INGEST_BUFFER_BYTES: usize = 1 << 20;
@@ -49,10 +50,6 @@ pub(crate) struct Ingest {
     hashing: JoinHandle<Hasher>,
     writing: JoinHandle<Result<()>>,
 }
-
-/// A thread of an upload ended early; [`Ingest::finish`] tells why.
-#[derive(Debug)]
-pub(crate) struct Stopped;
 
 /// A filled buffer and its place in the file.
 struct Piece {
@@ -112,7 +109,7 @@ impl Ingest {
     /// Takes bytes in, waiting while both queues are full.
     ///
     /// # Errors
-    /// When writing failed; the session then goes on from its last saved state.
+    /// When writing failed, which [`Ingest::finish`] tells more of; the session then goes on from its last saved state.
     pub(crate) async fn push(&mut self, mut bytes: &[u8]) -> Result<(), Stopped> {
         while !bytes.is_empty() {
             let mut buffer = match self.buffer.take() {
@@ -158,7 +155,7 @@ impl Ingest {
     }
 }
 
-fn join_error(error: tokio::task::JoinError) -> Error {
+pub(super) fn join_error(error: tokio::task::JoinError) -> Error {
     Error::new("an upload's thread did not end well", io::Error::other(error))
 }
 

@@ -10,28 +10,10 @@ use std::path::Path;
 use super::blobs::found;
 use super::{Error, Result, Storage};
 use crate::names::{RepoName, Tag};
+use crate::store::Page;
 
 /// Names of one directory that are held at a time, while a page of repositories is made.
 const KEYS_MAX: usize = 2048;
-
-/// A page of names, in lexical order.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Page {
-    pub(crate) names: Vec<String>,
-    /// Whether there are more behind the last.
-    pub(crate) more: bool,
-}
-
-impl Page {
-    /// Takes a name that comes behind the others; returns whether there was room for it.
-    fn add(&mut self, name: String, limit: usize) -> bool {
-        self.more = self.names.len() >= limit;
-        if !self.more {
-            self.names.push(name);
-        }
-        !self.more
-    }
-}
 
 impl Storage {
     /// Lists up to `limit` tags behind `after`; `None` if there is no such repository.
@@ -180,8 +162,8 @@ mod tests {
 
     use super::*;
     use crate::digest::{Algorithm, Digest};
-    use crate::storage::manifests::Manifest;
     use crate::storage::testing::storage;
+    use crate::store::Manifest;
 
     fn make_repository(storage: &Storage, name: &str, kind: &str) {
         fs::create_dir_all(storage.layout.repositories().join(name).join(kind)).unwrap();

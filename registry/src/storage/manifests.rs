@@ -4,9 +4,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use bytes::Bytes;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::blobs::{found, read_link};
 use super::collect::key;
@@ -17,9 +15,8 @@ use super::sync::sync_dir;
 use super::{Error, Result, Storage};
 use crate::digest::Digest;
 use crate::names::{Reference, RepoName, Tag};
+use crate::store::{MANIFEST_BYTES_MAX, Manifest};
 
-/// Largest manifest, bytes (distribution-spec: registries should take at least 4 MiB).
-pub(crate) const MANIFEST_BYTES_MAX: usize = 4 << 20;
 /// Manifests kept in memory, bytes.
 const CACHE_BYTES_MAX: usize = 6 << 20;
 /// What an entry costs besides its bytes.
@@ -28,14 +25,6 @@ const CACHE_ENTRY_BYTES: usize = 512;
 const CACHED_MANIFEST_BYTES_MAX: usize = 256 << 10;
 /// The directories that make a directory a repository; one with upload sessions alone is none yet.
 pub(super) const REPO_DIRS: [&str; 2] = ["_layers", "_manifests"];
-
-/// A manifest as it was pushed.
-#[derive(Clone, Debug)]
-pub(crate) struct Manifest {
-    pub(crate) digest: Digest,
-    pub(crate) bytes: Bytes,
-    pub(crate) media_type: Arc<str>,
-}
 
 /// Manifests by digest. Content never changes under its digest, so nothing here goes stale; whether a repository has
 /// the manifest is asked on disk every time.
@@ -388,6 +377,8 @@ pub(super) fn read_at_most(path: &Path, max: usize) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
     use crate::digest::Algorithm;
     use crate::storage::collect::Grace;

@@ -4,6 +4,7 @@
 //!  Storage ──┬── uploads    sessions, commit          ──┬── ingest   hash and write while bytes arrive ── pool
 //!            ├── blobs      lookup, reading             │
 //!            ├── manifests  revisions, tags             ├── sync     temp file, rename, fsync
+//!            ├── changes    what looks before it acts   │
 //!            ├── lists      tags, catalogue             │
 //!            ├── collect    garbage                     │
 //!            ├── evict      what was not used for long  │
@@ -12,9 +13,12 @@
 //!            └── referrers  index beside the layout   ──┴── layout   paths
 //! ```
 //!
-//! Nothing here knows HTTP. Functions block on the filesystem; the few that wait for the network's pace are async.
+//! `store` makes of this the [`Store`](crate::store::Store) that the API sees; the pull-through cache, the search for damage and
+//! the inventory, which are of a directory alone, call it as it is. Nothing here knows HTTP. Functions block on the filesystem; the
+//! few that wait for the network's pace are async.
 
 pub(crate) mod blobs;
+mod changes;
 pub(crate) mod collect;
 pub(crate) mod evict;
 pub(crate) mod ingest;
@@ -28,6 +32,7 @@ mod referrers;
 pub(crate) mod retain;
 pub(crate) mod scrub;
 pub(crate) mod space;
+mod store;
 mod sync;
 pub(crate) mod uploads;
 
@@ -44,6 +49,9 @@ use layout::Layout;
 use pool::Pool;
 use sync::Dirs;
 
+use crate::store::Stats;
+pub(crate) use crate::store::{Error, Result};
+
 /// Upload buffers of all uploads together: 48 MiB.
 const INGEST_BUFFERS_MAX: usize = 48;
 /// Upload buffers kept for the next upload: 4 MiB.
@@ -52,61 +60,6 @@ const INGEST_BUFFERS_IDLE_MAX: usize = 4;
 const READ_BUFFERS_MAX: usize = 64;
 /// Read buffers kept for the next download: 4 MiB.
 const READ_BUFFERS_IDLE_MAX: usize = 8;
-
-/// Result of the storage.
-pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// A failure of the filesystem, with what was being done to which path.
-#[derive(Debug, thiserror::Error)]
-#[error("{context}")]
-pub(crate) struct Error {
-    context: String,
-    source: io::Error,
-}
-
-impl Error {
-    pub(crate) fn new(context: impl Into<String>, source: io::Error) -> Self {
-        Self { context: context.into(), source }
-    }
-
-    fn other(context: &str) -> Self {
-        Self::new(context, io::ErrorKind::Other.into())
-    }
-
-    /// Returns what makes an error of an I/O error at `path`; `what` ends before the path.
-    fn at(what: &str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::new(format!("{what} {}", path.display()), source)
-    }
-
-    /// The quota that is used up, if that is what went wrong.
-    pub(crate) fn exceeded(&self) -> Option<&quota::Exceeded> {
-        self.source.get_ref()?.downcast_ref()
-    }
-
-    /// Whether the disk or the filesystem's quota is full.
-    pub(crate) fn is_full(&self) -> bool {
-        matches!(self.source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
-    }
-}
-
-/// What a storage tells about itself.
-#[derive(Debug, Default)]
-pub(crate) struct Stats {
-    /// What scrubbing has seen since the start.
-    pub(crate) scrubbed_blobs: u64,
-    pub(crate) scrubbed_bytes: u64,
-    pub(crate) damaged_blobs: u64,
-    /// Damaged blobs that were put aside and not replaced.
-    pub(crate) quarantined_blobs: u64,
-    /// When the last pass over everything ended, seconds since 1970; 0 for none since the start.
-    pub(crate) scrub_finished: u64,
-    /// Free on the volume, the reserve included; `None` if the system does not tell.
-    pub(crate) free_bytes: Option<u64>,
-    /// The size of the volume.
-    pub(crate) volume_bytes: Option<u64>,
-    pub(crate) reserved_bytes: u64,
-    pub(crate) quotas: Vec<quota::Usage>,
-}
 
 /// One root directory.
 #[derive(Debug)]
@@ -132,6 +85,8 @@ pub(crate) struct Storage {
     collecting: Mutex<()>,
     /// Held for reading while what is placed, and so can be seen, is not yet durable.
     placing: RwLock<()>,
+    /// Held while a tag that never changes is put, or something is deleted that it may name.
+    immutable: Mutex<()>,
     /// Held for writing while a manifest is deleted with its tags, for reading while one is put with its tag.
     deleting: RwLock<()>,
     /// Which boot of the machine this is, where the system tells.
@@ -213,6 +168,7 @@ impl Storage {
             relink: AtomicUsize::new(0),
             collecting: Mutex::default(),
             placing: RwLock::default(),
+            immutable: Mutex::default(),
             deleting: RwLock::default(),
             boot: fs::read_to_string("/proc/sys/kernel/random/boot_id").ok().map(Into::into),
             _lock: lock,

@@ -32,6 +32,7 @@ use super::manifests::walk_below;
 use super::{Error, Result, Storage};
 use crate::digest::Digest;
 use crate::names::RepoName;
+use crate::store::Kind;
 use crate::units::Size;
 
 /// Prefixes whose usage is known at a time; when there are more, all that nobody is using are forgotten.
@@ -457,7 +458,7 @@ impl Counted {
         let more = bytes.saturating_sub(had);
         if used.checked_add(more).is_none_or(|all| all > self.limit) {
             let exceeded = Exceeded { prefix: self.prefix.clone(), limit: self.limit, used, more };
-            return Err(Error::new("a quota is used up", io::Error::other(exceeded)));
+            return Err(Error::of(Kind::Exceeded, "a quota is used up", exceeded));
         }
         state.set_upload(id, bytes.max(had));
         Ok(())

@@ -9,12 +9,12 @@ use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::blobs::found;
-use super::manifests::Manifest;
 use super::sync::Changes;
 use super::{Error, Result, Storage};
 use crate::digest::Digest;
 use crate::model;
 use crate::names::RepoName;
+use crate::store::Manifest;
 
 /// Repositories remembered as gone through; when there are more all are forgotten.
 const CHECKED_REPOS_MAX: usize = 4096;

@@ -9,12 +9,12 @@ use std::time::SystemTime;
 
 use super::blobs::{found, read_link};
 use super::collect::{Run, key};
-use super::manifests::MANIFEST_BYTES_MAX;
 use super::{Error, Result, Storage};
 use crate::digest::Digest;
 use crate::model;
 use crate::names::{RepoName, Tag};
 use crate::rules::Retention;
+use crate::store::MANIFEST_BYTES_MAX;
 
 /// A tag as it was when it was looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]

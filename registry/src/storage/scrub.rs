@@ -447,8 +447,8 @@ mod tests {
     use super::*;
     use crate::names::Tag;
     use crate::storage::collect::Grace;
-    use crate::storage::manifests::Manifest;
     use crate::storage::testing::storage;
+    use crate::store::Manifest;
 
     static RUN: AtomicBool = AtomicBool::new(false);
 
@@ -479,7 +479,7 @@ mod tests {
             fs::write(storage.layout.blob(&sound), damage).unwrap();
             assert_eq!(scrub(&storage)[2], 1);
             assert_eq!(storage.stat_blob(&repo(), &sound).unwrap(), None);
-            assert!(!storage.mount_blob(&repo(), &RepoName::parse("c").unwrap(), &sound).unwrap());
+            assert!(storage.mount_blob(&repo(), &RepoName::parse("c").unwrap(), &sound).unwrap().is_none());
             assert_eq!(fs::read(storage.layout.quarantined(&sound)).unwrap(), damage);
             assert_eq!(scrub(&storage), [1, long.len() as u64, 0], "what was put aside is not looked at");
             push(&storage, b"sound");

@@ -31,6 +31,7 @@ use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest, Hasher};
 use crate::lock;
 use crate::names::RepoName;
+use crate::store::UploadError;
 
 /// Sessions without bytes that are kept in memory; the oldest of more are put on disk.
 const PENDING_SESSIONS_MAX: usize = 4096;
@@ -469,24 +470,6 @@ impl Storage {
             save_state(&states, &Hasher::new(algorithm), 0)
         };
         make().map_err(Error::at("cannot begin the upload", dir))
-    }
-}
-
-/// What can go wrong with a session besides the storage.
-#[derive(Debug)]
-pub(crate) enum UploadError {
-    /// Another request works on the session.
-    Busy,
-    /// The content has another digest than was said.
-    Digest {
-        actual: Digest,
-    },
-    Storage(Error),
-}
-
-impl From<Error> for UploadError {
-    fn from(error: Error) -> Self {
-        Self::Storage(error)
     }
 }
 
