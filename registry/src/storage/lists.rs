@@ -170,18 +170,6 @@ mod tests {
     }
 
     #[test]
-    fn repositories_are_listed_in_lexical_order_of_their_names() {
-        let (_root, storage) = storage();
-        for name in ["a/b", "a-b", "a", "z/y/x", "only-uploads"] {
-            make_repository(&storage, name, if name == "only-uploads" { "_uploads" } else { "_layers" });
-        }
-        let all = storage.repositories(None, 10).unwrap();
-        assert_eq!(all, Page { names: ["a", "a-b", "a/b", "z/y/x"].map(String::from).to_vec(), more: false });
-        let some = storage.repositories(Some("a"), 2).unwrap();
-        assert_eq!(some, Page { names: ["a-b", "a/b"].map(String::from).to_vec(), more: true });
-    }
-
-    #[test]
     fn a_directory_of_more_names_than_are_held_is_listed_whole() {
         let (_root, storage) = storage();
         let names: BTreeSet<String> = (0..KEYS_MAX).map(|n| format!("n{}", n * 7919 % KEYS_MAX)).collect();

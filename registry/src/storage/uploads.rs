@@ -731,18 +731,6 @@ mod tests {
     }
 
     #[test]
-    fn a_session_is_held_once_and_belongs_to_its_repository() {
-        let (_root, storage) = storage();
-        let id = storage.begin_upload(&repo(), Algorithm::Sha256).unwrap();
-        let held = storage.open_upload(&repo(), id).unwrap().unwrap();
-        assert!(matches!(storage.open_upload(&repo(), id), Err(UploadError::Busy)));
-        drop(held);
-        let other = RepoName::parse("other").unwrap();
-        assert!(storage.open_upload(&other, id).unwrap().is_none());
-        assert!(storage.open_upload(&repo(), id).unwrap().is_some());
-    }
-
-    #[test]
     fn sessions_without_bytes_are_bounded_in_memory_and_outlive_an_orderly_end() {
         let (root, storage) = storage();
         let first = storage.begin_upload(&repo(), Algorithm::Sha512).unwrap();
