@@ -35,7 +35,7 @@ pub use process::{
 };
 pub use programs::{dvcr, tool, workspace};
 pub use registry::{PeerRegistry, Registry};
-pub use s3::S3Server;
+pub use s3::{Asked, Chaos, Fault, S3Proxy, S3Server};
 pub use tempfile::TempDir;
 
 use anyhow::{Context, Result};

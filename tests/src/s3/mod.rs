@@ -3,6 +3,10 @@
 //! MinIO is the main one: it checks signatures, their expiry, and conditions. moto is a second opinion on everything but
 //! signatures, which it does not look at.
 
+mod proxy;
+
+pub use proxy::{Asked, Chaos, Fault, S3Proxy};
+
 use crate::process::{Daemon, cmd, run};
 use crate::programs::tool;
 use crate::registry::{free_port, http_status};
