@@ -127,7 +127,8 @@ async fn a_probe_says_that_moto_looks_neither_at_the_time_nor_at_signatures() {
     assert!(!found.expiry.is_honoured && !found.signature.is_honoured && !found.is_safe_for_replicas());
     assert!(found.expiry.says.contains("whose time is over"), "{found:?}");
     assert!(found.signature.says.contains("does not look at signatures"), "{found:?}");
-    assert!(found.create.is_honoured && found.read.is_honoured && found.list.is_honoured, "{found:?}");
+    assert!(found.create.is_honoured && found.replace.is_honoured, "{found:?}");
+    assert!(found.read.is_honoured && found.list.is_honoured, "{found:?}");
     assert_eq!(
         fixture.client.list(Listing::default(), None).await.unwrap(),
         Page::default(),
