@@ -16,6 +16,7 @@
 //!                       ├── blobs, manifests, changes, referrers
 //!                       ├── collect, scrub     garbage; damage
 //!                       └── sync, layout      durable placement; who lies where
+//!            bucket/ ── s3/             an S3 bucket, which many replicas share; its client
 //!            cache/                     what upstream registries have, fetched by way of dvcr-client
 //!            inventory                  what a directory holds, for people
 //!            rules                      what is kept, what never changes
@@ -41,6 +42,7 @@ mod names;
 mod patience;
 mod reload;
 mod rules;
+mod s3;
 mod server;
 mod storage;
 mod store;

@@ -1,47 +1,125 @@
-//! An S3 bucket as a registry needs it: few operations, each bounded, and honest about what became of a request.
+//! A registry in an S3 bucket, in the layout of CNCF distribution, which any number of replicas may serve at a time.
 //!
 //! ```text
-//!   Settings ──> Client ──┬── object     head, get, put, delete, list
-//!   (settings,    │       ├── body       a range that goes on where it broke
-//!    credentials) │       ├── multipart  uploads in parts, copies of any size
-//!                 │       └── probe      what this store honours, told to people
-//!                 │
-//!                 └── attempt: one request to the wire, repeated while that helps
-//!                      ├── wire    expiry of a request (Validity); the times at which it left and was answered
-//!                      ├── clock   the server's time, from the `Date` of its answers
-//!                      └── error   what an answer means, and what to do
+//!  Bucket ──┬── uploads    sessions: parts, state, commit  ──┬── view     what is known of collections, by which links are placed
+//!           ├── blobs      lookup, reading, mounts           ├── keys     what lies where
+//!           ├── manifests  revisions, tags, referrers      ──┤
+//!           ├── lists      tags, catalogue                   └── s3       the client
+//!           └── collect    garbage, by one replica at a time
 //! ```
 //!
-//! Keys are given below the root directory of the settings, which only this room knows. Nothing is cached here. What is put
-//! or deleted once may be so twice: a request whose answer is lost is sent again, and [`Error::is_uncertain`] says when
-//! that leaves open what happened.
+//! `store` makes of this the [`Store`](crate::store::Store) that the API sees. All is async inside; the methods of the trait block
+//! on it. Nothing here is kept in memory that another replica would have to know.
 //!
-//! `interleavings` is a model of what replicas do to one bucket, by `docs/decisions/0004-a-registry-in-a-bucket.md`.
+//! How replicas keep out of each other's way is in `docs/decisions/0004-a-registry-in-a-bucket.md`; `interleavings` is a model
+//! of it.
 
-#![allow(dead_code, unused_imports, reason = "used by tests until the store in a bucket stands on it")]
+#![allow(dead_code, reason = "nothing opens it yet")]
 
-mod attempt;
-mod body;
-mod client;
-mod clock;
-mod credentials;
-mod error;
+mod blobs;
+mod collect;
 #[cfg(test)]
 mod interleavings;
-mod multipart;
-mod object;
-mod probe;
-mod settings;
+mod keys;
+mod lists;
+mod manifests;
+mod parts;
+mod store;
 #[cfg(test)]
 mod tests;
-mod wire;
+mod uploads;
+mod view;
 
-pub(crate) use body::RangeBody;
-pub(crate) use client::Client;
-pub(crate) use clock::ServerTime;
-pub(crate) use error::{Error, Kind, Result};
-pub(crate) use multipart::{Part, Upload, Uploads};
-pub(crate) use object::{Condition, Head, Listing, Object, Page, Put};
-pub(crate) use probe::{Finding, Findings};
-pub(crate) use settings::{Encryption, Settings};
-pub(crate) use wire::Validity;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use crate::s3::{self, Client, Settings};
+use crate::store::{Error, Kind, Result};
+use keys::Keys;
+use view::Views;
+
+/// How long requests and leases are good for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Timing {
+    /// How long a request that places a link, or removes something, is valid from the view that it was decided by on.
+    pub(crate) validity: Duration,
+    /// How old a view may be before it is read again; well below `validity`.
+    pub(crate) view_age: Duration,
+    /// After how long a lease ends that is not renewed; longer than `validity`.
+    pub(crate) lease: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            validity: Duration::from_secs(20),
+            view_age: Duration::from_secs(3),
+            lease: Duration::from_secs(60),
+        }
+    }
+}
+
+/// How old garbage is, and what else a replica is told.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Options {
+    /// How long a blob may wait for the manifest that refers to it. The store counts in seconds.
+    pub(crate) grace: Duration,
+    pub(crate) timing: Timing,
+}
+
+/// One bucket, or a directory in it.
+#[derive(Debug)]
+pub(crate) struct Bucket {
+    client: Client,
+    keys: Keys,
+    options: Options,
+    views: Views,
+    uploads: uploads::Held,
+    /// Where the blocking methods have their work done.
+    runtime: Handle,
+}
+
+impl Bucket {
+    /// Opens a bucket, which has to be there.
+    ///
+    /// # Errors
+    /// When the settings cannot be meant, or the bucket cannot be asked for.
+    pub(crate) async fn open(settings: Settings, options: Options) -> Result<Arc<Self>> {
+        let client = Client::open(settings).await?;
+        client.server_now().await?;
+        Ok(Arc::new(Self {
+            client,
+            keys: Keys::default(),
+            options,
+            views: Views::default(),
+            uploads: uploads::Held::default(),
+            runtime: Handle::current(),
+        }))
+    }
+
+    /// Blocks until it is done; not for async threads.
+    fn wait<T>(&self, work: impl Future<Output = T>) -> T {
+        self.runtime.block_on(work)
+    }
+}
+
+impl From<s3::Error> for Error {
+    fn from(error: s3::Error) -> Self {
+        let kind = match error.kind() {
+            s3::Kind::Unavailable | s3::Kind::Expired => Kind::Unavailable,
+            _ => Kind::Other,
+        };
+        Self::of(kind, "the bucket does not do its part", error)
+    }
+}
+
+/// Reads `None` where nothing is.
+fn found<T>(answer: s3::Result<T>) -> s3::Result<Option<T>> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
+}

@@ -22,7 +22,7 @@ mod changes;
 pub(crate) mod collect;
 pub(crate) mod evict;
 pub(crate) mod ingest;
-mod layout;
+pub(crate) mod layout;
 pub(crate) mod lists;
 pub(crate) mod manifests;
 mod pace;

@@ -3,7 +3,7 @@
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 
 use super::*;
-use crate::bucket::credentials::Source;
+use crate::s3::credentials::Source;
 
 #[tokio::test]
 async fn a_store_with_a_certificate_of_our_own_authority_is_trusted_when_told_so() {

@@ -1,7 +1,7 @@
 //! Every operation, on both servers.
 
 use super::*;
-use crate::bucket::object::DELETE_KEYS_MAX;
+use crate::s3::object::DELETE_KEYS_MAX;
 
 #[tokio::test]
 async fn an_object_is_written_looked_at_read_and_removed() {

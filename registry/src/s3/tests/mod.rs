@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dvcr_tests::{S3Server, TempDir, temp_dir};
 
+use super::testing::settings;
 use super::*;
 use crate::units::Time;
 
@@ -51,24 +52,6 @@ impl Fixture {
 
     async fn content(&self, key: &str) -> Bytes {
         self.client.get(key, 64 << 20).await.unwrap().content
-    }
-}
-
-/// Settings with a static key in files, and no bucket.
-fn settings(server: &S3Server, keys: &TempDir) -> Settings {
-    let file = |name: &str, text: &str| {
-        let path = keys.path().join(name);
-        std::fs::write(&path, format!("{text}\n")).unwrap();
-        Some(path)
-    };
-    Settings {
-        endpoint: Some(server.endpoint()),
-        region: Some(S3Server::REGION.to_owned()),
-        root_directory: "/some/root".to_owned(),
-        access_key_file: file("access", S3Server::ACCESS_KEY),
-        secret_key_file: file("secret", S3Server::SECRET_KEY),
-        request_timeout: Time(Duration::from_secs(10)),
-        ..Settings::default()
     }
 }
 

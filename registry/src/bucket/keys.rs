@@ -1,0 +1,131 @@
+//! What lies where in the bucket: the layout of a directory, as keys, and what only a bucket has.
+//!
+//! ```text
+//! docker/registry/v2/...                       as in `storage::layout`, but that a session has:
+//!   repositories/<name>/_uploads/<uuid>/dvcr       its state
+//!   repositories/<name>/_uploads/<uuid>/tail-<n>   what came behind its last whole part, up to the byte n
+//!   repositories/<name>/_uploads/<uuid>/data       its parts, where the digest was not known when it began
+//! dvcr/
+//!   referrers/...                              as in a directory
+//!   gc/run                                     the state of the collection
+//!   gc/lease                                   who collects
+//!   gc/<run>/...                               what is condemned, and what is claimed
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use crate::digest::Digest;
+use crate::names::{RepoName, Tag};
+use crate::storage::layout::{self, Layout};
+
+/// Builds the keys of what lies below the root directory of a bucket.
+#[derive(Clone, Debug)]
+pub(super) struct Keys(Layout);
+
+impl Default for Keys {
+    fn default() -> Self {
+        Self(Layout::new(Path::new("")))
+    }
+}
+
+impl Keys {
+    /// What all blobs' keys begin with.
+    pub(super) fn blobs(&self) -> String {
+        dir(self.0.blobs())
+    }
+
+    pub(super) fn blob(&self, digest: &Digest) -> String {
+        key(self.0.blob(digest))
+    }
+
+    /// What the keys of all repositories begin with.
+    pub(super) fn repositories(&self) -> String {
+        dir(self.0.repositories())
+    }
+
+    /// What all keys of a repository begin with, and of those whose names go on with a slash.
+    pub(super) fn repo(&self, repo: &RepoName) -> String {
+        dir(self.0.repo(repo))
+    }
+
+    pub(super) fn layers(&self, repo: &RepoName) -> String {
+        dir(self.0.layers(repo))
+    }
+
+    pub(super) fn layer_link(&self, repo: &RepoName, digest: &Digest) -> String {
+        key(self.0.layer_link(repo, digest))
+    }
+
+    pub(super) fn revisions(&self, repo: &RepoName) -> String {
+        dir(self.0.revisions(repo))
+    }
+
+    pub(super) fn revision_link(&self, repo: &RepoName, digest: &Digest) -> String {
+        key(self.0.revision_link(repo, digest))
+    }
+
+    pub(super) fn tags(&self, repo: &RepoName) -> String {
+        dir(self.0.tags(repo))
+    }
+
+    pub(super) fn tag(&self, repo: &RepoName, tag: &Tag) -> String {
+        dir(self.0.tag(repo, tag))
+    }
+
+    pub(super) fn tag_current_link(&self, repo: &RepoName, tag: &Tag) -> String {
+        key(self.0.tag_current_link(repo, tag))
+    }
+
+    pub(super) fn tag_index_link(&self, repo: &RepoName, tag: &Tag, digest: &Digest) -> String {
+        key(layout::tag_index_link(&self.0.tag(repo, tag), digest))
+    }
+
+    /// What the keys of all sessions of a repository begin with.
+    pub(super) fn uploads(&self, repo: &RepoName) -> String {
+        dir(self.0.uploads(repo))
+    }
+
+    /// What the keys of a session begin with.
+    pub(super) fn upload(&self, repo: &RepoName, id: Uuid) -> String {
+        dir(self.0.upload(repo, id))
+    }
+
+    /// What the keys of those that refer to a subject begin with.
+    pub(super) fn referrers(&self, repo: &RepoName, subject: &Digest) -> String {
+        dir(self.0.referrers(repo, subject))
+    }
+
+    pub(super) fn referrer(&self, repo: &RepoName, subject: &Digest, referrer: &Digest) -> String {
+        key(self.0.referrer(repo, subject, referrer))
+    }
+}
+
+/// The path as it is: all its parts have passed a grammar that is within UTF-8.
+fn key(path: PathBuf) -> String {
+    path.into_os_string().into_string().unwrap_or_else(|path| path.to_string_lossy().into_owned())
+}
+
+/// What the keys below a path begin with.
+fn dir(path: PathBuf) -> String {
+    let mut key = key(path);
+    key.push('/');
+    key
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_those_of_distribution_below_its_root_directory() {
+        let (keys, repo) = (Keys::default(), RepoName::parse("vi/ns/disk").unwrap());
+        let hex = "ab".repeat(32);
+        let digest: Digest = format!("sha256:{hex}").parse().unwrap();
+        assert_eq!(keys.blob(&digest), format!("docker/registry/v2/blobs/sha256/ab/{hex}/data"));
+        let tag = keys.tag_current_link(&repo, &Tag::parse("v1").unwrap());
+        assert_eq!(tag, "docker/registry/v2/repositories/vi/ns/disk/_manifests/tags/v1/current/link");
+        assert_eq!(keys.repositories(), "docker/registry/v2/repositories/");
+    }
+}

@@ -1,0 +1,130 @@
+//! A bucket as the [`Store`] that the API sees.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use uuid::Uuid;
+
+use super::Bucket;
+use crate::digest::{Algorithm, Digest};
+use crate::model::Checked;
+use crate::names::{Reference, RepoName, Tag};
+use crate::rules::Rules;
+use crate::store::{
+    Blob, ChangeError, Manifest, Page, Removed, Result, Session, Stats, Store, UploadError, collect,
+};
+
+/// Each method waits for one of [`Bucket`]'s own, which is preferred where both have the same name.
+impl Store for Bucket {
+    fn is_remote(&self) -> bool {
+        true
+    }
+
+    fn claim_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<u64>> {
+        self.wait(self.claim_blob(repo, digest))
+    }
+
+    fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>> {
+        let blob = self.wait(Bucket::open_blob(&self, repo, digest))?;
+        Ok(blob.map(|blob| Box::new(blob) as Box<dyn Blob>))
+    }
+
+    fn find_manifest(&self, repo: &RepoName, reference: &Reference) -> Result<Option<Manifest>> {
+        self.wait(self.find_manifest(repo, reference))
+    }
+
+    fn begin_upload(&self, repo: &RepoName, algorithm: Algorithm) -> Result<Uuid> {
+        self.wait(self.begin_upload(repo, algorithm))
+    }
+
+    fn start_upload(
+        self: Arc<Self>,
+        repo: &RepoName,
+        algorithm: Algorithm,
+    ) -> Result<Box<dyn Session>, UploadError> {
+        Ok(Box::new(Bucket::start_upload(self, repo, algorithm)))
+    }
+
+    fn opens_quickly(&self, _: Uuid) -> bool {
+        false
+    }
+
+    fn open_upload(
+        self: Arc<Self>,
+        repo: &RepoName,
+        id: Uuid,
+    ) -> Result<Option<Box<dyn Session>>, UploadError> {
+        let session = self.wait(Bucket::open_upload(&self, repo, id))?;
+        Ok(session.map(|session| Box::new(session) as Box<dyn Session>))
+    }
+
+    fn upload_offset(&self, repo: &RepoName, id: Uuid) -> Result<Option<u64>> {
+        self.wait(self.upload_offset(repo, id))
+    }
+
+    fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<Option<u64>> {
+        self.wait(self.mount_blob(from, to, digest))
+    }
+
+    fn delete_blob(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+        self.wait(self.delete_blob(repo, digest))
+    }
+
+    fn accept_manifest(
+        &self,
+        repo: &RepoName,
+        manifest: Manifest,
+        checked: &Checked,
+        tags: &[Tag],
+        rules: &Rules,
+    ) -> Result<Vec<Digest>, ChangeError> {
+        self.wait(self.accept_manifest(repo, &manifest, checked, tags, rules))
+    }
+
+    fn remove(
+        &self,
+        repo: &RepoName,
+        reference: Option<&Reference>,
+        rules: &Rules,
+    ) -> Result<Removed, ChangeError> {
+        self.wait(self.remove(repo, reference, rules))
+    }
+
+    fn tags(&self, repo: &RepoName, after: Option<&str>, limit: usize) -> Result<Option<Page>> {
+        self.wait(self.tags(repo, after, limit))
+    }
+
+    fn repositories(&self, after: Option<&str>, limit: usize) -> Result<Page> {
+        self.wait(self.repositories(after, limit))
+    }
+
+    fn referrers(
+        &self,
+        repo: &RepoName,
+        subject: &Digest,
+        after: Option<&Digest>,
+        visit: &mut dyn FnMut(&Manifest) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.wait(self.referrers(repo, subject, after, visit))
+    }
+
+    fn collect(
+        &self,
+        options: &collect::Options,
+        counts: &collect::Counts,
+        stop: &AtomicBool,
+    ) -> Result<Option<()>> {
+        self.wait(self.collect(options, counts, stop))
+    }
+
+    fn probe(&self) -> Result<()> {
+        self.wait(self.probe())
+    }
+
+    fn stats(&self) -> Stats {
+        Stats::default()
+    }
+
+    fn close(&self) {}
+}
