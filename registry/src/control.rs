@@ -49,8 +49,8 @@ enum Line {
     Failed(String),
 }
 
-/// Does `task` on a directory: by way of the registry that serves it, or, if there is none, in this process. Calls
-/// `progress` now and then. Blocks.
+/// Does `task` on a directory, or a bucket: by way of the registry that serves the directory, or, if there is none, in this
+/// process, which for a bucket needs a runtime of several threads around it. Calls `progress` now and then. Blocks.
 ///
 /// # Errors
 /// When the task fails, or the directory cannot be opened.
@@ -58,7 +58,7 @@ pub fn perform(config: Config, task: &Task, mut progress: impl FnMut(&str)) -> R
     if let Some(outcome) = ask(&config.root, task, &mut progress)? {
         return Ok(outcome);
     }
-    if !config.root.is_dir() {
+    if config.bucket.is_none() && !config.root.is_dir() {
         let path = config.root;
         return Err(Error::Open { path, source: ErrorKind::NotFound.into() });
     }

@@ -50,6 +50,7 @@ mod tasks;
 mod tls;
 mod units;
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,6 +62,7 @@ pub use auth::{Auth, Bearer, ExternalUrl, UrlError};
 pub use cache::{Cache, Upstream, UpstreamAddress};
 pub use events::{Events, Ignore, Webhook};
 pub use rules::{Pattern, Retention, Rules, Tags};
+pub use s3::{Encryption, Settings as BucketSettings};
 pub use server::serve;
 pub use storage::quota::{Prefix, Quota};
 pub use tasks::{Collected, Outcome, Schedule, Scrubbed, Task, Watch};
@@ -73,6 +75,7 @@ use cache::Sources;
 use events::Recorder;
 use storage::Storage;
 use storage::collect::Grace;
+use storage::layout::Layout;
 use store::Store;
 use tls::Acceptors;
 
@@ -85,6 +88,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     #[error("cannot serve a registry from {path}")]
     Open { path: PathBuf, source: io::Error },
+    #[error("cannot serve a registry from the bucket {name:?}")]
+    Bucket { name: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write {path}")]
@@ -112,8 +117,13 @@ pub enum Error {
 /// How a registry is run.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The directory; distribution's `rootdirectory`.
+    /// The directory, distribution's `rootdirectory`; with a bucket, where this replica has what is its own: the socket for
+    /// commands, and what webhooks are still to be told.
     pub root: PathBuf,
+    /// The bucket that has the content in place of the directory.
+    pub bucket: Option<BucketSettings>,
+    /// Says that nobody else serves the bucket, so that it need not be able to decide between several.
+    pub single_replica: bool,
     /// Who may do what; `None` lets everybody do everything.
     pub auth: Option<Auth>,
     /// `None` is plain HTTP.
@@ -209,6 +219,8 @@ impl Config {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
             root: root.into(),
+            bucket: None,
+            single_replica: false,
             auth: None,
             tls: None,
             uploads_max: 40,
@@ -227,9 +239,11 @@ impl Config {
 #[derive(Clone, Debug)]
 pub struct Registry {
     app: Arc<App>,
-    /// What keeps the bytes, where something is done that is of a directory alone.
-    directory: Arc<Storage>,
+    /// What keeps the bytes, where something is done that is of a directory alone; `None` is a bucket.
+    directory: Option<Arc<Storage>>,
     root: PathBuf,
+    /// Keeps others from the root where the directory does not.
+    _lock: Option<Arc<File>>,
     uploads_max: usize,
     connections_max: usize,
     collection: Collection,
@@ -243,14 +257,17 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Opens the directory, making it if it is not there. Blocks on the filesystem.
+    /// Opens the directory, making it if it is not there, or the bucket. Blocks on the filesystem, and on the bucket, which
+    /// needs a runtime of several threads around it.
     ///
     /// # Errors
     /// When another process of ours serves the same directory, it cannot be written, or a file with secrets or certificates
-    /// cannot be used.
+    /// cannot be used; when the bucket cannot be reached, or cannot be shared.
     pub fn open(config: Config) -> Result<Self> {
         let Config {
             root,
+            bucket,
+            single_replica,
             auth,
             tls,
             uploads_max,
@@ -265,20 +282,33 @@ impl Registry {
         let bearer = auth.as_ref().and_then(|auth| auth.bearer.clone());
         let guard = auth.map(|auth| Guard::open(auth, tls.is_some())).transpose()?;
         let tls = tls.map(Acceptors::open).transpose()?.map(Arc::new);
-        let storage = Storage::open(&root, Grace::new(collection.grace))
-            .map_err(|source| Error::Open { path: root.clone(), source })?
-            .bounded(limits.quotas.clone(), limits.reserve_bytes);
-        let (directory, rules) = (Arc::new(storage), Arc::new(rules));
-        let cache = Sources::open(cache, &directory, &rules)?;
+        let rules = Arc::new(rules);
+        let (store, directory, lock): (Arc<dyn Store>, _, _) = match bucket {
+            None => {
+                let storage = Storage::open(&root, Grace::new(collection.grace))
+                    .map_err(|source| Error::Open { path: root.clone(), source })?
+                    .bounded(limits.quotas.clone(), limits.reserve_bytes);
+                let directory = Arc::new(storage);
+                (Arc::<Storage>::clone(&directory), Some(directory), None)
+            }
+            Some(settings) => {
+                let (_, lock) =
+                    storage::take(&root).map_err(|source| Error::Open { path: root.clone(), source })?;
+                let bucket = open_bucket(settings, collection.grace, single_replica, &limits)?;
+                (bucket, None, Some(Arc::new(lock)))
+            }
+        };
+        let cache = Sources::open(cache, directory.as_ref(), &rules)?;
         let bounded = |permits: usize| permits.clamp(1, tokio::sync::Semaphore::MAX_PERMITS);
         let (uploads_max, connections_max) = (bounded(uploads_max), bounded(connections_max));
-        let events = Recorder::open(&events, &directory.events(), bearer, tls.is_some())?.map(Arc::new);
-        let store: Arc<dyn Store> = Arc::<Storage>::clone(&directory);
+        let queues = Layout::new(&root).events();
+        let events = Recorder::open(&events, &queues, bearer, tls.is_some())?.map(Arc::new);
         let app = Arc::new(App::new(store, guard, rules, cache, uploads_max, &limits, events));
         Ok(Self {
             app,
             directory,
             root,
+            _lock: lock,
             uploads_max,
             connections_max,
             collection,
@@ -316,6 +346,33 @@ impl Registry {
     pub fn router(&self) -> Router {
         api::router(Arc::clone(&self.app))
     }
+}
+
+/// Opens a bucket, and sees whether it can be shared.
+fn open_bucket(
+    settings: BucketSettings,
+    grace: Duration,
+    single_replica: bool,
+    limits: &Limits,
+) -> Result<Arc<dyn Store>> {
+    if let Some(quota) = limits.quotas.first() {
+        let why = format!("a bucket keeps no quotas, such as {quota}");
+        return Err(Error::Invalid { why });
+    }
+    let name = settings.bucket.clone();
+    let options = bucket::Options { grace, timing: bucket::Timing::default() };
+    let runtime = tokio::runtime::Handle::current();
+    let open = move || {
+        runtime.block_on(async {
+            let bucket = bucket::Bucket::open(settings, options).await?;
+            bucket.find_out(single_replica).await?;
+            Ok(bucket as Arc<dyn Store>)
+        })
+    };
+    // The caller may be on a thread of the runtime, which must not wait for it.
+    let opened: store::Result<_> = std::thread::scope(|scope| scope.spawn(open).join())
+        .unwrap_or_else(|_| Err(store::Error::other("the thread that opened the bucket panicked")));
+    opened.map_err(|source| Error::Bucket { name, source: Box::new(source) })
 }
 
 /// Locks what stays sound when a thread that held it panicked.

@@ -191,10 +191,10 @@ impl Registry {
 
     /// Leaves word of what is fetched from elsewhere for those who look at the directory.
     async fn note_cached(&self) {
-        let registry = self.clone();
+        let (app, Some(directory)) = (Arc::clone(&self.app), self.directory.clone()) else { return };
         let noted = tokio::task::spawn_blocking(move || {
-            let sources = registry.app.cache.iter().flat_map(|sources| sources.all());
-            registry.directory.note_cached(sources.map(|source| source.prefix()))
+            let sources = app.cache.iter().flat_map(|sources| sources.all());
+            directory.note_cached(sources.map(|source| source.prefix()))
         });
         if let Ok(Err(error)) = noted.await {
             let error = Chain(&error);

@@ -17,6 +17,7 @@ use croner::Cron;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{Reference, RepoName};
+use crate::storage::Storage;
 use crate::storage::scrub::{self, Pass};
 use crate::store::ChangeError;
 use crate::store::collect::{Counts, Options};
@@ -204,9 +205,13 @@ impl Registry {
     }
 
     fn scrub(&self, rate: Option<u64>, watch: &Watch) -> Result<Scrubbed> {
+        let Some(directory) = &self.directory else {
+            let why = "a bucket's content is not read for damage: its store does that, and each blob is checked as it is read";
+            return Err(Error::Invalid { why: why.to_owned() });
+        };
         let begun = Instant::now();
         let Watched { stop, scrubbed, .. } = &*watch.0;
-        let done = self.directory.scrub(&Pass { rate, counts: scrubbed, stop });
+        let done = directory.scrub(&Pass { rate, counts: scrubbed, stop });
         done.map_err(|error| Error::Task { source: Box::new(error) })?;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (blobs, bytes, damaged) = (get(&scrubbed.blobs), get(&scrubbed.bytes), get(&scrubbed.damaged));
@@ -276,15 +281,17 @@ impl Registry {
 
     /// Reads all blobs again and again, to find damage; never ends.
     pub(crate) async fn keep_scrubbing(self) {
-        let Some(rate) = self.scrub.rate else { return std::future::pending().await };
+        let (Some(rate), Some(directory)) = (self.scrub.rate, self.directory.clone()) else {
+            return std::future::pending().await;
+        };
         tokio::time::sleep(self.scrub.delay).await;
         loop {
             let running = Arc::clone(&self.scrubbing).lock_owned().await;
-            let registry = self.clone();
+            let (registry, directory) = (self.clone(), Arc::clone(&directory));
             let pause = tokio::task::spawn_blocking(move || {
-                let pause = registry.scrub_and_log(rate);
+                let pause = registry.scrub_and_log(&directory, rate);
                 // Whoever waits for its end may then open the directory.
-                drop(registry);
+                drop((registry, directory));
                 drop(running);
                 pause
             });
@@ -293,11 +300,11 @@ impl Registry {
     }
 
     /// Goes on with the search for damage and returns how long it is until the next.
-    fn scrub_and_log(&self, rate: u64) -> Duration {
+    fn scrub_and_log(&self, directory: &Storage, rate: u64) -> Duration {
         let watch = self.background.another();
         let Watched { stop, scrubbed, .. } = &*watch.0;
         let pass = Pass { rate: Some(rate), counts: scrubbed, stop };
-        match self.directory.scrub_on(&pass, self.scrub.period) {
+        match directory.scrub_on(&pass, self.scrub.period) {
             Ok(pause) => {
                 let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
                 let (blobs, damaged) = (get(&scrubbed.blobs), get(&scrubbed.damaged));

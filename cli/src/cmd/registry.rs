@@ -24,7 +24,7 @@ use crate::work::{self, Signals};
 /// How often a line tells how far a task is, where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Serves an OCI registry from a directory, in the layout of CNCF distribution
+/// Serves an OCI registry from a directory or an S3 bucket, in the layout of CNCF distribution
 ///
 /// On a loopback address anybody is served over plain HTTP; elsewhere the registry wants to know who may use it, and a
 /// certificate. SIGUSR1 collects garbage; SIGHUP reads the files with secrets and certificates again.
@@ -195,10 +195,11 @@ fn serve(given: Given) -> anyhow::Result<()> {
         let mut signals = Signals::listen()?;
         let mut wanted = signal(SignalKind::user_defined1()).context("cannot listen for SIGUSR1")?;
         let mut reread = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
+        let bucket = config.bucket.as_ref().map(|bucket| bucket.bucket.clone());
         let registry = Registry::open(config)?;
         let listener =
             TcpListener::bind(listen).await.with_context(|| format!("cannot listen on {listen}"))?;
-        tracing::info!(addr = %listener.local_addr()?, root = %root.display(), "listening");
+        tracing::info!(addr = %listener.local_addr()?, root = %root.display(), bucket, "listening");
         let told = registry.clone();
         let ended = async {
             loop {
@@ -222,7 +223,7 @@ fn serve(given: Given) -> anyhow::Result<()> {
 
 fn list(args: &Ls) -> anyhow::Result<()> {
     let Place { home, repositories, output } = &args.place;
-    let inventory = Inventory::open(&home.root()?)?;
+    let inventory = Inventory::open(&home.directory()?)?;
     let mut out = BufWriter::new(io::stdout().lock());
     inventory.list(repositories.as_ref(), args.untagged, |listed| match output {
         Output::Json => writeln!(out, "{}", serde_json::to_string(&listed)?),
@@ -236,7 +237,7 @@ fn list(args: &Ls) -> anyhow::Result<()> {
 }
 
 fn usage(place: &Place) -> anyhow::Result<()> {
-    let usages = Inventory::open(&place.home.root()?)?.usage(place.repositories.as_ref())?;
+    let usages = Inventory::open(&place.home.directory()?)?.usage(place.repositories.as_ref())?;
     let mut out = BufWriter::new(io::stdout().lock());
     match place.output {
         Output::Json => writeln!(out, "{}", serde_json::to_string_pretty(&usages)?)?,
@@ -258,7 +259,7 @@ fn check(args: &Check) -> anyhow::Result<ExitCode> {
     if !args.allow_sparse_manifests.is_empty() {
         settings.allow_sparse_manifests.clone_from(&args.allow_sparse_manifests);
     }
-    let inventory = Inventory::open(&settings.root()?)?;
+    let inventory = Inventory::open(&settings.directory()?)?;
     let found = inventory.check(args.place.repositories.as_ref(), &settings.rules())?;
     match args.place.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&found)?),
@@ -338,6 +339,8 @@ fn search(args: &Scrub) -> anyhow::Result<ExitCode> {
 fn perform(config: Config, task: &Task) -> anyhow::Result<Outcome> {
     let bar = if io::stderr().is_terminal() { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
     let mut told = Instant::now();
+    let runtime = work::runtime()?;
+    let _entered = runtime.enter();
     let outcome = control::perform(config, task, |progress| {
         bar.set_message(progress.to_owned());
         bar.tick();

@@ -14,8 +14,6 @@
 //! How replicas keep out of each other's way is in `docs/decisions/0004-a-registry-in-a-bucket.md`; `interleavings` is a model
 //! of it.
 
-#![allow(dead_code, reason = "nothing opens it yet")]
-
 mod blobs;
 mod collect;
 #[cfg(test)]
@@ -97,6 +95,28 @@ impl Bucket {
             uploads: uploads::Held::default(),
             runtime: Handle::current(),
         }))
+    }
+
+    /// Tries whether several replicas may share the bucket; `is_alone` says that there is only this one.
+    ///
+    /// # Errors
+    /// With what the store does not honour, unless it need not.
+    pub(crate) async fn find_out(&self, is_alone: bool) -> Result<()> {
+        let found = self.client.probe().await?;
+        let lacks: Vec<_> = found
+            .all()
+            .into_iter()
+            .filter_map(|(name, finding)| (!finding.is_honoured).then_some((name, finding.says)))
+            .collect();
+        for (name, says) in &lacks {
+            tracing::warn!(name, says, "the store of the bucket lacks something");
+        }
+        if is_alone || found.is_safe_for_replicas() {
+            return Ok(());
+        }
+        let says: Vec<_> = lacks.iter().map(|(_, says)| *says).collect();
+        let why = "several replicas cannot share it; if this is the only one, say --single-replica";
+        Err(Error::of(Kind::Other, why, says.join(" ")))
     }
 
     /// Blocks until it is done; not for async threads.

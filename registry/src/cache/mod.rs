@@ -104,10 +104,19 @@ impl Counters {
 
 impl Sources {
     /// Reads the files with secrets and certificates; `None` if there is no upstream. Blocks.
-    pub(crate) fn open(cache: Cache, storage: &Arc<Storage>, rules: &Arc<Rules>) -> Result<Option<Self>> {
+    pub(crate) fn open(
+        cache: Cache,
+        storage: Option<&Arc<Storage>>,
+        rules: &Arc<Rules>,
+    ) -> Result<Option<Self>> {
         if cache.upstreams.is_empty() {
             return Ok(None);
         }
+        let Some(storage) = storage else {
+            let why = "what upstreams have is kept in a directory only; serve it by another dvcr registry, from a \
+                       directory, that has this one as an upstream";
+            return Err(Error::Invalid { why: why.to_owned() });
+        };
         let (closing, _) = watch::channel(false);
         let turns = Arc::new(Semaphore::new(FETCHES_MAX as usize));
         let open = |upstream| {

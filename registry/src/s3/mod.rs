@@ -41,5 +41,5 @@ pub(crate) use error::{Error, Kind, Result};
 pub(crate) use multipart::{PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX, Part, Upload, Uploads};
 pub(crate) use object::{Condition, Head, Listing, Object, Page, Put};
 pub(crate) use probe::{Finding, Findings};
-pub(crate) use settings::{Encryption, Settings};
+pub use settings::{Encryption, Settings};
 pub(crate) use wire::Validity;

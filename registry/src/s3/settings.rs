@@ -18,7 +18,7 @@ const NAME_BYTES_MAX: usize = 255;
 /// A bucket of S3, or of what speaks like it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-pub(crate) struct Settings {
+pub struct Settings {
     /// The bucket, which has to be there.
     pub bucket: String,
     /// The region that requests are signed for. Without it what the environment or the profile says counts, and with an
@@ -61,7 +61,7 @@ pub(crate) struct Settings {
 
 /// How the store encrypts what it holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) enum Encryption {
+pub enum Encryption {
     /// By a key of the store.
     #[serde(rename = "AES256")]
     Aes256,
@@ -96,8 +96,38 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// All keys, with what they mean, as a section of a file of settings.
+    pub const EXAMPLE: &'static str = r"
+# An S3 bucket that holds the registry, in place of `root`; any number of replicas may share it
+# (docs/registry-s3.md).
+bucket:
+  bucket: images                     # has to be there
+  region: eu-central-1               # by default what the environment or the profile says
+  endpoint: https://minio:9000       # a store that is not Amazon's
+  root-directory: /registry          # all keys lie below it, as distribution's rootdirectory
+  path-style: true                   # the bucket in the path, not in the host; by default if there is an endpoint
+  ca-file: /run/secrets/ca.pem       # trusted besides the roots of the system
+  # Who we are: one of these, or, without any, what the environment, the ordinary files of the profile
+  # `default`, the container or the instance says.
+  access-key-file: /run/secrets/access-key
+  secret-key-file: /run/secrets/secret-key
+  profile: registry
+  role-arn: arn:aws:iam::123456789012:role/registry
+  web-identity-token-file: /var/run/secrets/token
+  anonymous: false
+  encryption: aws:kms                # or AES256; by default what the bucket says
+  kms-key-id: 1234abcd-12ab-34cd-56ef-1234567890ab
+  storage-class: STANDARD_IA
+  part-size: 16M                     # of the first parts of an upload, 5M to 5G
+  request-timeout: 30s               # for an answer, or the next bytes of one
+  attempts: 5                        # of a request that the store does not answer
+";
+
     /// Says what cannot be meant.
-    pub(crate) fn check(&self) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// In a sentence, with what to write.
+    pub fn check(&self) -> Result<(), String> {
         let bad = |name: &str| name.is_empty() || name.len() > NAME_BYTES_MAX || name.contains('/');
         if bad(&self.bucket) {
             return Err(format!("{:?} is no bucket: write its name alone in `bucket`", self.bucket));

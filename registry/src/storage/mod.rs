@@ -61,6 +61,26 @@ const READ_BUFFERS_MAX: usize = 64;
 /// Read buffers kept for the next download: 4 MiB.
 const READ_BUFFERS_IDLE_MAX: usize = 8;
 
+/// Makes a root directory if it is not there, and keeps other processes of ours from it as long as the file is open.
+///
+/// # Errors
+/// When another process has it, or it cannot be written.
+pub(crate) fn take(root: &Path) -> io::Result<(PathBuf, File)> {
+    fs::create_dir_all(root)?;
+    let root = root.canonicalize()?;
+    let layout = Layout::new(&root);
+    fs::create_dir_all(layout.tmp())?;
+    let lock = File::create(layout.lock())?;
+    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+        rustix::io::Errno::WOULDBLOCK => io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "another dvcr registry serves this directory; stop it, or choose another --root",
+        ),
+        error => error.into(),
+    })?;
+    Ok((root, lock))
+}
+
 /// One root directory.
 #[derive(Debug)]
 pub(crate) struct Storage {
@@ -102,19 +122,9 @@ impl Storage {
     /// When another process of ours serves the directory, or it cannot be written.
     pub(crate) fn open(root: &Path, grace: collect::Grace) -> io::Result<Self> {
         let missing = root.ancestors().take_while(|dir| !dir.exists()).count();
-        fs::create_dir_all(root)?;
-        let root = root.canonicalize()?;
+        let (root, lock) = take(root)?;
         let layout = Layout::new(&root);
         let tmp = layout.tmp();
-        fs::create_dir_all(&tmp)?;
-        let lock = File::create(layout.lock())?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-            rustix::io::Errno::WOULDBLOCK => io::Error::new(
-                io::ErrorKind::ResourceBusy,
-                "another dvcr registry serves this directory; stop it, or choose another --root",
-            ),
-            error => error.into(),
-        })?;
         fs::remove_dir_all(&tmp)?;
         fs::create_dir(&tmp)?;
         let dirs = Dirs::new(&root, &tmp);
@@ -201,11 +211,6 @@ impl Storage {
             reserved_bytes: self.space.reserve(),
             quotas: self.quotas.usage(),
         }
-    }
-
-    /// Where webhooks have their queues.
-    pub(crate) fn events(&self) -> PathBuf {
-        self.layout.events()
     }
 
     pub(crate) fn space(&self) -> &Arc<space::Space> {

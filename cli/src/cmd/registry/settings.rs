@@ -20,8 +20,8 @@ use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Id};
 use dvcr_registry::{
-    Auth, Bearer, Cache, Collection, Config, Events, ExternalUrl, OrOff, Pattern, Quota, Rules, Schedule,
-    Size, Time, Tls, UpstreamAddress, Webhook,
+    Auth, Bearer, BucketSettings, Cache, Collection, Config, Events, ExternalUrl, OrOff, Pattern, Quota,
+    Rules, Schedule, Size, Time, Tls, UpstreamAddress, Webhook,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -34,8 +34,12 @@ const ENV_PREFIX: &str = "DVCR_REGISTRY_";
 const ACCESS: &str = "Who may do what";
 
 /// The sections of the file, each with an example that has all of its keys.
-const SECTIONS: [(&str, &str); 3] =
-    [("rules", Rules::EXAMPLE), ("cache", Cache::EXAMPLE), ("webhooks", Webhook::EXAMPLE)];
+const SECTIONS: [(&str, &str); 4] = [
+    ("bucket", BucketSettings::EXAMPLE),
+    ("rules", Rules::EXAMPLE),
+    ("cache", Cache::EXAMPLE),
+    ("webhooks", Webhook::EXAMPLE),
+];
 
 const HEAD: &str = "\
 # Settings of dvcr registry, as `dvcr registry --print-config` shows them.
@@ -51,9 +55,14 @@ const HEAD: &str = "\
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 #[group(skip)]
 pub struct Settings {
-    /// Directory that holds the registry's data; made if it is not there
+    /// Directory that holds the registry's data, or, if `bucket` does, what this replica has for itself; made if it is not
+    /// there
     #[arg(long, value_name = "DIR")]
     pub root: Option<PathBuf>,
+
+    /// Say that nobody else serves the bucket: its store then need not be able to decide between several
+    #[arg(long)]
+    pub single_replica: bool,
 
     /// Address and port to listen on; port 0 takes a free one, which the log tells
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:5000")]
@@ -174,6 +183,9 @@ pub struct Settings {
     pub plain_http: bool,
 
     #[arg(skip)]
+    pub bucket: Option<BucketSettings>,
+
+    #[arg(skip)]
     pub rules: Rules,
 
     #[arg(skip)]
@@ -281,9 +293,9 @@ impl Home {
         Given(command.try_get_matches_from(given.flatten())?).settle()
     }
 
-    /// Returns the directory.
-    pub fn root(&self) -> anyhow::Result<PathBuf> {
-        self.settings()?.root()
+    /// Returns the directory that has the content.
+    pub fn directory(&self) -> anyhow::Result<PathBuf> {
+        self.settings()?.directory()
     }
 }
 
@@ -310,6 +322,21 @@ impl Settings {
     /// Returns the directory.
     pub fn root(&self) -> anyhow::Result<PathBuf> {
         self.root.clone().context("where is the data? Name the directory by --root DIR, DVCR_REGISTRY_ROOT, or `root` in a file for --config")
+    }
+
+    /// Returns the directory that has the content.
+    ///
+    /// # Errors
+    /// When a bucket has it.
+    pub fn directory(&self) -> anyhow::Result<PathBuf> {
+        if let Some(bucket) = &self.bucket {
+            bail!(
+                "this looks into a directory, and the registry is in the bucket {:?}: ask the one that serves it, as by \
+                 `skopeo list-tags`",
+                bucket.bucket
+            );
+        }
+        self.root()
     }
 
     /// Makes the configuration of a registry that serves.
@@ -360,6 +387,8 @@ impl Settings {
             removals_per_second: self.gc_rate.get(),
         };
         config.rules = self.rules();
+        config.bucket.clone_from(&self.bucket);
+        config.single_replica = self.single_replica;
         Ok(config)
     }
 
@@ -403,6 +432,13 @@ impl Settings {
         ensure!(
             !(self.plain_http && has_cert),
             "--plain-http is without TLS, --tls-cert with it: set one of them"
+        );
+        if let Some(bucket) = &self.bucket {
+            bucket.check().map_err(|why| anyhow!("in `bucket`: {why}"))?;
+        }
+        ensure!(
+            self.bucket.is_some() || !self.single_replica,
+            "--single-replica does nothing without a section `bucket` in the file of --config"
         );
         ensure!(self.scrub_rate != OrOff::On(Size(0)), "a --scrub-rate of 0 never ends; write `off`");
         ensure!(
