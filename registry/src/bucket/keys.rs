@@ -7,6 +7,7 @@
 //!   repositories/<name>/_uploads/<uuid>/data       its parts, where the digest was not known when it began
 //! dvcr/
 //!   referrers/...                              as in a directory
+//!   ready                                      written to see whether the bucket can be
 //!   gc/run                                     the state of the collection
 //!   gc/lease                                   who collects
 //!   gc/<run>/...                               what is condemned, and what is claimed
@@ -99,6 +100,11 @@ impl Keys {
 
     pub(super) fn referrer(&self, repo: &RepoName, subject: &Digest, referrer: &Digest) -> String {
         key(self.0.referrer(repo, subject, referrer))
+    }
+
+    /// What is written to see whether the bucket can be.
+    pub(super) fn probe(&self) -> String {
+        "dvcr/ready".to_owned()
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Bucket ──┬── uploads    sessions: parts, state, commit  ──┬── view     what is known of collections, by which links are placed
-//!           ├── blobs      lookup, reading, mounts           ├── keys     what lies where
+//!           ├── blobs      lookup, reading, mounts           ├── keys, links   what lies where; what names a digest
 //!           ├── manifests  revisions, tags, referrers      ──┤
 //!           ├── lists      tags, catalogue                   └── s3       the client
 //!           └── collect    garbage, by one replica at a time
@@ -19,6 +19,7 @@ mod collect;
 #[cfg(test)]
 mod interleavings;
 mod keys;
+mod links;
 mod lists;
 mod manifests;
 mod parts;

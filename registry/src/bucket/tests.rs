@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dvcr_tests::{S3Server, temp_dir};
+use dvcr_tests::{S3Proxy, S3Server, TempDir, temp_dir};
 use tokio::runtime::Handle;
 
 use super::{Bucket, Options, Timing};
-use crate::s3::testing;
+use crate::s3::{Settings, testing};
 use crate::store::Store;
 use crate::store::conformance::{Place, conformance};
 
@@ -31,6 +31,44 @@ fn place(server: &Arc<S3Server>) -> Place {
             Handle::current().block_on(Bucket::open(settings.clone(), options)).unwrap();
         store
     })
+}
+
+/// One bucket, opened in the runtime of a test.
+pub(super) struct Opened {
+    pub(super) bucket: Arc<Bucket>,
+    pub(super) server: Arc<S3Server>,
+    settings: Settings,
+    keys: Arc<TempDir>,
+}
+
+impl Opened {
+    pub(super) async fn minio() -> Arc<S3Server> {
+        tokio::task::spawn_blocking(S3Server::shared_minio).await.unwrap()
+    }
+
+    pub(super) async fn servers() -> [Arc<S3Server>; 2] {
+        [Self::minio().await, tokio::task::spawn_blocking(S3Server::shared_moto).await.unwrap()]
+    }
+
+    /// Makes a bucket, whose garbage stays for an hour.
+    pub(super) async fn new(server: Arc<S3Server>) -> Self {
+        Self::with_grace(server, Duration::from_secs(3600)).await
+    }
+
+    pub(super) async fn with_grace(server: Arc<S3Server>, grace: Duration) -> Self {
+        let keys = Arc::new(temp_dir());
+        let mut settings = testing::settings(&server, &keys);
+        settings.bucket = server.new_bucket().unwrap();
+        let bucket = Bucket::open(settings.clone(), Options { grace, timing: TIMING }).await.unwrap();
+        Self { bucket, server, settings, keys }
+    }
+
+    /// Opens the same bucket once more, by way of a proxy.
+    pub(super) async fn through(&self, proxy: &S3Proxy) -> Self {
+        let settings = Settings { endpoint: Some(proxy.endpoint()), ..self.settings.clone() };
+        let bucket = Bucket::open(settings.clone(), self.bucket.options).await.unwrap();
+        Self { bucket, server: Arc::clone(&self.server), settings, keys: Arc::clone(&self.keys) }
+    }
 }
 
 mod minio {

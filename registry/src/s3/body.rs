@@ -9,7 +9,8 @@ use bytes::Bytes;
 
 use super::attempt::{Call, backoff};
 use super::client::Client;
-use super::error::{Failure, Result};
+use super::error::{Failure, Kind, Result};
+use super::object::{Head, head};
 
 /// Bytes between two breaks, for the second to count as the first of its kind.
 const PROGRESS_BYTES_MIN: u64 = 64 << 10;
@@ -51,6 +52,33 @@ impl Client {
         }
         let (body, etag) = call.value(|| begin(&call, &range, etag)).await?;
         Ok(RangeBody::new(self, key, etag, range, Some(body)))
+    }
+
+    /// Tells of an object what there is besides its content, and reads its first `bytes` bytes, or all if it has fewer.
+    ///
+    /// # Errors
+    /// [`super::Kind::NotFound`], and what goes wrong between us and the store.
+    pub(crate) async fn get_start(&self, key: &str, bytes: u64) -> Result<(Head, RangeBody)> {
+        let call = Call::new(self, "read", key);
+        let error = match call.value(|| begin_unknown(&call, bytes)).await {
+            Ok((body, head)) => {
+                let range = 0..head.bytes.min(bytes);
+                let body = RangeBody::new(self, key, head.etag.clone(), range, Some(body));
+                return Ok((head, body));
+            }
+            Err(error) => error,
+        };
+        // Of an object without content no first byte can be asked for.
+        match error.kind() {
+            Kind::Other => match self.head(key).await {
+                Ok(head) if head.bytes == 0 => {
+                    let body = RangeBody::new(self, key, head.etag.clone(), 0..0, None);
+                    Ok((head, body))
+                }
+                _ => Err(error),
+            },
+            _ => Err(error),
+        }
     }
 }
 
@@ -149,4 +177,25 @@ async fn begin(
     }
     let etag = answer.e_tag.ok_or_else(|| Failure::wrong("its answer has no ETag"))?;
     Ok((answer.body, etag))
+}
+
+/// Asks for the first bytes of an object of unknown length, once.
+async fn begin_unknown(call: &Call<'_>, bytes: u64) -> Result<(ByteStream, Head), Failure> {
+    let client = call.client;
+    let request = client.s3().get_object().bucket(client.bucket()).key(client.full(call.key));
+    let request = request.range(format!("bytes=0-{}", bytes.saturating_sub(1)));
+    let answer = request.customize().config_override(call.config()).send().await;
+    let answer = answer.map_err(|error| Failure::of(error, None))?;
+    let told = answer.content_range.unwrap_or_default();
+    let range = || {
+        let (last, total) = told.strip_prefix("bytes 0-")?.split_once('/')?;
+        Some((last.parse::<u64>().ok()?, total.parse::<u64>().ok()?))
+    };
+    match range() {
+        Some((last, total)) if last.checked_add(1) == Some(total.min(bytes)) => {
+            let total = i64::try_from(total).ok();
+            Ok((answer.body, head(total, answer.e_tag, answer.last_modified)?))
+        }
+        _ => Err(Failure::wrong(format!("asked for the first {bytes} bytes, it answers with {told:?}"))),
+    }
 }

@@ -304,7 +304,11 @@ impl Client {
     }
 }
 
-fn head(bytes: Option<i64>, etag: Option<String>, modified: Option<DateTime>) -> Result<Head, Failure> {
+pub(super) fn head(
+    bytes: Option<i64>,
+    etag: Option<String>,
+    modified: Option<DateTime>,
+) -> Result<Head, Failure> {
     let bytes = bytes.and_then(|bytes| u64::try_from(bytes).ok());
     match (bytes, etag, modified.map(SystemTime::try_from)) {
         (Some(bytes), Some(etag), Some(Ok(modified))) => Ok(Head { bytes, etag, modified }),

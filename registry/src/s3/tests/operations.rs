@@ -58,6 +58,24 @@ async fn a_range_gives_exactly_what_was_asked_for() {
 }
 
 #[tokio::test]
+async fn the_start_of_an_object_comes_with_its_length() {
+    for fixture in Fixture::both().await {
+        let (client, content) = (&fixture.client, noise(300_000));
+        let etag = fixture.put("key", &content).await;
+        for bytes in [1, 299_999, 300_000, 300_001] {
+            let (head, body) = client.get_start("key", bytes).await.unwrap();
+            assert_eq!(head, client.head("key").await.unwrap());
+            assert_eq!(body.etag(), etag);
+            assert!(read_all(body).await.unwrap() == content[..300_000.min(bytes as usize)], "{bytes}");
+        }
+        fixture.put("empty", b"").await;
+        let (head, body) = client.get_start("empty", 10).await.unwrap();
+        assert_eq!((head.bytes, read_all(body).await.unwrap().len()), (0, 0));
+        assert_eq!(client.get_start("none", 10).await.unwrap_err().kind(), Kind::NotFound);
+    }
+}
+
+#[tokio::test]
 async fn a_list_is_in_order_and_in_pages() {
     for fixture in Fixture::both().await {
         let client = &fixture.client;
