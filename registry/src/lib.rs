@@ -159,6 +159,8 @@ pub struct Limits {
     pub request_rate: Option<u32>,
     /// How long a client may take to bring, or to take, 16 KiB, or what is left of a body.
     pub idle_timeout: Duration,
+    /// How long a client may use the URL of a blob in the bucket, which it is then sent to; `None` sends all through us.
+    pub redirect: Option<Duration>,
 }
 
 impl Default for Limits {
@@ -168,6 +170,7 @@ impl Default for Limits {
             reserve_bytes: None,
             request_rate: None,
             idle_timeout: Duration::from_secs(60),
+            redirect: None,
         }
     }
 }

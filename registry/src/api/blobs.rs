@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use http::header::{
     ACCEPT_RANGES, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, IF_NONE_MATCH, IF_RANGE,
-    RANGE,
+    LOCATION, RANGE,
 };
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, StatusCode};
@@ -40,12 +40,26 @@ pub(super) async fn head(app: &App, repo: RepoName, digest: Digest) -> Answer {
 }
 
 pub(super) async fn get(app: &Arc<App>, repo: RepoName, digest: Digest, parts: &Parts) -> Answer {
+    if let Some(lasts) = app.redirect {
+        let (repo, digest) = (repo.clone(), digest.clone());
+        if let Some(url) = app.ask(move |store| store.locate_blob(&repo, &digest, lasts)).await? {
+            return Ok(redirect(&url));
+        }
+    }
     let opened = app.ask(move |store| {
         let blob = Arc::clone(store).open_blob(&repo, &digest)?.ok_or_else(|| unknown(&repo, &digest))?;
         Ok::<_, ApiError>((digest, blob))
     });
     let (digest, blob) = opened.await?;
     answer_stored(app, blob, &digest, parts)
+}
+
+/// Sends a client to where it gets the same for a while. The URL is a secret: nobody else is to keep it.
+fn redirect(url: &str) -> Response {
+    let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
+    response.headers_mut().insert(LOCATION, header(url));
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
 }
 
 /// Gives a blob that is stored.

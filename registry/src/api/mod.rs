@@ -75,6 +75,8 @@ pub(crate) struct App {
     pub(crate) rules: Arc<Rules>,
     /// Whose repositories are fetched when they are wanted; `None` if there is no upstream.
     pub(crate) cache: Option<Sources>,
+    /// How long a client may use the URL of a blob that it is sent to; `None` sends it nowhere.
+    pub(crate) redirect: Option<Duration>,
     /// How often each client may ask.
     pub(crate) rates: Option<Rates>,
     /// How long a client may take to bring a little of a body.
@@ -107,6 +109,7 @@ impl App {
             guard,
             rules,
             cache,
+            redirect: limits.redirect,
             rates: limits.request_rate.map(Rates::new),
             idle_timeout: limits.idle_timeout,
             metrics: Metrics::default(),

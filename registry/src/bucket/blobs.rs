@@ -3,6 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
@@ -82,6 +83,17 @@ impl Bucket {
         };
         let client = self.client.clone();
         Ok(started.map(|(head, start)| Blob { client, key, head, start }))
+    }
+
+    /// Makes a URL by which whoever has it can get a blob of a repository from the store, for so long.
+    pub(super) async fn locate_blob(
+        &self,
+        repo: &RepoName,
+        digest: &Digest,
+        lasts: Duration,
+    ) -> Result<Option<String>> {
+        let Some(found) = self.look_for(repo, digest).await? else { return Ok(None) };
+        Ok(Some(self.client.presigned(&self.keys.blob(&found.link.target), lasts).await?))
     }
 
     /// Gives `to` a blob that `from` has; returns its length, `None` if `from` lacks it, or one of the two is about to lose it.

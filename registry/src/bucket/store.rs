@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use uuid::Uuid;
 
@@ -28,6 +29,10 @@ impl Store for Bucket {
     fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>> {
         let blob = self.wait(Bucket::open_blob(&self, repo, digest))?;
         Ok(blob.map(|blob| Box::new(blob) as Box<dyn Blob>))
+    }
+
+    fn locate_blob(&self, repo: &RepoName, digest: &Digest, lasts: Duration) -> Result<Option<String>> {
+        self.wait(self.locate_blob(repo, digest, lasts))
     }
 
     fn find_manifest(&self, repo: &RepoName, reference: &Reference) -> Result<Option<Manifest>> {

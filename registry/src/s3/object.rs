@@ -1,7 +1,8 @@
 //! Objects as wholes: looked at, read, written, removed, listed.
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::primitives::{ByteStream, DateTime, DateTimeFormat};
 use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 use bytes::{Bytes, BytesMut};
@@ -17,6 +18,8 @@ use super::wire::Validity;
 pub(crate) const DELETE_KEYS_MAX: usize = 1000;
 /// Entries of one page of a list.
 pub(crate) const PAGE_ENTRIES_MAX: u16 = 1000;
+/// How long a signed URL may be valid (S3).
+const URL_TIME_MAX: Duration = Duration::from_secs(7 * 86_400);
 /// The name of what tells one write of an object from another.
 const WRITE_ID: &str = "dvcr-write";
 
@@ -133,6 +136,21 @@ impl Client {
             Ok(Object { content: content.freeze(), etag: head.etag, modified: head.modified })
         })
         .await
+    }
+
+    /// Makes a URL by which whoever has it can read an object for so long, at most a week; the store is not asked.
+    ///
+    /// # Errors
+    /// When there are no credentials to sign it with.
+    pub(crate) async fn presigned(&self, key: &str, lasts: Duration) -> Result<String> {
+        let call = Call::new(self, "sign a URL of", key);
+        let failed = |failure: Failure| failure.into_error(call.operation, call.place(), false);
+        let now = self.server_now().await?.earliest;
+        let config = PresigningConfig::builder().start_time(now).expires_in(lasts.min(URL_TIME_MAX)).build();
+        let config = config.map_err(|error| failed(Failure::wrong(error)))?;
+        let request = self.s3().get_object().bucket(self.bucket()).key(self.full(key));
+        let signed = request.response_content_type("application/octet-stream").presigned(config).await;
+        Ok(signed.map_err(|error| failed(Failure::of(error, None)))?.uri().to_owned())
     }
 
     /// Writes an object and returns its ETag.

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -34,6 +35,10 @@ impl Store for Storage {
 
     fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>> {
         Ok(Storage::open_blob(&self, repo, digest)?.map(|blob| Box::new(blob) as Box<dyn Blob>))
+    }
+
+    fn locate_blob(&self, _: &RepoName, _: &Digest, _: Duration) -> Result<Option<String>> {
+        Ok(None)
     }
 
     fn find_manifest(&self, repo: &RepoName, reference: &Reference) -> Result<Option<Manifest>> {

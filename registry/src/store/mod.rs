@@ -37,6 +37,7 @@ use std::io;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -67,6 +68,10 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
 
     /// Opens a blob of a repository. Quick.
     fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>>;
+
+    /// Tells where whoever has the URL can get a blob of a repository for so long, without us; `None` if the repository has no such
+    /// blob, or it is to be had from us alone.
+    fn locate_blob(&self, repo: &RepoName, digest: &Digest, lasts: Duration) -> Result<Option<String>>;
 
     /// Reads the manifest that a reference names in a repository. Quick.
     ///

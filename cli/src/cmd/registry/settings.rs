@@ -109,6 +109,10 @@ pub struct Settings {
     #[arg(long, value_name = "TIME", default_value = "60s")]
     pub idle_timeout: Time,
 
+    /// Send clients that pull a blob to the bucket itself, by a URL that is valid for so long, such as 20m
+    #[arg(long, value_name = "TIME")]
+    pub redirect: Option<Time>,
+
     /// Requests that bring content at a time; others wait 10 s and are then told to come again
     #[arg(long, value_name = "N", default_value = "40")]
     pub uploads_max: NonZeroU32,
@@ -356,6 +360,7 @@ impl Settings {
         config.limits.reserve_bytes = self.reserve_space.map(|Size(bytes)| bytes);
         config.limits.request_rate = self.request_rate.map(NonZeroU32::get);
         config.limits.idle_timeout = self.idle_timeout.0;
+        config.limits.redirect = self.redirect.map(|Time(lasts)| lasts);
         config.auth = self.users().next().is_some().then(|| Auth {
             admin_password: self.admin_password_file.clone(),
             node_puller_password: self.node_puller_password_file.clone(),
@@ -436,9 +441,16 @@ impl Settings {
         if let Some(bucket) = &self.bucket {
             bucket.check().map_err(|why| anyhow!("in `bucket`: {why}"))?;
         }
+        for (name, is_set) in [("single-replica", self.single_replica), ("redirect", self.redirect.is_some())]
+        {
+            ensure!(
+                self.bucket.is_some() || !is_set,
+                "--{name} does nothing without a section `bucket` in the file of --config"
+            );
+        }
         ensure!(
-            self.bucket.is_some() || !self.single_replica,
-            "--single-replica does nothing without a section `bucket` in the file of --config"
+            self.redirect.is_none_or(|time| !time.0.is_zero()),
+            "a --redirect of 0 gives URLs that nobody can use; write a time such as 20m"
         );
         ensure!(self.scrub_rate != OrOff::On(Size(0)), "a --scrub-rate of 0 never ends; write `off`");
         ensure!(
