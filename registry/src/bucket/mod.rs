@@ -88,12 +88,13 @@ impl Bucket {
     pub(crate) async fn open(settings: Settings, options: Options) -> Result<Arc<Self>> {
         let client = Client::open(settings).await?;
         client.server_now().await?;
+        let uploads = uploads::Held::new(client.settings().part_size.0);
         Ok(Arc::new(Self {
             client,
             keys: Keys::default(),
             options,
             views: Views::default(),
-            uploads: uploads::Held::default(),
+            uploads,
             runtime: Handle::current(),
         }))
     }

@@ -32,7 +32,7 @@ pub(crate) struct Error {
 /// What is to be done about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// There is no such object or upload.
+    /// There is no such object, upload or part.
     NotFound,
     /// The object is not what the condition says.
     Precondition,
@@ -202,7 +202,7 @@ impl Answer {
         };
         let (kind, retry) = match (self.status, self.code.as_str()) {
             (_, "NoSuchBucket") => (Kind::Other, false),
-            (404, _) => (Kind::NotFound, false),
+            (404, _) | (400, "InvalidPart") => (Kind::NotFound, false),
             (412, _) => (Kind::Precondition, false),
             // Two wrote at once, and neither was told that it won.
             (_, "ConditionalRequestConflict" | "OperationAborted") => (Kind::Unavailable, true),
