@@ -10,6 +10,7 @@ use futures_util::stream::{self, BoxStream};
 use tokio::task::JoinHandle;
 
 use super::links::Link;
+use super::view::View;
 use super::{Bucket, found};
 use crate::digest::Digest;
 use crate::names::RepoName;
@@ -139,6 +140,12 @@ impl Bucket {
             object if object.content == PROBE => Ok(()),
             _ => Err(Error::other("the bucket does not give back what was written")),
         }
+    }
+
+    /// Whether a repository has a blob, and is not about to lose it.
+    pub(super) async fn has_blob(&self, repo: &RepoName, digest: &Digest, view: &View) -> s3::Result<bool> {
+        let found = self.look_for(repo, digest).await?;
+        Ok(found.is_some_and(|found| !view.is_condemned(repo, &found.link.target)))
     }
 
     async fn look_for(&self, repo: &RepoName, digest: &Digest) -> s3::Result<Option<Found>> {

@@ -98,6 +98,11 @@ impl Keys {
         dir(self.0.referrers(repo, subject))
     }
 
+    /// What the keys of all in a repository that refer to a subject begin with.
+    pub(super) fn all_referrers(&self, repo: &RepoName) -> String {
+        format!("dvcr/referrers/{repo}/_subjects/")
+    }
+
     pub(super) fn referrer(&self, repo: &RepoName, subject: &Digest, referrer: &Digest) -> String {
         key(self.0.referrer(repo, subject, referrer))
     }
@@ -133,5 +138,6 @@ mod tests {
         let tag = keys.tag_current_link(&repo, &Tag::parse("v1").unwrap());
         assert_eq!(tag, "docker/registry/v2/repositories/vi/ns/disk/_manifests/tags/v1/current/link");
         assert_eq!(keys.repositories(), "docker/registry/v2/repositories/");
+        assert!(keys.referrer(&repo, &digest, &digest).starts_with(&keys.all_referrers(&repo)));
     }
 }

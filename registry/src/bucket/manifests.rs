@@ -1,50 +1,177 @@
-//! Manifests and tags: read, accepted, removed; and who refers to a manifest.
+//! Manifests: found, and accepted with the tags that name them.
 
-use std::ops::ControlFlow;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use super::Bucket;
+use super::tags::Immutable;
+use super::view::View;
+use super::{Bucket, found};
 use crate::digest::Digest;
-use crate::model::Checked;
+use crate::model::{self, Checked};
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
-use crate::store::{ChangeError, Error, Manifest, Removed, Result};
+use crate::s3::{self, Put};
+use crate::store::{ChangeError, Error, Kind, MANIFEST_BYTES_MAX, Manifest, Result};
+
+/// Blobs and manifests of one manifest that are looked for at a time.
+const LOOKS_AT_ONCE_MAX: usize = 32;
+/// How often the end of a collection is waited for that is about to remove the same manifest.
+const WAITS_MAX: u32 = 4;
+
+/// What is asked to be accepted.
+struct Push<'a> {
+    repo: &'a RepoName,
+    manifest: &'a Manifest,
+    checked: &'a Checked,
+    tags: &'a [Tag],
+    rules: &'a Rules,
+}
+
+/// What came of a manifest.
+enum Placed {
+    /// It is there, without these.
+    Done(Vec<Digest>),
+    Missing(Vec<Digest>),
+    Immutable(Immutable),
+    /// A collection is about to remove one of its digest.
+    Condemned,
+}
+
+/// What is read of a manifest.
+pub(super) enum Found {
+    Whole(Manifest),
+    Damaged,
+}
 
 impl Bucket {
+    /// Reads the manifest that a reference names in a repository.
     pub(super) async fn find_manifest(
         &self,
-        _repo: &RepoName,
-        _reference: &Reference,
+        repo: &RepoName,
+        reference: &Reference,
     ) -> Result<Option<Manifest>> {
-        Err(Error::other("not built"))
+        let digest = match reference {
+            Reference::Digest(digest) => digest.clone(),
+            Reference::Tag(tag) => match self.tag_link(repo, tag).await? {
+                Some(link) => link.target,
+                None => return Ok(None),
+            },
+        };
+        match self.read_manifest(repo, &digest).await? {
+            Some(Found::Whole(manifest)) => Ok(Some(manifest)),
+            Some(Found::Damaged) => {
+                let told = format!("the manifest {digest} is damaged in the bucket; push it again");
+                Err(Error::new(told, std::io::ErrorKind::InvalidData.into()))
+            }
+            None => Ok(None),
+        }
     }
 
+    /// Reads a manifest of a repository, and sees whether it is what its digest says.
+    ///
+    /// Content never changes under its digest, so what is in memory is good; whether the repository has it is asked every time, as
+    /// another replica may have deleted it.
+    pub(super) async fn read_manifest(&self, repo: &RepoName, digest: &Digest) -> s3::Result<Option<Found>> {
+        let has = self.has_revision(repo, digest);
+        if let Some(manifest) = self.manifests.get(digest) {
+            return Ok(has.await?.then_some(Found::Whole(manifest)));
+        }
+        let key = self.keys.blob(digest);
+        let (has, content) = tokio::join!(has, self.client.get(&key, MANIFEST_BYTES_MAX as u64));
+        // What is no manifest may be of any length.
+        if !has? {
+            return Ok(None);
+        }
+        let Some(bytes) = found(content)?.map(|object| object.content) else { return Ok(None) };
+        if Digest::of(digest.algorithm(), &bytes) != *digest {
+            return Ok(Some(Found::Damaged));
+        }
+        let media_type = model::media_type_of(&bytes).into();
+        let manifest = Manifest { digest: digest.clone(), bytes, media_type };
+        self.manifests.put(manifest.clone());
+        Ok(Some(Found::Whole(manifest)))
+    }
+
+    /// Stores a manifest if the repository has what it refers to, and lets tags name it; returns what is missing where that is
+    /// allowed.
+    ///
+    /// What it refers to is looked for after the view that all links are placed by, so a collection either sees the manifest or
+    /// spares what it refers to. One who deletes the same manifest at the same time may have come behind: a tag that is placed then
+    /// names nothing, which reads as if it were not there, and one that never changes may be placed anew.
     pub(super) async fn accept_manifest(
         &self,
-        _repo: &RepoName,
-        _manifest: &Manifest,
-        _checked: &Checked,
-        _tags: &[Tag],
-        _rules: &Rules,
+        repo: &RepoName,
+        manifest: &Manifest,
+        checked: &Checked,
+        tags: &[Tag],
+        rules: &Rules,
     ) -> Result<Vec<Digest>, ChangeError> {
-        Err(Error::other("not built").into())
+        let push = Push { repo, manifest, checked, tags, rules };
+        let mut digests = [checked.blobs.as_slice(), &checked.manifests].concat();
+        digests.push(manifest.digest.clone());
+        for _ in 0..WAITS_MAX {
+            match self.place(&digests, async |view| self.place_manifest(&push, view).await).await? {
+                Placed::Done(missing) => {
+                    self.manifests.put(manifest.clone());
+                    return Ok(missing);
+                }
+                Placed::Missing(missing) => return Err(ChangeError::Missing(missing)),
+                Placed::Immutable(Immutable { tag, names }) => {
+                    return Err(ChangeError::Immutable { tag, names });
+                }
+                Placed::Condemned => self.wait_until_removed(repo, &manifest.digest).await?,
+            }
+        }
+        let told = format!("one collection after the other removes the manifest {}", manifest.digest);
+        Err(Error::of(Kind::Unavailable, told, "it has to be pushed again").into())
     }
 
-    pub(super) async fn remove(
-        &self,
-        _repo: &RepoName,
-        _reference: Option<&Reference>,
-        _rules: &Rules,
-    ) -> Result<Removed, ChangeError> {
-        Err(Error::other("not built").into())
+    async fn place_manifest(&self, push: &Push<'_>, view: &View) -> s3::Result<Placed> {
+        let Push { repo, manifest, checked, tags, rules } = push;
+        let digest = &manifest.digest;
+        if view.is_condemned(repo, digest) {
+            return Ok(Placed::Condemned);
+        }
+        let key = self.keys.blob(digest);
+        let put = Put::default().valid(view.validity());
+        // Without a link the content is nobody's, so it need not wait.
+        let (missing, immutable, _) = tokio::try_join!(
+            self.missing(repo, checked, view),
+            self.find_immutable(repo, tags, digest, rules),
+            self.client.put(&key, manifest.bytes.clone(), put),
+        )?;
+        if let Some(immutable) = immutable {
+            return Ok(Placed::Immutable(immutable));
+        }
+        if !missing.is_empty() && !rules.may_be_sparse(repo) {
+            return Ok(Placed::Missing(missing));
+        }
+        if let Some(subject) = &checked.subject {
+            self.place_referrer(repo, subject, digest).await?;
+        }
+        self.place_link(&self.keys.revision_link(repo, digest), digest, view.validity()).await?;
+        match self.place_tags(repo, tags, digest, rules, view.validity()).await? {
+            Some(immutable) => Ok(Placed::Immutable(immutable)),
+            None => Ok(Placed::Done(missing)),
+        }
     }
 
-    pub(super) async fn referrers(
-        &self,
-        _repo: &RepoName,
-        _subject: &Digest,
-        _after: Option<&Digest>,
-        _visit: &mut dyn FnMut(&Manifest) -> ControlFlow<()>,
-    ) -> Result<()> {
-        Err(Error::other("not built"))
+    /// Finds what a manifest refers to and its repository lacks, or is about to lose.
+    async fn missing(&self, repo: &RepoName, checked: &Checked, view: &View) -> s3::Result<Vec<Digest>> {
+        let blobs = checked.blobs.iter().map(|digest| (digest, false));
+        let manifests = checked.manifests.iter().map(|digest| (digest, true));
+        let looks = stream::iter(blobs.chain(manifests)).map(async |(digest, is_manifest)| {
+            let has = match is_manifest {
+                _ if view.is_condemned(repo, digest) => false,
+                false => self.has_blob(repo, digest, view).await?,
+                true => {
+                    let data = self.keys.blob(digest);
+                    let head = async { found(self.client.head(&data).await) };
+                    let (link, data) = tokio::try_join!(self.has_revision(repo, digest), head)?;
+                    link && data.is_some()
+                }
+            };
+            Ok((!has).then(|| digest.clone()))
+        });
+        looks.buffered(LOOKS_AT_ONCE_MAX).try_filter_map(async |missing| Ok(missing)).try_collect().await
     }
 }

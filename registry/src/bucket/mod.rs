@@ -3,8 +3,9 @@
 //! ```text
 //!  Bucket ──┬── uploads    sessions: parts, state, commit  ──┬── view     what is known of collections, by which links are placed
 //!           ├── blobs      lookup, reading, mounts           ├── keys, links   what lies where; what names a digest
-//!           ├── manifests  revisions, tags, referrers      ──┤
-//!           ├── lists      tags, catalogue                   └── s3       the client
+//!           ├── manifests  with their tags, referrers      ──┤
+//!           ├── remove     manifests and tags                └── s3       the client
+//!           ├── lists      tags, catalogue; order
 //!           └── collect    garbage, by one replica at a time
 //! ```
 //!
@@ -22,8 +23,12 @@ mod keys;
 mod links;
 mod lists;
 mod manifests;
+mod order;
 mod parts;
+mod referrers;
+mod remove;
 mod store;
+mod tags;
 #[cfg(test)]
 mod tests;
 mod uploads;
@@ -35,7 +40,8 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 
 use crate::s3::{self, Client, Settings};
-use crate::store::{Error, Kind, Result};
+use crate::storage::manifests::Cache;
+use crate::store::{ChangeError, Error, Kind, Result};
 use keys::Keys;
 use view::Views;
 
@@ -76,6 +82,8 @@ pub(crate) struct Bucket {
     options: Options,
     views: Views,
     uploads: uploads::Held,
+    manifests: Cache,
+    referrers: referrers::Complete,
     /// Where the blocking methods have their work done.
     runtime: Handle,
 }
@@ -95,6 +103,8 @@ impl Bucket {
             options,
             views: Views::default(),
             uploads,
+            manifests: Cache::default(),
+            referrers: referrers::Complete::default(),
             runtime: Handle::current(),
         }))
     }
@@ -134,6 +144,12 @@ impl From<s3::Error> for Error {
             _ => Kind::Other,
         };
         Self::of(kind, "the bucket does not do its part", error)
+    }
+}
+
+impl From<s3::Error> for ChangeError {
+    fn from(error: s3::Error) -> Self {
+        Error::from(error).into()
     }
 }
 

@@ -1,5 +1,7 @@
 //! A bucket on real servers, MinIO and moto, held to what every store promises.
 
+mod manifests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,9 +65,17 @@ impl Opened {
         Self { bucket, server, settings, keys }
     }
 
+    /// Opens the same bucket once more, as another replica.
+    pub(super) async fn again(&self) -> Self {
+        self.open(self.settings.clone()).await
+    }
+
     /// Opens the same bucket once more, by way of a proxy.
     pub(super) async fn through(&self, proxy: &S3Proxy) -> Self {
-        let settings = Settings { endpoint: Some(proxy.endpoint()), ..self.settings.clone() };
+        self.open(Settings { endpoint: Some(proxy.endpoint()), ..self.settings.clone() }).await
+    }
+
+    async fn open(&self, settings: Settings) -> Self {
         let bucket = Bucket::open(settings.clone(), self.bucket.options).await.unwrap();
         Self { bucket, server: Arc::clone(&self.server), settings, keys: Arc::clone(&self.keys) }
     }

@@ -284,11 +284,11 @@ impl Storage {
 }
 
 impl Cache {
-    fn get(&self, digest: &Digest) -> Option<Manifest> {
+    pub(crate) fn get(&self, digest: &Digest) -> Option<Manifest> {
         self.entries().manifests.get(digest).cloned()
     }
 
-    fn put(&self, manifest: Manifest) {
+    pub(crate) fn put(&self, manifest: Manifest) {
         if manifest.bytes.len() > CACHED_MANIFEST_BYTES_MAX {
             return;
         }
