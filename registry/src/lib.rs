@@ -358,16 +358,12 @@ fn open_bucket(
     single_replica: bool,
     limits: &Limits,
 ) -> Result<Arc<dyn Store>> {
-    if let Some(quota) = limits.quotas.first() {
-        let why = format!("a bucket keeps no quotas, such as {quota}");
-        return Err(Error::Invalid { why });
-    }
     let name = settings.bucket.clone();
     let options = bucket::Options { grace, timing: bucket::Timing::default() };
-    let runtime = tokio::runtime::Handle::current();
+    let (runtime, quotas) = (tokio::runtime::Handle::current(), limits.quotas.clone());
     let open = move || {
         runtime.block_on(async {
-            let bucket = bucket::Bucket::open(settings, options).await?;
+            let bucket = bucket::Bucket::open_bounded(settings, options, quotas).await?;
             bucket.find_out(single_replica).await?;
             Ok(bucket as Arc<dyn Store>)
         })

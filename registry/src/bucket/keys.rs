@@ -11,6 +11,7 @@
 //!   gc/run                                     the state of the collection
 //!   gc/lease                                   who collects
 //!   gc/<run>/...                               what is condemned, and what is claimed
+//!   quota/<prefix>/_ledger                     what a prefix of repositories has
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -101,6 +102,21 @@ impl Keys {
     /// What the keys of all in a repository that refer to a subject begin with.
     pub(super) fn all_referrers(&self, repo: &RepoName) -> String {
         format!("dvcr/referrers/{repo}/_subjects/")
+    }
+
+    /// What the keys of all ledgers of quotas begin with.
+    pub(super) fn ledgers(&self) -> String {
+        "dvcr/quota/".to_owned()
+    }
+
+    /// The ledger of a prefix of repositories, which ends with a slash. No component of a name begins as it does.
+    pub(super) fn ledger(&self, prefix: &str) -> String {
+        format!("dvcr/quota/{prefix}_ledger")
+    }
+
+    /// The prefix whose ledger it is.
+    pub(super) fn prefix_of_ledger<'k>(&self, key: &'k str) -> Option<&'k str> {
+        key.strip_prefix("dvcr/quota/")?.strip_suffix("_ledger")
     }
 
     pub(super) fn referrer(&self, repo: &RepoName, subject: &Digest, referrer: &Digest) -> String {

@@ -6,6 +6,7 @@
 //!           ├── manifests  with their tags, referrers      ──┤
 //!           ├── remove     manifests and tags                └── s3       the client
 //!           ├── lists      tags, catalogue; order
+//!           ├── quota      bytes by prefix
 //!           └── collect    garbage, by one replica at a time
 //! ```
 //!
@@ -27,6 +28,7 @@ mod order;
 mod parts;
 mod referrers;
 mod remove;
+mod quota;
 mod store;
 mod tags;
 #[cfg(test)]
@@ -42,7 +44,10 @@ use tokio::runtime::Handle;
 use crate::s3::{self, Client, Settings};
 use crate::storage::manifests::Cache;
 use crate::store::{ChangeError, Error, Kind, Result};
+use crate::storage::quota::Quota;
+use crate::store::{Error, Kind, Result};
 use keys::Keys;
+use quota::Quotas;
 use view::Views;
 
 /// How long requests and leases are good for.
@@ -84,6 +89,7 @@ pub(crate) struct Bucket {
     uploads: uploads::Held,
     manifests: Cache,
     referrers: referrers::Complete,
+    quotas: Quotas,
     /// Where the blocking methods have their work done.
     runtime: Handle,
 }
@@ -93,13 +99,19 @@ impl Bucket {
     ///
     /// # Errors
     /// When the settings cannot be meant, or the bucket cannot be asked for.
-    pub(crate) async fn open(settings: Settings, options: Options) -> Result<Arc<Self>> {
+    pub(crate) async fn open_bounded(
+        settings: Settings,
+        options: Options,
+        quotas: Vec<Quota>,
+    ) -> Result<Arc<Self>> {
         let client = Client::open(settings).await?;
         client.server_now().await?;
         let uploads = uploads::Held::new(client.settings().part_size.0);
+        let keys = Keys::default();
         Ok(Arc::new(Self {
+            quotas: Quotas::new(quotas, client.clone(), keys.clone(), Handle::current()),
             client,
-            keys: Keys::default(),
+            keys,
             options,
             views: Views::default(),
             uploads,
@@ -107,6 +119,12 @@ impl Bucket {
             referrers: referrers::Complete::default(),
             runtime: Handle::current(),
         }))
+    }
+
+    /// Opens one without quotas.
+    #[cfg(test)]
+    pub(crate) async fn open(settings: Settings, options: Options) -> Result<Arc<Self>> {
+        Self::open_bounded(settings, options, Vec::new()).await
     }
 
     /// Tries whether several replicas may share the bucket; `is_alone` says that there is only this one.

@@ -128,7 +128,7 @@ impl Store for Bucket {
     }
 
     fn stats(&self) -> Stats {
-        Stats::default()
+        Stats { quotas: self.quotas.usage(), ..Stats::default() }
     }
 
     fn close(&self) {}

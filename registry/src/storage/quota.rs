@@ -125,7 +125,7 @@ pub(crate) struct Exceeded {
     pub(crate) prefix: String,
     pub(crate) limit: u64,
     pub(crate) used: u64,
-    more: u64,
+    pub(crate) more: u64,
 }
 
 /// What is known of one prefix, for those who watch the registry.
@@ -137,11 +137,39 @@ pub(crate) struct Usage {
     pub(crate) used: Option<u64>,
 }
 
+/// All quotas; the one that counts for a repository comes first.
+#[derive(Debug, Default)]
+pub(crate) struct Limits(Vec<Quota>);
+
+impl Limits {
+    pub(crate) fn new(mut quotas: Vec<Quota>) -> Self {
+        quotas.sort_by_key(|quota| std::cmp::Reverse(quota.prefix.rank()));
+        Self(quotas)
+    }
+
+    /// The prefix that counts for a repository, which is the longest, and how many bytes it may have.
+    pub(crate) fn of<'a>(&self, repo: &'a RepoName) -> Option<(&'a str, u64)> {
+        self.0.iter().find_map(|quota| Some((quota.prefix.matched(repo)?, quota.bytes)))
+    }
+
+    /// Tells what is known of each prefix, and of those that are spelt out even if nothing is.
+    pub(crate) fn usage(&self, known: impl Iterator<Item = Usage>) -> Vec<Usage> {
+        let mut all: Vec<Usage> = known.collect();
+        for quota in self.0.iter().filter(|quota| !quota.prefix.has_star()) {
+            let prefix = quota.prefix.to_string();
+            if !all.iter().any(|usage| usage.prefix == prefix) {
+                all.push(Usage { prefix, limit: quota.bytes, used: None });
+            }
+        }
+        all.sort_by(|a, b| a.prefix.cmp(&b.prefix));
+        all
+    }
+}
+
 /// All quotas, and what is known of the prefixes.
 #[derive(Debug, Default)]
 pub(super) struct Quotas {
-    /// The one that counts for a repository comes first.
-    rules: Vec<Quota>,
+    limits: Limits,
     prefixes: Mutex<HashMap<String, Arc<Counted>>>,
 }
 
@@ -232,18 +260,12 @@ impl Drop for Room {
 }
 
 impl Quotas {
-    pub(super) fn new(mut rules: Vec<Quota>) -> Self {
-        rules.sort_by_key(|rule| std::cmp::Reverse(rule.prefix.rank()));
-        Self { rules, prefixes: Mutex::default() }
-    }
-
-    /// The quota that counts for a repository: that of the longest prefix.
-    fn rule<'a>(&self, repo: &'a RepoName) -> Option<(&'a str, u64)> {
-        self.rules.iter().find_map(|rule| Some((rule.prefix.matched(repo)?, rule.bytes)))
+    pub(super) fn new(quotas: Vec<Quota>) -> Self {
+        Self { limits: Limits::new(quotas), prefixes: Mutex::default() }
     }
 
     fn of(&self, repo: &RepoName) -> Option<Arc<Counted>> {
-        let (prefix, limit) = self.rule(repo)?;
+        let (prefix, limit) = self.limits.of(repo)?;
         let mut prefixes = self.prefixes();
         if let Some(known) = prefixes.get(prefix) {
             return Some(Arc::clone(known));
@@ -263,7 +285,7 @@ impl Quotas {
 
     /// Whether a quota counts for a repository.
     pub(super) fn is_for(&self, repo: &RepoName) -> bool {
-        self.rule(repo).is_some()
+        self.limits.of(repo).is_some()
     }
 
     /// Tells whether to ask for room takes no time.
@@ -322,17 +344,9 @@ impl Quotas {
         }
     }
 
-    /// Tells what is known of each prefix, and of those that are spelt out even if nothing is.
+    /// Tells what is known of each prefix.
     pub(super) fn usage(&self) -> Vec<Usage> {
-        let mut all: Vec<Usage> = self.prefixes().values().map(|of| of.usage()).collect();
-        for rule in self.rules.iter().filter(|rule| !rule.prefix.has_star()) {
-            let prefix = rule.prefix.to_string();
-            if !all.iter().any(|usage| usage.prefix == prefix) {
-                all.push(Usage { prefix, limit: rule.bytes, used: None });
-            }
-        }
-        all.sort_by(|a, b| a.prefix.cmp(&b.prefix));
-        all
+        self.limits.usage(self.prefixes().values().map(|of| of.usage()))
     }
 
     fn prefixes(&self) -> MutexGuard<'_, HashMap<String, Arc<Counted>>> {
@@ -394,7 +408,7 @@ impl Storage {
         let base = self.layout.repositories().join(begin);
         walk_below(&base, begin, &["_layers", "_manifests", "_uploads"], &mut |repo| {
             // A longer prefix may have taken it.
-            match self.quotas.rule(repo) {
+            match self.quotas.limits.of(repo) {
                 Some((prefix, _)) if prefix == of.prefix => self.count_repo(&mut of.state(), repo),
                 _ => Ok(()),
             }
@@ -561,7 +575,7 @@ mod tests {
             ("vi", None),
             ("vix/ns1/disk", None),
         ] {
-            assert_eq!(quotas.rule(&repo(name)), rule, "{name}");
+            assert_eq!(quotas.limits.of(&repo(name)), rule, "{name}");
         }
     }
 

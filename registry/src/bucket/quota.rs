@@ -1,0 +1,571 @@
+//! Byte quotas that replicas keep together: a ledger per prefix of repositories, replaced by `If-Match` alone.
+//!
+//! ```text
+//!  reach ──> held: the upload may have so many bytes ──> link placed ──> placed: they are the prefix's
+//!                                                   └──> release
+//!  count ──> since = 0 ... list links, look at blobs ... bytes = what was found + since
+//! ```
+//!
+//! Bytes are held before a link is placed, and become the prefix's afterwards: so a count that goes on meanwhile sees the link, or
+//! the bytes come to it as `since`; both at worst. What two repositories below a prefix share is added twice, and what is removed
+//! stays, until the prefix is counted again, which a collection does, and whoever would be refused. So the ledger never says too
+//! little, and nobody is refused by one that says too much.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, UNIX_EPOCH};
+
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
+use uuid::Uuid;
+
+use super::found;
+use super::keys::Keys;
+use crate::digest::Digest;
+use crate::names::RepoName;
+use crate::s3::{self, Client, Kind, Listing, Put};
+use crate::storage::quota::{Exceeded, Limits, Quota, Usage};
+use crate::store::{self, Error, Result};
+
+/// Largest ledger, bytes.
+const LEDGER_BYTES_MAX: u64 = 1 << 20;
+/// Uploads that hold bytes of one prefix.
+const HELD_MAX: usize = 4096;
+/// Bytes held at a time for an upload that does not tell its length, if there are so many.
+const GRANT_BYTES: u64 = 64 << 20;
+/// How long bytes are held for an upload that does not ask again.
+const HELD_TIME: Duration = Duration::from_secs(86_400);
+/// How often a change is tried that others get before.
+const CHANGES_MAX: u32 = 60;
+/// Pause after others got before, by chance up to so long.
+const CHANGE_PAUSE_MS_MAX: u64 = 50;
+/// A count this young is not made again for one who would be refused.
+const COUNT_AGE_MIN: Duration = Duration::from_secs(20);
+/// How often a count begins again that another replica took over.
+const COUNTS_MAX: u32 = 5;
+/// Blobs whose length is asked for at a time.
+const LOOKS_MAX: usize = 32;
+/// Prefixes whose ledger is remembered; when there are more all are read again.
+const PREFIXES_MAX: usize = 1024;
+
+/// The quotas of a bucket. Clones are the same.
+#[derive(Clone, Debug)]
+pub(super) struct Quotas(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    limits: Limits,
+    client: Client,
+    keys: Keys,
+    runtime: Handle,
+    known: Mutex<HashMap<String, Arc<Known>>>,
+}
+
+/// What this replica knows of a ledger; one request of ours changes it at a time.
+#[derive(Debug)]
+struct Known {
+    limit: u64,
+    /// As it was last read or written, with its ETag; `None` if that is to be read again.
+    last: tokio::sync::Mutex<Option<(Ledger, String)>>,
+    /// Bytes, for those who watch; `None` before the first look.
+    used: Mutex<Option<u64>>,
+}
+
+/// What a prefix has. Times are seconds since 1970 by the server's clock.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+struct Ledger {
+    /// Bytes of its blobs and manifests.
+    bytes: u64,
+    /// When they were last counted.
+    counted: Option<u64>,
+    /// By the upload's id.
+    held: BTreeMap<String, Held>,
+    count: Option<Count>,
+}
+
+/// Bytes that an upload may have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Held {
+    bytes: u64,
+    until: u64,
+}
+
+/// A count that goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Count {
+    id: String,
+    began: u64,
+    /// Bytes that were placed meanwhile.
+    since: u64,
+}
+
+/// The bytes of one upload. What is held when it is dropped is given back, unless it was told to stay.
+#[derive(Debug)]
+pub(super) struct Room {
+    /// `None` where there is no quota.
+    of: Option<(Quotas, Arc<Known>, String)>,
+    id: Uuid,
+    granted: u64,
+}
+
+impl Ledger {
+    fn used(&self) -> u64 {
+        self.held.values().fold(self.bytes, |sum, held| sum.saturating_add(held.bytes))
+    }
+
+    /// Holds bytes for an upload, if the limit leaves so many.
+    fn hold(&mut self, id: &str, bytes: u64, limit: u64, now: u64) -> Result<(), Refused> {
+        if self.counted.is_none() {
+            return Err(Refused { used: 0, more: bytes });
+        }
+        let had = self.held.get(id).map_or(0, |held| held.bytes);
+        let more = bytes.saturating_sub(had);
+        let used = self.used();
+        if used.checked_add(more).is_none_or(|all| all > limit) || self.held.len() >= HELD_MAX {
+            return Err(Refused { used, more });
+        }
+        self.held.insert(
+            id.to_owned(),
+            Held { bytes: bytes.max(had), until: now.saturating_add(HELD_TIME.as_secs()) },
+        );
+        Ok(())
+    }
+
+    fn placed(&mut self, id: &str, bytes: u64) {
+        self.held.remove(id);
+        self.bytes = self.bytes.saturating_add(bytes);
+        if let Some(count) = &mut self.count {
+            count.since = count.since.saturating_add(bytes);
+        }
+    }
+
+    fn counted(&mut self, count: &Count, found: u64, now: u64) -> bool {
+        let since = match self.count.take() {
+            Some(going) if going.id == count.id => going.since,
+            other => {
+                self.count = other;
+                return false;
+            }
+        };
+        self.bytes = found.saturating_add(since);
+        self.counted = Some(now);
+        // A link of theirs would have been placed before this count began.
+        self.held.retain(|_, held| held.until >= count.began);
+        true
+    }
+}
+
+/// The limit leaves no room, by what the ledger says.
+#[derive(Clone, Copy, Debug)]
+struct Refused {
+    used: u64,
+    more: u64,
+}
+
+impl Quotas {
+    pub(super) fn new(quotas: Vec<Quota>, client: Client, keys: Keys, runtime: Handle) -> Self {
+        let limits = Limits::new(quotas);
+        Self(Arc::new(Inner { limits, client, keys, runtime, known: Mutex::default() }))
+    }
+
+    /// Returns the room of an upload, which has `had` bytes of it.
+    pub(super) fn room(&self, repo: &RepoName, id: Uuid, had: u64) -> Room {
+        let of = self.0.limits.of(repo).map(|(prefix, limit)| {
+            let mut known = self.0.known.lock().unwrap_or_else(PoisonError::into_inner);
+            if known.len() >= PREFIXES_MAX {
+                known.retain(|_, known| Arc::strong_count(known) > 1);
+            }
+            let new = || Arc::new(Known { limit, last: Default::default(), used: Mutex::default() });
+            let known = Arc::clone(known.entry(prefix.to_owned()).or_insert_with(new));
+            (self.clone(), known, prefix.to_owned())
+        });
+        Room { of, id, granted: had }
+    }
+
+    /// Tells what is known of each prefix, without asking.
+    pub(super) fn usage(&self) -> Vec<Usage> {
+        let known = self.0.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let usage = |(prefix, known): (&String, &Arc<Known>)| Usage {
+            prefix: prefix.clone(),
+            limit: known.limit,
+            used: *known.used.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        self.0.limits.usage(known.iter().map(usage))
+    }
+
+    /// Counts every prefix again that has a ledger: what was collected is free from then on.
+    pub(super) async fn count_all(&self) -> Result<()> {
+        let (mut next, prefix) = (None, self.0.keys.ledgers());
+        loop {
+            let listing = Listing { prefix: &prefix, ..Listing::default() };
+            let page = self.0.client.list(listing, next.as_deref()).await?;
+            for (key, _) in &page.objects {
+                let Some(of) = self.0.keys.prefix_of_ledger(key) else { continue };
+                // Any name below it tells whether there still is such a quota.
+                let Some(repo) = RepoName::parse(&format!("{of}x")) else { continue };
+                let room = self.room(&repo, Uuid::nil(), 0);
+                if let Some((_, known, prefix)) = room.of.as_ref().filter(|(_, _, prefix)| prefix == of) {
+                    self.count(prefix, known).await?;
+                }
+            }
+            match page.next {
+                Some(token) => next = Some(token),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Changes a ledger, and returns what `change` does.
+    ///
+    /// It is called again when somebody else got before, and once more when it fails by a ledger that is not the newest; what fails
+    /// changes nothing.
+    async fn change<T, E>(
+        &self,
+        prefix: &str,
+        known: &Known,
+        mut change: impl FnMut(&mut Ledger, u64) -> Result<T, E>,
+    ) -> Result<Result<T, E>> {
+        let (client, key) = (&self.0.client, self.0.keys.ledger(prefix));
+        let mut last = known.last.lock().await;
+        for _ in 0..CHANGES_MAX {
+            let remembered = last.take();
+            let is_remembered = remembered.is_some();
+            let read = match remembered {
+                Some(remembered) => Some(remembered),
+                None => read(client, &key).await?,
+            };
+            let (before, etag) = read.map_or_else(Default::default, |(ledger, etag)| (ledger, Some(etag)));
+            let mut ledger = before.clone();
+            let changed = change(&mut ledger, self.now().await?);
+            if changed.is_err() && is_remembered {
+                continue;
+            }
+            if changed.is_err() || ledger == before {
+                known.tell(&before);
+                *last = etag.map(|etag| (before, etag));
+                return Ok(changed);
+            }
+            let content = serde_json::to_vec(&ledger)
+                .map_err(|error| Error::of(store::Kind::Other, "cannot write a ledger", error))?;
+            let put = etag.map_or_else(Put::new, Put::over);
+            match client.put(&key, Bytes::from(content), put).await {
+                Ok(etag) => {
+                    known.tell(&ledger);
+                    *last = Some((ledger, etag));
+                    return Ok(changed);
+                }
+                Err(error) if matches!(error.kind(), Kind::Precondition | Kind::NotFound) => pause().await,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let why = format!("other replicas change {key} all the time");
+        Err(Error::of(store::Kind::Unavailable, "cannot keep a quota", why))
+    }
+
+    /// Counts a prefix again.
+    async fn count(&self, prefix: &str, known: &Known) -> Result<()> {
+        for _ in 0..COUNTS_MAX {
+            let begun = self.change(prefix, known, |ledger, now| {
+                let count = Count { id: Uuid::new_v4().to_string(), began: now, since: 0 };
+                ledger.count = Some(count.clone());
+                Ok::<_, Never>(count)
+            });
+            let Ok(count) = begun.await?;
+            let found = self.look_through(prefix).await?;
+            let ended =
+                self.change(prefix, known, |ledger, now| Ok::<_, Never>(ledger.counted(&count, found, now)));
+            let Ok(is_ours) = ended.await?;
+            if is_ours {
+                return Ok(());
+            }
+            pause().await;
+        }
+        let why = format!("other replicas count {prefix} all the time");
+        Err(Error::of(store::Kind::Unavailable, "cannot keep a quota", why))
+    }
+
+    /// Adds up the distinct blobs and manifests that the repositories of a prefix have.
+    async fn look_through(&self, prefix: &str) -> Result<u64> {
+        let Inner { client, keys, limits, .. } = &*self.0;
+        let (base, below) = (keys.repositories(), format!("{}{prefix}", keys.repositories()));
+        let (mut next, mut bytes) = (None::<String>, 0_u64);
+        let mut seen = HashSet::new();
+        loop {
+            let page = client.list(Listing { prefix: &below, ..Listing::default() }, next.as_deref()).await?;
+            let mut new = Vec::new();
+            for (key, _) in &page.objects {
+                let Some((repo, digest)) = key.strip_prefix(&base).and_then(link) else { continue };
+                // A longer prefix may have taken the repository.
+                if limits.of(&repo).is_some_and(|(of, _)| of == prefix) && seen.insert(digest.clone()) {
+                    new.push(digest);
+                }
+            }
+            let looks = new.into_iter().map(|digest| async move {
+                let head = found(client.head(&keys.blob(&digest)).await)?;
+                Ok::<_, s3::Error>(head.map_or(0, |head| head.bytes))
+            });
+            let looks = stream::iter(looks).buffer_unordered(LOOKS_MAX);
+            bytes = looks.try_fold(bytes, async |sum, more| Ok(sum.saturating_add(more))).await?;
+            match page.next {
+                Some(token) => next = Some(token),
+                None => return Ok(bytes),
+            }
+        }
+    }
+
+    /// Seconds since 1970 by the server's clock.
+    async fn now(&self) -> Result<u64> {
+        let now = self.0.client.server_now().await?.earliest;
+        Ok(now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs())
+    }
+}
+
+impl Known {
+    fn tell(&self, ledger: &Ledger) {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Some(ledger.used());
+    }
+}
+
+impl Room {
+    /// Makes room for an upload of so many bytes.
+    ///
+    /// # Errors
+    /// When the quota does not leave so many, by a count that is new; [`Error::exceeded`] tells.
+    pub(super) async fn reach(&mut self, bytes: u64) -> Result<()> {
+        let Some((quotas, known, prefix)) = self.of.as_ref().filter(|_| bytes > self.granted) else {
+            return Ok(());
+        };
+        let (id, limit, began) = (self.id.to_string(), known.limit, quotas.now().await?);
+        let generous = match self.granted {
+            // Most uploads tell their length with the first word.
+            0 => bytes,
+            granted => bytes.max(granted.saturating_add(GRANT_BYTES)),
+        };
+        for is_counted in [false, true] {
+            let held = quotas.change(prefix, known, |ledger, now| {
+                let more = ledger.hold(&id, generous, limit, now).map(|()| generous);
+                more.or_else(|_| ledger.hold(&id, bytes, limit, now).map(|()| bytes))
+                    .map_err(|refused| (refused, ledger.counted))
+            });
+            let (refused, counted) = match held.await? {
+                Ok(granted) => {
+                    self.granted = granted;
+                    return Ok(());
+                }
+                Err(refused) => refused,
+            };
+            let is_new = counted.is_some_and(|at| at.saturating_add(COUNT_AGE_MIN.as_secs()) >= began);
+            if is_counted || is_new {
+                let Refused { used, more } = refused;
+                let exceeded = Exceeded { prefix: prefix.clone(), limit, used, more };
+                return Err(Error::of(store::Kind::Exceeded, "a quota is used up", exceeded));
+            }
+            quotas.count(prefix, known).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives the bytes to the prefix: the link is placed. `bytes` are those that the repository did not have before.
+    pub(super) async fn placed(&mut self, bytes: u64) {
+        self.end(Some(bytes)).await;
+    }
+
+    /// Gives back what is held.
+    pub(super) async fn release(&mut self) {
+        self.end(None).await;
+    }
+
+    /// Has what is held stay, for the next request of the upload.
+    pub(super) fn keep(&mut self) {
+        self.granted = 0;
+    }
+
+    async fn end(&mut self, placed: Option<u64>) {
+        let granted = std::mem::take(&mut self.granted);
+        let Some((quotas, known, prefix)) = self.of.as_ref().filter(|_| granted > 0 || placed > Some(0))
+        else {
+            return;
+        };
+        quotas.end(prefix, known, self.id, placed).await;
+    }
+}
+
+impl Quotas {
+    /// Should that fail, the bytes are held until their time is over, or the prefix is counted.
+    async fn end(&self, prefix: &str, known: &Known, id: Uuid, placed: Option<u64>) {
+        let id = id.to_string();
+        let ended = self.change(prefix, known, |ledger, _| {
+            match placed {
+                Some(bytes) => ledger.placed(&id, bytes),
+                None => drop(ledger.held.remove(&id)),
+            }
+            Ok::<_, Never>(())
+        });
+        if let Err(error) = ended.await {
+            tracing::warn!(prefix, %error, "bytes of a quota stay taken until they are counted again");
+        }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let Some((quotas, known, prefix)) = self.of.take().filter(|_| self.granted > 0) else { return };
+        let (runtime, id) = (quotas.0.runtime.clone(), self.id);
+        runtime.spawn(async move { quotas.end(&prefix, &known, id, None).await });
+    }
+}
+
+/// What cannot be.
+type Never = std::convert::Infallible;
+
+async fn read(client: &Client, key: &str) -> Result<Option<(Ledger, String)>> {
+    let Some(object) = found(client.get(key, LEDGER_BYTES_MAX).await)? else { return Ok(None) };
+    let ledger = serde_json::from_slice(&object.content).map_err(|error| {
+        let why = format!("{key} is no ledger of a quota; remove it, and it is counted anew");
+        Error::of(store::Kind::Other, why, error)
+    })?;
+    Ok(Some((ledger, object.etag)))
+}
+
+/// Reads the repository and the digest of a link from its key.
+fn link(key: &str) -> Option<(RepoName, Digest)> {
+    let rest = key.strip_suffix("/link")?;
+    let (rest, hex) = rest.rsplit_once('/')?;
+    let (rest, algorithm) = rest.rsplit_once('/')?;
+    let repo = rest.strip_suffix("/_layers").or_else(|| rest.strip_suffix("/_manifests/revisions"))?;
+    Some((RepoName::parse(repo)?, format!("{algorithm}:{hex}").parse().ok()?))
+}
+
+/// Waits by chance, so that those who met do not meet again.
+async fn pause() {
+    let [byte, ..] = Uuid::new_v4().into_bytes();
+    tokio::time::sleep(Duration::from_millis(u64::from(byte) * CHANGE_PAUSE_MS_MAX / 255)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const LIMIT: u64 = 1000;
+
+    fn counted() -> Ledger {
+        Ledger { counted: Some(0), ..Ledger::default() }
+    }
+
+    #[test]
+    fn bytes_are_held_once_and_only_as_far_as_the_limit_goes() {
+        let (mut ledger, [a, b]) = (counted(), ["a", "b"]);
+        ledger.hold(a, 600, LIMIT, 0).unwrap();
+        ledger.hold(a, 600, LIMIT, 0).unwrap();
+        assert!(matches!(ledger.hold(b, 401, LIMIT, 0), Err(Refused { used: 600, more: 401 })));
+        ledger.hold(b, 400, LIMIT, 0).unwrap();
+        ledger.placed(a, 600);
+        assert_eq!((ledger.bytes, ledger.used()), (600, 1000));
+        assert!(Ledger::default().hold(a, 1, LIMIT, 0).is_err(), "nothing is granted before it is counted");
+    }
+
+    #[test]
+    fn the_bytes_of_a_killed_replica_are_free_when_their_time_is_over() {
+        let mut ledger = counted();
+        ledger.hold("a", 10, LIMIT, 100).unwrap();
+        let count = |began: u64| Count { id: began.to_string(), began, since: 0 };
+        for (began, held) in [(100, 10), (100 + HELD_TIME.as_secs(), 10), (101 + HELD_TIME.as_secs(), 0)] {
+            ledger.count = Some(count(began));
+            assert!(ledger.counted(&count(began), 0, began));
+            assert_eq!(ledger.used(), held);
+        }
+        ledger.count = Some(count(7));
+        assert!(!ledger.counted(&count(8), 0, 9), "another replica counts");
+        assert_eq!(ledger.count, Some(count(7)));
+    }
+
+    #[test]
+    fn links_are_told_by_their_keys() {
+        let hex = "ab".repeat(32);
+        for (key, is_link) in [
+            (format!("a/b/_layers/sha256/{hex}/link"), true),
+            (format!("a/b/_manifests/revisions/sha256/{hex}/link"), true),
+            (format!("a/b/_manifests/tags/v1/index/sha256/{hex}/link"), false),
+            ("a/b/_manifests/tags/v1/current/link".to_owned(), false),
+            (format!("a/b/_layers/sha256/{}/link", &hex[1..]), false),
+        ] {
+            assert_eq!(
+                link(&key).map(|(repo, _)| repo.to_string()),
+                is_link.then(|| "a/b".to_owned()),
+                "{key}"
+            );
+        }
+    }
+
+    /// What happens to a prefix with links of one byte each.
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Hold(u8),
+        Link(u8),
+        Place(u8),
+        Begin,
+        /// The listing comes to this link, and sees it if it is there.
+        See(u8),
+        End,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let uploads = 0..6_u8;
+        let step = prop_oneof![
+            uploads.clone().prop_map(Step::Hold),
+            uploads.clone().prop_map(Step::Link),
+            uploads.clone().prop_map(Step::Place),
+            Just(Step::Begin),
+            uploads.prop_map(Step::See),
+            Just(Step::End),
+        ];
+        prop::collection::vec(step, 1..80)
+    }
+
+    proptest! {
+        /// In whatever order uploads and a count take their steps.
+        #[test]
+        fn a_ledger_never_says_less_than_there_is(steps in steps()) {
+            let (mut ledger, mut held, mut linked, mut placed) = (counted(), [false; 6], [false; 6], [false; 6]);
+            let mut going: Option<(Count, [Option<bool>; 6])> = None;
+            for (n, step) in steps.into_iter().enumerate() {
+                let id = |n: u8| n.to_string();
+                match step {
+                    Step::Hold(n) if !held[usize::from(n)] => {
+                        ledger.hold(&id(n), 1, LIMIT, 0).unwrap();
+                        held[usize::from(n)] = true;
+                    }
+                    Step::Link(n) if held[usize::from(n)] => linked[usize::from(n)] = true,
+                    Step::Place(n) if linked[usize::from(n)] && !placed[usize::from(n)] => {
+                        ledger.placed(&id(n), 1);
+                        placed[usize::from(n)] = true;
+                    }
+                    Step::Begin => {
+                        let count = Count { id: n.to_string(), began: 0, since: 0 };
+                        ledger.count = Some(count.clone());
+                        going = Some((count, [None; 6]));
+                    }
+                    Step::See(n) => {
+                        if let Some((_, seen)) = &mut going {
+                            seen[usize::from(n)].get_or_insert(linked[usize::from(n)]);
+                        }
+                    }
+                    Step::End => {
+                        if let Some((count, seen)) = going.take() {
+                            let found = (0..6).filter(|n| seen[*n].unwrap_or(linked[*n])).count() as u64;
+                            ledger.counted(&count, found, 0);
+                        }
+                    }
+                    _ => {}
+                }
+                let there = linked.iter().filter(|linked| **linked).count() as u64;
+                prop_assert!(ledger.used() >= there, "{ledger:?} where {there} are there");
+            }
+        }
+    }
+}
