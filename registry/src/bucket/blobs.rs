@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
 use tokio::task::JoinHandle;
+use uuid::Uuid;
 
 use super::links::Link;
 use super::view::View;
@@ -100,22 +101,41 @@ impl Bucket {
     /// Gives `to` a blob that `from` has; returns its length, `None` if `from` lacks it, or one of the two is about to lose it.
     ///
     /// What lies under another digest than it is called by is not given: it is uploaded then.
+    ///
+    /// # Errors
+    /// Also when the quota of `to` leaves no room.
     pub(super) async fn mount_blob(
         &self,
         from: &RepoName,
         to: &RepoName,
         digest: &Digest,
     ) -> Result<Option<u64>> {
+        let link = self.keys.layer_link(to, digest);
+        let mut room = self.quotas.room(to, Uuid::new_v4(), 0);
+        let mut is_new = false;
+        if room.is_bounded() {
+            let data = self.keys.blob(digest);
+            let (had, data) = tokio::join!(self.client.head(&link), self.client.head(&data));
+            let Some(data) = found(data)? else { return Ok(None) };
+            is_new = found(had)?.is_none();
+            if is_new {
+                room.reach(data.bytes).await?;
+            }
+        }
         let mounted = self.place(std::slice::from_ref(digest), async |view| {
             if view.is_condemned(from, digest) || view.is_condemned(to, digest) {
                 return Ok(None);
             }
             let found = self.look_for(from, digest).await?;
             let Some(found) = found.filter(|found| found.link.target == *digest) else { return Ok(None) };
-            self.place_link(&self.keys.layer_link(to, digest), digest, view.validity()).await?;
+            self.place_link(&link, digest, view.validity()).await?;
             Ok(Some(found.bytes))
         });
-        Ok(mounted.await?)
+        let mounted = mounted.await?;
+        if let Some(bytes) = mounted {
+            room.placed(if is_new { bytes } else { 0 }).await;
+        }
+        Ok(mounted)
     }
 
     /// Takes a blob from a repository; its bytes stay until they are collected. Returns whether it was there.

@@ -12,6 +12,7 @@
 //! little, and nobody is refused by one that says too much.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -102,13 +103,16 @@ struct Count {
     since: u64,
 }
 
-/// The bytes of one upload. What is held when it is dropped is given back, unless it was told to stay.
-#[derive(Debug)]
+/// What one upload has been granted; what it does not keep is given back when it is dropped.
+#[derive(Debug, Default)]
 pub(super) struct Room {
     /// `None` where there is no quota.
     of: Option<(Quotas, Arc<Known>, String)>,
     id: Uuid,
     granted: u64,
+    kept: AtomicU64,
+    /// An upload of no more bytes needs no room: it is to be a blob of this length that the repository has.
+    known: u64,
 }
 
 impl Ledger {
@@ -182,7 +186,7 @@ impl Quotas {
             let known = Arc::clone(known.entry(prefix.to_owned()).or_insert_with(new));
             (self.clone(), known, prefix.to_owned())
         });
-        Room { of, id, granted: had }
+        Room { of, id, granted: had, kept: AtomicU64::new(had), known: 0 }
     }
 
     /// Tells what is known of each prefix, without asking.
@@ -335,7 +339,8 @@ impl Room {
     /// # Errors
     /// When the quota does not leave so many, by a count that is new; [`Error::exceeded`] tells.
     pub(super) async fn reach(&mut self, bytes: u64) -> Result<()> {
-        let Some((quotas, known, prefix)) = self.of.as_ref().filter(|_| bytes > self.granted) else {
+        let Some((quotas, known, prefix)) = self.of.as_ref().filter(|_| bytes > self.granted.max(self.known))
+        else {
             return Ok(());
         };
         let (id, limit, began) = (self.id.to_string(), known.limit, quotas.now().await?);
@@ -368,39 +373,52 @@ impl Room {
         Ok(())
     }
 
+    /// Whether there is a quota.
+    pub(super) fn is_bounded(&self) -> bool {
+        self.of.is_some()
+    }
+
+    /// Has an upload of up to so many bytes need no room.
+    pub(super) fn know(&mut self, bytes: u64) {
+        self.known = bytes;
+    }
+
+    /// Tells what of the upload stays in the bucket when the request ends.
+    pub(super) fn keep(&self, bytes: u64) {
+        self.kept.store(bytes, Ordering::Relaxed);
+    }
+
     /// Gives the bytes to the prefix: the link is placed. `bytes` are those that the repository did not have before.
-    pub(super) async fn placed(&mut self, bytes: u64) {
-        self.end(Some(bytes)).await;
+    pub(super) async fn placed(mut self, bytes: u64) {
+        let granted = self.granted;
+        if let Some((quotas, known, prefix)) = self.of.take().filter(|_| granted > 0 || bytes > 0) {
+            quotas.end(&prefix, &known, self.id, End::Placed(bytes)).await;
+        }
     }
+}
 
-    /// Gives back what is held.
-    pub(super) async fn release(&mut self) {
-        self.end(None).await;
-    }
-
-    /// Has what is held stay, for the next request of the upload.
-    pub(super) fn keep(&mut self) {
-        self.granted = 0;
-    }
-
-    async fn end(&mut self, placed: Option<u64>) {
-        let granted = std::mem::take(&mut self.granted);
-        let Some((quotas, known, prefix)) = self.of.as_ref().filter(|_| granted > 0 || placed > Some(0))
-        else {
-            return;
-        };
-        quotas.end(prefix, known, self.id, placed).await;
-    }
+/// What becomes of the bytes that are held for an upload.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// So many are the prefix's.
+    Placed(u64),
+    /// So many are still held.
+    Kept(u64),
 }
 
 impl Quotas {
     /// Should that fail, the bytes are held until their time is over, or the prefix is counted.
-    async fn end(&self, prefix: &str, known: &Known, id: Uuid, placed: Option<u64>) {
+    async fn end(&self, prefix: &str, known: &Known, id: Uuid, end: End) {
         let id = id.to_string();
         let ended = self.change(prefix, known, |ledger, _| {
-            match placed {
-                Some(bytes) => ledger.placed(&id, bytes),
-                None => drop(ledger.held.remove(&id)),
+            match end {
+                End::Placed(bytes) => ledger.placed(&id, bytes),
+                End::Kept(0) => drop(ledger.held.remove(&id)),
+                End::Kept(bytes) => {
+                    if let Some(held) = ledger.held.get_mut(&id) {
+                        held.bytes = bytes;
+                    }
+                }
             }
             Ok::<_, Never>(())
         });
@@ -412,9 +430,10 @@ impl Quotas {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        let Some((quotas, known, prefix)) = self.of.take().filter(|_| self.granted > 0) else { return };
+        let kept = *self.kept.get_mut();
+        let Some((quotas, known, prefix)) = self.of.take().filter(|_| self.granted != kept) else { return };
         let (runtime, id) = (quotas.0.runtime.clone(), self.id);
-        runtime.spawn(async move { quotas.end(&prefix, &known, id, None).await });
+        runtime.spawn(async move { quotas.end(&prefix, &known, id, End::Kept(kept)).await });
     }
 }
 

@@ -1,9 +1,11 @@
 //! Turns a session into a blob.
 
 use std::cell::Cell;
+use std::mem;
 
 use bytes::Bytes;
 
+use super::super::quota::Room;
 use super::super::{Bucket, found};
 use super::state::Multipart;
 use super::{CONTENT_TYPE, DATA, Upload};
@@ -37,7 +39,7 @@ impl Upload {
 
     /// Puts a blob that is in memory.
     async fn commit_rest(
-        self,
+        mut self,
         expected: &Digest,
         hash: impl FnOnce(Algorithm, &[u8]) -> Digest,
     ) -> Result<(), UploadError> {
@@ -45,7 +47,8 @@ impl Upload {
         let actual = hash(expected.algorithm(), &content);
         self.check(actual, expected).await?;
         let length = content.len() as u64;
-        self.place(&Source::new(&self, Content::Memory(content), expected, length)).await
+        let room = mem::take(&mut self.room);
+        self.place(&Source::new(&self, Content::Memory(content), expected, length), room).await
     }
 
     /// Has the parts put together, and the last one with them.
@@ -79,6 +82,7 @@ impl Upload {
             }
         }
         let length = self.progress.whole_bytes();
+        let room = mem::take(&mut self.room);
         let content = if is_there { Content::Parts(upload) } else { Content::Beside(upload) };
         let source = Source::new(&self, content, expected, length);
         if !is_hashed {
@@ -87,7 +91,7 @@ impl Upload {
             }
             self.check(source.read_again().await?, expected).await?;
         }
-        self.place(&source).await
+        self.place(&source, room).await
     }
 
     /// Ends the session if its content is another.
@@ -100,10 +104,14 @@ impl Upload {
     }
 
     /// Places the blob and the repository's link to it, and removes the session.
-    async fn place(&self, source: &Source<'_>) -> Result<(), UploadError> {
-        let Source { bucket, expected, .. } = source;
+    async fn place(&self, source: &Source<'_>, mut room: Room) -> Result<(), UploadError> {
+        let Source { bucket, expected, length, .. } = source;
         let repo = &self.home.repo;
         let link = bucket.keys.layer_link(repo, expected);
+        let is_new = room.is_bounded() && found(bucket.client.head(&link).await)?.is_none();
+        if is_new {
+            room.reach(*length).await?;
+        }
         // With nothing beside it, the state is removed while the link is placed. What has parts stays until they are a blob.
         let is_removed = Cell::new(self.stored.is_none());
         let remove = async || {
@@ -130,7 +138,7 @@ impl Upload {
             });
             match placed.await? {
                 Placed::Done => {
-                    remove().await;
+                    tokio::join!(remove(), room.placed(if is_new { *length } else { 0 }));
                     return Ok(());
                 }
                 Placed::Lost => return Err(self.lost(expected).await),

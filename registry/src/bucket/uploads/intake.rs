@@ -155,6 +155,7 @@ impl Receiving {
 
     async fn take(&mut self, bytes: Bytes) -> Result<(), UploadError> {
         self.offset = self.offset.saturating_add(bytes.len() as u64);
+        self.upload.room.reach(self.offset).await?;
         self.hashing.push(bytes.clone()).await?;
         self.fill(&bytes).await
     }
@@ -222,6 +223,7 @@ impl Upload {
             tracing::warn!(repo = %home.repo, id = %home.id, %error, "a tail that was replaced was not removed");
         }
         self.stored = Some(stored?);
+        self.room.keep(progress.offset);
         (self.progress, self.rest) = (progress, Some(rest));
         Ok(self)
     }

@@ -31,6 +31,7 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use super::keys::Keys;
+use super::quota::Room;
 use super::{Bucket, found};
 use crate::digest::{Algorithm, Digest};
 use crate::lock;
@@ -99,6 +100,7 @@ pub(super) struct Upload {
     is_large: bool,
     /// What came behind the last whole part, once it is in memory.
     rest: Option<Bytes>,
+    room: Room,
     _lease: Option<Lease>,
 }
 
@@ -116,6 +118,7 @@ impl Bucket {
         let id = Uuid::new_v4();
         Upload {
             _lease: bucket.uploads.lease(id),
+            room: bucket.quotas.room(repo, id, 0),
             home: Home::new(&bucket, repo, id),
             bucket,
             progress: Progress::new(algorithm),
@@ -136,6 +139,7 @@ impl Bucket {
         let Some((progress, etag)) = home.state().await? else { return Ok(None) };
         let is_large = progress.multipart.is_some() || matches!(progress.tail, Some(Tail::Object(_)));
         let upload = Upload {
+            room: self.quotas.room(repo, id, progress.offset),
             bucket: Arc::clone(self),
             home,
             progress,
@@ -187,12 +191,12 @@ impl Session for Upload {
     }
 
     fn admits_quickly(&self) -> bool {
-        true
+        !self.room.is_bounded()
     }
 
-    // A bucket has no quotas yet: this is where they are to be asked.
-    fn admit(&mut self, _length: Option<u64>, _digest: Option<&Digest>) -> Result<()> {
-        Ok(())
+    fn admit(&mut self, length: Option<u64>, digest: Option<&Digest>) -> Result<()> {
+        let bucket = Arc::clone(&self.bucket);
+        bucket.wait(self.make_room(length.unwrap_or(0), digest))
     }
 
     fn receive(
@@ -221,8 +225,23 @@ impl Session for Upload {
 }
 
 impl Upload {
+    /// Makes room for so many more bytes; what the repository has under this digest needs none.
+    async fn make_room(&mut self, more: u64, digest: Option<&Digest>) -> Result<()> {
+        if !self.room.is_bounded() {
+            return Ok(());
+        }
+        let bytes = self.progress.offset.saturating_add(more);
+        if let Some(digest) = digest
+            && self.bucket.claim_blob(&self.home.repo, digest).await? == Some(bytes)
+        {
+            self.room.know(bytes);
+        }
+        self.room.reach(bytes).await
+    }
+
     /// Removes all there is of it.
     async fn remove(&self) -> Result<()> {
+        self.room.keep(0);
         match self.stored {
             None => Ok(()),
             Some(_) => self.home.remove(self.progress.multipart.as_ref(), self.is_large).await,

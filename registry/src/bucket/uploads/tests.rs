@@ -45,10 +45,7 @@ impl Fixture {
     }
 
     /// A replica whose requests go by way of a proxy, and are sent thrice at most.
-    async fn through(
-        &self,
-        decide: impl FnMut(&Asked) -> Fault + Send + 'static,
-    ) -> (Arc<Bucket>, S3Proxy) {
+    async fn through(&self, decide: impl FnMut(&Asked) -> Fault + Send + 'static) -> (Arc<Bucket>, S3Proxy) {
         let proxy = S3Proxy::start(self.server.address(), decide).unwrap();
         let settings = Settings {
             endpoint: Some(proxy.endpoint()),
@@ -471,8 +468,12 @@ fn request() -> impl Strategy<Value = Request> {
         1 => Just(Some(Ending::Committed)),
         1 => Just(None),
     ];
-    (bytes, ending, any::<bool>(), 0_usize..2)
-        .prop_map(|(bytes, ending, knows, replica)| Request { bytes, ending, knows, replica })
+    (bytes, ending, any::<bool>(), 0_usize..2).prop_map(|(bytes, ending, knows, replica)| Request {
+        bytes,
+        ending,
+        knows,
+        replica,
+    })
 }
 
 #[test]
