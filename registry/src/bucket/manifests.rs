@@ -1,6 +1,7 @@
 //! Manifests: found, and accepted with the tags that name them.
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
+use uuid::Uuid;
 
 use super::tags::Immutable;
 use super::view::View;
@@ -108,9 +109,16 @@ impl Bucket {
         let push = Push { repo, manifest, checked, tags, rules };
         let mut digests = [checked.blobs.as_slice(), &checked.manifests].concat();
         digests.push(manifest.digest.clone());
+        let length = manifest.bytes.len() as u64;
+        let mut room = self.quotas.room(repo, Uuid::new_v4(), 0);
+        let is_new = room.is_bounded() && !self.has_revision(repo, &manifest.digest).await?;
+        if is_new {
+            room.reach(length).await?;
+        }
         for _ in 0..WAITS_MAX {
             match self.place(&digests, async |view| self.place_manifest(&push, view).await).await? {
                 Placed::Done(missing) => {
+                    room.placed(if is_new { length } else { 0 }).await;
                     self.manifests.put(manifest.clone());
                     return Ok(missing);
                 }

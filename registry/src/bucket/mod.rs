@@ -26,9 +26,9 @@ mod lists;
 mod manifests;
 mod order;
 mod parts;
+mod quota;
 mod referrers;
 mod remove;
-mod quota;
 mod store;
 mod tags;
 #[cfg(test)]
@@ -43,9 +43,8 @@ use tokio::runtime::Handle;
 
 use crate::s3::{self, Client, Settings};
 use crate::storage::manifests::Cache;
-use crate::store::{ChangeError, Error, Kind, Result};
 use crate::storage::quota::Quota;
-use crate::store::{Error, Kind, Result};
+use crate::store::{ChangeError, Error, Kind, Result};
 use keys::Keys;
 use quota::Quotas;
 use view::Views;

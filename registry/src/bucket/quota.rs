@@ -44,8 +44,11 @@ const CHANGES_MAX: u32 = 60;
 const CHANGE_PAUSE_MS_MAX: u64 = 50;
 /// A count this young is not made again for one who would be refused.
 const COUNT_AGE_MIN: Duration = Duration::from_secs(20);
-/// How often a count begins again that another replica took over.
-const COUNTS_MAX: u32 = 5;
+/// A count that takes longer is taken to be that of a replica which is gone.
+const COUNT_TIME_MAX: Duration = Duration::from_secs(120);
+/// How often one looks whether another replica has counted, and the pause between two looks.
+const COUNT_LOOKS_MAX: u32 = 600;
+const COUNT_LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// Blobs whose length is asked for at a time.
 const LOOKS_MAX: usize = 32;
 /// Prefixes whose ledger is remembered; when there are more all are read again.
@@ -70,6 +73,8 @@ struct Known {
     limit: u64,
     /// As it was last read or written, with its ETag; `None` if that is to be read again.
     last: tokio::sync::Mutex<Option<(Ledger, String)>>,
+    /// Held by the one who counts.
+    counting: tokio::sync::Mutex<()>,
     /// Bytes, for those who watch; `None` before the first look.
     used: Mutex<Option<u64>>,
 }
@@ -80,7 +85,7 @@ struct Known {
 struct Ledger {
     /// Bytes of its blobs and manifests.
     bytes: u64,
-    /// When they were last counted.
+    /// When the last count of them began.
     counted: Option<u64>,
     /// By the upload's id.
     held: BTreeMap<String, Held>,
@@ -146,7 +151,8 @@ impl Ledger {
         }
     }
 
-    fn counted(&mut self, count: &Count, found: u64, now: u64) -> bool {
+    /// Ends a count; `false` if another replica took it over.
+    fn counted(&mut self, count: &Count, found: u64) -> bool {
         let since = match self.count.take() {
             Some(going) if going.id == count.id => going.since,
             other => {
@@ -155,11 +161,18 @@ impl Ledger {
             }
         };
         self.bytes = found.saturating_add(since);
-        self.counted = Some(now);
+        self.counted = Some(count.began);
         // A link of theirs would have been placed before this count began.
         self.held.retain(|_, held| held.until >= count.began);
         true
     }
+}
+
+/// Who counts.
+enum Counting {
+    Done,
+    Elsewhere,
+    Here(Count),
 }
 
 /// The limit leaves no room, by what the ledger says.
@@ -182,7 +195,14 @@ impl Quotas {
             if known.len() >= PREFIXES_MAX {
                 known.retain(|_, known| Arc::strong_count(known) > 1);
             }
-            let new = || Arc::new(Known { limit, last: Default::default(), used: Mutex::default() });
+            let new = || {
+                Arc::new(Known {
+                    limit,
+                    last: Default::default(),
+                    counting: Default::default(),
+                    used: Mutex::default(),
+                })
+            };
             let known = Arc::clone(known.entry(prefix.to_owned()).or_insert_with(new));
             (self.clone(), known, prefix.to_owned())
         });
@@ -212,7 +232,8 @@ impl Quotas {
                 let Some(repo) = RepoName::parse(&format!("{of}x")) else { continue };
                 let room = self.room(&repo, Uuid::nil(), 0);
                 if let Some((_, known, prefix)) = room.of.as_ref().filter(|(_, _, prefix)| prefix == of) {
-                    self.count(prefix, known).await?;
+                    // One that began in this second may have begun too early.
+                    self.count(prefix, known, self.now().await?.saturating_add(1)).await?;
                 }
             }
             match page.next {
@@ -269,25 +290,36 @@ impl Quotas {
         Err(Error::of(store::Kind::Unavailable, "cannot keep a quota", why))
     }
 
-    /// Counts a prefix again.
-    async fn count(&self, prefix: &str, known: &Known) -> Result<()> {
-        for _ in 0..COUNTS_MAX {
+    /// Counts a prefix, unless that was done since a time; one replica does, and the others wait for it.
+    async fn count(&self, prefix: &str, known: &Known, since: u64) -> Result<()> {
+        let _one = known.counting.lock().await;
+        for _ in 0..COUNT_LOOKS_MAX {
             let begun = self.change(prefix, known, |ledger, now| {
-                let count = Count { id: Uuid::new_v4().to_string(), began: now, since: 0 };
-                ledger.count = Some(count.clone());
-                Ok::<_, Never>(count)
+                let is_done = ledger.counted.is_some_and(|counted| counted >= since);
+                let is_going = |count: &Count| count.began.saturating_add(COUNT_TIME_MAX.as_secs()) > now;
+                Ok::<_, Never>(match &ledger.count {
+                    _ if is_done => Counting::Done,
+                    Some(count) if is_going(count) => Counting::Elsewhere,
+                    _ => {
+                        let count = Count { id: Uuid::new_v4().to_string(), began: now, since: 0 };
+                        Counting::Here(ledger.count.insert(count).clone())
+                    }
+                })
             });
-            let Ok(count) = begun.await?;
-            let found = self.look_through(prefix).await?;
-            let ended =
-                self.change(prefix, known, |ledger, now| Ok::<_, Never>(ledger.counted(&count, found, now)));
-            let Ok(is_ours) = ended.await?;
-            if is_ours {
-                return Ok(());
+            let Ok(begun) = begun.await?;
+            match begun {
+                Counting::Done => return Ok(()),
+                Counting::Elsewhere => tokio::time::sleep(COUNT_LOOK_PAUSE).await,
+                Counting::Here(count) => {
+                    let found = self.look_through(prefix).await?;
+                    let end = |ledger: &mut Ledger, _| Ok::<_, Never>(ledger.counted(&count, found));
+                    if let Ok(true) = self.change(prefix, known, end).await? {
+                        return Ok(());
+                    }
+                }
             }
-            pause().await;
         }
-        let why = format!("other replicas count {prefix} all the time");
+        let why = format!("another replica counts {prefix} all the time");
         Err(Error::of(store::Kind::Unavailable, "cannot keep a quota", why))
     }
 
@@ -362,13 +394,13 @@ impl Room {
                 }
                 Err(refused) => refused,
             };
-            let is_new = counted.is_some_and(|at| at.saturating_add(COUNT_AGE_MIN.as_secs()) >= began);
-            if is_counted || is_new {
+            let since = began.saturating_sub(COUNT_AGE_MIN.as_secs());
+            if is_counted || counted.is_some_and(|counted| counted >= since) {
                 let Refused { used, more } = refused;
                 let exceeded = Exceeded { prefix: prefix.clone(), limit, used, more };
                 return Err(Error::of(store::Kind::Exceeded, "a quota is used up", exceeded));
             }
-            quotas.count(prefix, known).await?;
+            quotas.count(prefix, known, since).await?;
         }
         Ok(())
     }
@@ -466,9 +498,14 @@ async fn pause() {
 
 #[cfg(test)]
 mod tests {
+    use dvcr_tests::{S3Server, temp_dir};
     use proptest::prelude::*;
 
+    use super::super::{Bucket, Options, Timing};
     use super::*;
+    use crate::digest::Algorithm;
+    use crate::s3::testing;
+    use crate::store::{Session, Store, UploadError};
 
     const LIMIT: u64 = 1000;
 
@@ -495,11 +532,11 @@ mod tests {
         let count = |began: u64| Count { id: began.to_string(), began, since: 0 };
         for (began, held) in [(100, 10), (100 + HELD_TIME.as_secs(), 10), (101 + HELD_TIME.as_secs(), 0)] {
             ledger.count = Some(count(began));
-            assert!(ledger.counted(&count(began), 0, began));
+            assert!(ledger.counted(&count(began), 0));
             assert_eq!(ledger.used(), held);
         }
         ledger.count = Some(count(7));
-        assert!(!ledger.counted(&count(8), 0, 9), "another replica counts");
+        assert!(!ledger.counted(&count(8), 0), "another replica counts");
         assert_eq!(ledger.count, Some(count(7)));
     }
 
@@ -519,6 +556,58 @@ mod tests {
                 "{key}"
             );
         }
+    }
+
+    #[test]
+    fn of_replicas_that_push_at_once_no_more_is_taken_than_the_quota_leaves() {
+        let (server, keys) = (S3Server::shared_minio(), temp_dir());
+        let mut settings = testing::settings(&server, &keys);
+        settings.bucket = server.new_bucket().unwrap();
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let open = || {
+            let options = Options { grace: Duration::from_secs(3600), timing: Timing::default() };
+            let quotas = vec!["q/=10000".parse().unwrap(), "q/free/=1M".parse().unwrap()];
+            runtime.block_on(Bucket::open_bounded(settings.clone(), options, quotas)).unwrap()
+        };
+        let replicas = [open(), open()];
+        let repo = |name: &str| RepoName::parse(name).unwrap();
+        let content = |n: usize| format!("{n:01000}");
+        let digest = |n: usize| Digest::of(Algorithm::Sha256, content(n).as_bytes());
+        let push = |replica: &Arc<Bucket>, name: &str, n: usize| -> Result<(), UploadError> {
+            let mut session = Store::start_upload(Arc::clone(replica), &repo(name), Algorithm::Sha256)?;
+            session.admit(Some(1000), Some(&digest(n)))?;
+            session.commit_small(content(n).as_bytes(), &digest(n))
+        };
+        let is_refused = |done: &Result<(), UploadError>| match done {
+            Err(UploadError::Store(error)) => error.exceeded().is_some(),
+            _ => false,
+        };
+        let done: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..24)
+                .map(|n| {
+                    let replica = &replicas[n % 2];
+                    scope.spawn(move || (n, push(replica, ["q/a", "q/b"][n / 2 % 2], n)))
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        let (taken, refused): (Vec<_>, Vec<_>) = done.iter().partition(|(_, done)| done.is_ok());
+        assert!(refused.iter().all(|(_, done)| is_refused(done)), "{refused:?}");
+        assert_eq!(taken.len(), 10);
+        let name = |n: usize| ["q/a", "q/b"][n / 2 % 2];
+        let (had, had_not) = (taken[0].0, refused[0].0);
+        push(&replicas[1], name(had), had).unwrap();
+        push(&replicas[0], "q/free/c", had_not).unwrap();
+        let used = |replica: &Bucket| replica.quotas.usage().into_iter().find(|usage| usage.prefix == "q/");
+        assert_eq!(used(&replicas[1]).unwrap().used, Some(10_000));
+        assert!(replicas[0].wait(replicas[0].delete_blob(&repo(name(had)), &digest(had))).unwrap());
+        replicas[0].wait(replicas[0].quotas.count_all()).unwrap();
+        assert!(is_refused(&push(&replicas[1], name(had), 99).and_then(|()| push(
+            &replicas[0],
+            name(had),
+            98
+        ))));
+        assert_eq!(used(&replicas[0]).unwrap().used, Some(10_000));
     }
 
     /// What happens to a prefix with links of one byte each.
@@ -577,7 +666,7 @@ mod tests {
                     Step::End => {
                         if let Some((count, seen)) = going.take() {
                             let found = (0..6).filter(|n| seen[*n].unwrap_or(linked[*n])).count() as u64;
-                            ledger.counted(&count, found, 0);
+                            ledger.counted(&count, found);
                         }
                     }
                     _ => {}

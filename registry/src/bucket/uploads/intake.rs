@@ -160,7 +160,7 @@ impl Receiving {
         self.fill(&bytes).await
     }
 
-    async fn finish(mut self, ending: Ending) -> Result<Upload, UploadError> {
+    pub(super) async fn finish(mut self, ending: Ending) -> Result<Upload, UploadError> {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
