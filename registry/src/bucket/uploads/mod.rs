@@ -195,6 +195,9 @@ impl Session for Upload {
     }
 
     fn admit(&mut self, length: Option<u64>, digest: Option<&Digest>) -> Result<()> {
+        if !self.room.is_bounded() {
+            return Ok(());
+        }
         let bucket = Arc::clone(&self.bucket);
         bucket.wait(self.make_room(length.unwrap_or(0), digest))
     }
@@ -227,9 +230,6 @@ impl Session for Upload {
 impl Upload {
     /// Makes room for so many more bytes; what the repository has under this digest needs none.
     async fn make_room(&mut self, more: u64, digest: Option<&Digest>) -> Result<()> {
-        if !self.room.is_bounded() {
-            return Ok(());
-        }
         let bytes = self.progress.offset.saturating_add(more);
         if let Some(digest) = digest
             && self.bucket.claim_blob(&self.home.repo, digest).await? == Some(bytes)
