@@ -75,8 +75,7 @@ impl Upload {
             match self.home.client.upload_part(&upload, part.number, rest).await {
                 Ok(part) => self.progress.parts.push(part),
                 Err(error) if error.is_not_found() => {
-                    let stored = self.stored.clone().unwrap_or_default();
-                    return Err(self.home.parts_are_gone(&stored, error).await);
+                    return Err(self.home.lacks(self.stored.as_deref(), error).await);
                 }
                 Err(error) => return Err(error.into()),
             }

@@ -160,11 +160,15 @@ impl Receiving {
         self.fill(&bytes).await
     }
 
+    /// Waits until all that came is taken in, and gives the session back.
     pub(super) async fn finish(mut self, ending: Ending) -> Result<Upload, UploadError> {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
         if ending == Ending::TakenBack {
+            if !self.under_way.is_empty() {
+                self.multipart.get().await?;
+            }
             self.under_way.shutdown().await;
             self.multipart.tell(&mut self.upload);
             return Ok(self.upload);
@@ -279,12 +283,24 @@ impl Begin {
         }
     }
 
-    async fn put(&self, number: u16, content: Bytes) -> Result<s3::Part, UploadError> {
-        let Begun { upload, stored } = self.begun.get_or_try_init(|| self.begin()).await?;
+    async fn put(self: &Arc<Self>, number: u16, content: Bytes) -> Result<s3::Part, UploadError> {
+        let Begun { upload, stored } = self.get().await?;
         match self.home.client.upload_part(upload, number, content).await {
-            Err(error) if error.is_not_found() => Err(self.home.parts_are_gone(stored, error).await),
+            Err(error) if error.is_not_found() => Err(self.home.lacks(Some(stored), error).await),
             done => Ok(done?),
         }
+    }
+
+    async fn get(self: &Arc<Self>) -> Result<&Begun, UploadError> {
+        let begin = async || {
+            // On its own, as it would be half done if the part that asks for it were given up.
+            let this = Arc::clone(self);
+            let begun = tokio::spawn(async move { this.begin().await }).await;
+            begun.map_err(|error| {
+                Error::of(Kind::Other, "the beginning of an upload did not end well", error)
+            })?
+        };
+        self.begun.get_or_try_init(begin).await
     }
 
     /// Begins it, and sees that it is found again before anything is in it.

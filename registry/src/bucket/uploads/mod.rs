@@ -257,7 +257,7 @@ impl Upload {
     }
 
     /// Reads what came behind the last whole part, unless it is in memory.
-    async fn load_rest(&mut self) -> Result<Bytes> {
+    async fn load_rest(&mut self) -> Result<Bytes, UploadError> {
         if let Some(rest) = &self.rest {
             return Ok(rest.clone());
         }
@@ -265,11 +265,16 @@ impl Upload {
         let rest = match &self.progress.tail {
             None => Bytes::new(),
             Some(Tail::Bytes(bytes)) => bytes.clone(),
-            Some(Tail::Object(name)) => self.home.client.get(&self.home.key(name), bytes).await?.content,
+            Some(Tail::Object(name)) => match self.home.client.get(&self.home.key(name), bytes).await {
+                Err(error) if error.is_not_found() => {
+                    return Err(self.home.lacks(self.stored.as_deref(), error).await);
+                }
+                object => object?.content,
+            },
         };
         if rest.len() as u64 != bytes {
             let why = format!("the tail has {} bytes in place of {bytes}", rest.len());
-            return Err(self.home.damaged(why));
+            return Err(self.home.damaged(why).into());
         }
         self.rest = Some(rest.clone());
         Ok(rest)
@@ -353,17 +358,18 @@ impl Home {
         Ok(client.delete(&state, None).await?)
     }
 
-    /// Tells what it means that a session's multipart upload is not there.
-    async fn parts_are_gone(&self, stored: &str, error: s3::Error) -> UploadError {
+    /// Tells what it means that something is not there which the state says is; `stored` is the ETag of the state.
+    async fn lacks(&self, stored: Option<&str>, error: s3::Error) -> UploadError {
         match found(self.client.head(&self.key(STATE)).await) {
             // Somebody who tidies the bucket up has removed it.
-            Ok(Some(head)) if head.etag == stored => {
+            Ok(Some(head)) if Some(head.etag.as_str()) == stored => {
                 if let Err(error) = self.remove(None, true).await {
-                    tracing::warn!(repo = %self.repo, id = %self.id, %error, "an upload without its parts was not removed");
+                    tracing::warn!(repo = %self.repo, id = %self.id, %error, "an upload that lacks parts was not removed");
                 }
-                let why = "the parts of an upload are gone; it has to begin anew";
+                let why = "what an upload had brought is gone; it has to begin anew";
                 UploadError::Store(Error::of(Kind::Unavailable, why, error))
             }
+            // Another replica is ahead.
             Ok(_) => UploadError::Busy,
             Err(error) => error.into(),
         }
