@@ -1,6 +1,6 @@
 //! Registries under test: our own, and the peers it is compared with.
 
-use crate::{Daemon, cmd, dvcr, temp_dir, tool};
+use crate::{Daemon, S3Server, cmd, dvcr, run, temp_dir, tool};
 use anyhow::{Context, Result, bail};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -34,6 +34,29 @@ impl Registry {
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
         let (daemon, address) = launch(root, "127.0.0.1:0", &args)?;
         Ok(Self { root: root.to_owned(), address, args, daemon })
+    }
+
+    /// Starts a replica that serves a directory of a bucket, with what is its own in `root`.
+    pub fn start_in_bucket(
+        root: &Path,
+        (server, bucket, directory): (&S3Server, &str, &str),
+        args: &[&str],
+    ) -> Result<Self> {
+        std::fs::create_dir_all(root).with_context(|| format!("cannot make {}", root.display()))?;
+        let file = |name: &str, text: &str| {
+            let path = root.join(name);
+            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            Ok::<_, anyhow::Error>(path)
+        };
+        let (access, secret) =
+            (file("access-key", S3Server::ACCESS_KEY)?, file("secret-key", S3Server::SECRET_KEY)?);
+        let config = serde_json::json!({"bucket": {
+            "bucket": bucket, "endpoint": server.endpoint(), "region": S3Server::REGION,
+            "root-directory": directory, "access-key-file": access, "secret-key-file": secret,
+        }});
+        let config = file("config.yml", &config.to_string())?;
+        let config = config.to_str().context("a path that is no UTF-8")?;
+        Self::start_with(root, &[&["--config", config], args].concat())
     }
 
     /// Starts it again, after [`Registry::kill9`] or [`Registry::terminate`], on the same port and data.
@@ -111,23 +134,38 @@ impl PeerRegistry {
 
     /// Starts Debian's docker-registry (distribution 2.8), which `make tools` unpacks.
     pub fn debian(root: &Path) -> Result<Self> {
-        Self::start(&tool("docker-registry")?, root, "")
+        Self::start(&tool("docker-registry")?, &in_directory(root)?, "")
     }
 
     /// Starts CNCF distribution v3, which `make tools` builds.
     pub fn distribution_v3(root: &Path) -> Result<Self> {
-        Self::start(&tool("registry")?, root, "")
+        Self::distribution_v3_with(root, "")
     }
 
     /// Starts CNCF distribution v3 with further sections of its configuration.
     pub fn distribution_v3_with(root: &Path, sections: &str) -> Result<Self> {
-        Self::start(&tool("registry")?, root, sections)
+        Self::start(&tool("registry")?, &in_directory(root)?, sections)
     }
 
-    fn start(program: &Path, root: &Path, sections: &str) -> Result<Self> {
+    /// Starts CNCF distribution v3 on a directory of a bucket.
+    pub fn distribution_v3_in_bucket(server: &S3Server, bucket: &str, root: &str) -> Result<Self> {
+        Self::start(&tool("registry")?, &in_bucket(server, bucket, root), "")
+    }
+
+    /// Has CNCF distribution v3 collect the garbage in a directory of a bucket, which nobody else may write meanwhile.
+    pub fn collect_in_bucket(server: &S3Server, bucket: &str, root: &str) -> Result<String> {
+        let config = temp_dir();
+        let file = config.path().join("config.yml");
+        let text = format!("version: 0.1\nstorage:\n{}", in_bucket(server, bucket, root));
+        std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
+        let mut command = cmd(tool("registry")?, ["garbage-collect"]);
+        run(command.arg(&file).env("OTEL_TRACES_EXPORTER", "none"))
+    }
+
+    fn start(program: &Path, storage: &str, sections: &str) -> Result<Self> {
         let mut attempt = 1;
         loop {
-            match Self::try_start(program, root, sections) {
+            match Self::try_start(program, storage, sections) {
                 Err(error) if attempt < PEER_START_ATTEMPTS_MAX => {
                     attempt += 1;
                     eprintln!("starting {} again: {error:#}", program.display());
@@ -137,16 +175,15 @@ impl PeerRegistry {
         }
     }
 
-    fn try_start(program: &Path, root: &Path, sections: &str) -> Result<Self> {
+    fn try_start(program: &Path, storage: &str, sections: &str) -> Result<Self> {
         let address = free_port()?;
         let config = temp_dir();
         let file = config.path().join("config.yml");
         // No health checks and no redirects: what is compared is storage and HTTP alone.
         let text = format!(
-            "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  delete:\n    enabled: true\n  \
-             filesystem:\n    rootdirectory: {root}\nhttp:\n  addr: {address}\n  secret: {secret}\n{sections}",
+            "version: 0.1\nlog:\n  level: warn\n  accesslog:\n    disabled: true\nstorage:\n  delete:\n    enabled: true\n\
+             {storage}http:\n  addr: {address}\n  secret: {secret}\n{sections}",
             secret = Self::SECRET,
-            root = serde_json::to_string(root)?,
         );
         std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))?;
         let mut command = Command::new(program);
@@ -184,6 +221,23 @@ impl PeerRegistry {
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.daemon.terminate()
     }
+}
+
+/// What distribution's file says of a directory that holds the data.
+fn in_directory(root: &Path) -> Result<String> {
+    Ok(format!("  filesystem:\n    rootdirectory: {}\n", serde_json::to_string(root)?))
+}
+
+/// What it says of a bucket.
+fn in_bucket(server: &S3Server, bucket: &str, root: &str) -> String {
+    format!(
+        "  redirect:\n    disable: true\n  s3:\n    regionendpoint: {}\n    forcepathstyle: true\n    region: {}\n    \
+         accesskey: {}\n    secretkey: {}\n    bucket: {bucket}\n    rootdirectory: {root}\n",
+        server.endpoint(),
+        S3Server::REGION,
+        S3Server::ACCESS_KEY,
+        S3Server::SECRET_KEY,
+    )
 }
 
 pub(crate) fn free_port() -> Result<SocketAddr> {

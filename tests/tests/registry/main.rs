@@ -1,5 +1,6 @@
 //! The registry as a program: conformance, a directory shared with other registries, kill -9, an orderly end.
 
+mod bucket;
 mod conformance;
 mod crash;
 mod events;

@@ -80,11 +80,11 @@ async fn take_over(start_peer: fn(&Path) -> Result<PeerRegistry>, program: &str)
 }
 
 /// What clients pushed below one prefix.
-struct Pushed {
+pub struct Pushed {
     /// The digests of all that is tagged, by `repository:tag`.
     tags: BTreeMap<String, String>,
     /// Manifests that are gone, with the blobs that only they had.
-    deleted: Vec<String>,
+    pub deleted: Vec<String>,
     /// The image that is deleted next, with its layer.
     next: (String, [String; 2]),
     /// A repository, and the image in it whose blobs were mounted.
@@ -92,7 +92,7 @@ struct Pushed {
 }
 
 impl Pushed {
-    async fn push(client: &Client, prefix: &str, dir: &Path, seed: u64) -> Result<Self> {
+    pub async fn push(client: &Client, prefix: &str, dir: &Path, seed: u64) -> Result<Self> {
         let crane = |args: &[&str]| run(&cmd(tool("crane")?, args));
         let name = prefix.split_once('/').context("a reference")?.1;
         let mut tags: BTreeMap<String, String> = BTreeMap::new();
@@ -159,14 +159,14 @@ impl Pushed {
         Ok(Self { tags, deleted: gone.1.into(), next: doomed("next").await?, mounted: (target, mounted) })
     }
 
-    async fn delete_one_more(&mut self, client: &Client) -> Result<()> {
+    pub async fn delete_one_more(&mut self, client: &Client) -> Result<()> {
         client.delete(&self.next.0).await?;
         self.deleted.extend(self.next.1.iter().cloned());
         Ok(())
     }
 
     /// Pulls everything with both clients, and sees that what is deleted cannot be pulled.
-    async fn check(&self, client: &Client, registry: &str, dir: &Path) -> Result<()> {
+    pub async fn check(&self, client: &Client, registry: &str, dir: &Path) -> Result<()> {
         for (named, digest) in &self.tags {
             let copies = tempfile_in(dir)?;
             let found = run(&cmd(tool("crane")?, ["digest", &format!("{registry}{named}")]))?;
