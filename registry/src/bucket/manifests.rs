@@ -117,6 +117,10 @@ impl Bucket {
         }
         for _ in 0..WAITS_MAX {
             match self.place(&digests, async |view| self.place_manifest(&push, view).await).await? {
+                // It was deleted meanwhile by one who had not seen the tag.
+                Placed::Done(_)
+                    if tags.iter().any(|tag| rules.is_immutable(repo, tag))
+                        && !self.has_revision(repo, &manifest.digest).await? => {}
                 Placed::Done(missing) => {
                     room.placed(if is_new { length } else { 0 }).await;
                     self.manifests.put(manifest.clone());

@@ -505,7 +505,7 @@ mod tests {
     use super::*;
     use crate::digest::Algorithm;
     use crate::s3::testing;
-    use crate::store::{Session, Store, UploadError};
+    use crate::store::{Store, UploadError};
 
     const LIMIT: u64 = 1000;
 

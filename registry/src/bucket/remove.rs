@@ -13,6 +13,7 @@ use super::Bucket;
 use super::manifests::Found;
 use super::referrers::{referrer_of, revision_of};
 use super::tags::TAGS_AT_ONCE_MAX;
+use super::view::View;
 use crate::digest::Digest;
 use crate::model;
 use crate::names::{Reference, RepoName, Tag};
@@ -29,7 +30,8 @@ impl Bucket {
     /// Removes a tag, a manifest with its tags, or everything of a repository; what they alone needed goes with the next collection.
     ///
     /// A tag that is put at the same time as its manifest is deleted names nothing afterwards, and reads as if it were not there.
-    /// That one of those that never change would go is looked for before anything is removed.
+    /// That one of those that never change would go is looked for before anything is removed, and once more afterwards: then the
+    /// manifest is put back, but not its other tags.
     pub(super) async fn remove(
         &self,
         repo: &RepoName,
@@ -63,6 +65,15 @@ impl Bucket {
         let tags: Vec<Tag> = removed.try_collect::<Vec<_>>().await.map_err(|error: s3::Error| error)?;
         let link = self.keys.revision_link(repo, digest);
         self.place(&[], async |view| self.client.delete(&link, Some(view.validity())).await).await?;
+        if rules.may_be_immutable(repo) {
+            // One may have been put since they were looked for; who puts it looks for the manifest afterwards.
+            let naming = self.tags_of(repo, digest).await?;
+            if let Some(tag) = naming.into_iter().find(|tag| rules.is_immutable(repo, tag)) {
+                let put = async |view: &View| self.place_link(&link, digest, view.validity()).await;
+                self.place(std::slice::from_ref(digest), put).await?;
+                return Err(ChangeError::Immutable { tag, names: digest.clone() });
+            }
+        }
         let subject = match manifest {
             Found::Whole(manifest) => model::subject_of(&manifest.bytes),
             Found::Damaged => None,
@@ -82,6 +93,10 @@ impl Bucket {
         let current = self.clear(&tags, |key| key.ends_with(CURRENT)).await?;
         self.clear(&tags, |key| !key.ends_with(CURRENT)).await?;
         let revisions = self.clear(&self.keys.revisions(repo), |_| true).await?;
+        // One that never changes and was put meanwhile must not stay alone.
+        if rules.may_be_immutable(repo) {
+            self.clear(&tags, |_| true).await?;
+        }
         let gone: HashSet<_> = revisions.iter().filter_map(|key| revision_of(key)).collect();
         let is_of_gone = |key: &str| referrer_of(key).is_some_and(|digest| gone.contains(&digest));
         self.clear(&self.keys.all_referrers(repo), is_of_gone).await?;

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, TestRunner};
 
-use crate::support::{Served, blob_path, link_dir, noise, sha256, sha512};
+use crate::support::{IN_BUCKET, Served, blob_path, link_dir, noise, sha256, sha512};
 
 #[tokio::test]
 async fn a_blob_is_read_back_by_the_digest_it_was_pushed_by() {
@@ -27,9 +27,11 @@ async fn a_blob_is_read_back_by_the_digest_it_was_pushed_by() {
                 assert_eq!(reply.header("accept-ranges"), "bytes");
                 assert_eq!(reply.header("etag"), format!("\"{digest}\""));
             }
-            assert!(std::fs::read(served.path(&blob_path(&digest))).unwrap() == bytes);
-            let link = format!("repositories/a/b/_layers/{}/link", link_dir(&digest));
-            assert_eq!(std::fs::read_to_string(served.path(&link)).unwrap(), digest);
+            if !IN_BUCKET {
+                assert!(std::fs::read(served.path(&blob_path(&digest))).unwrap() == bytes);
+                let link = format!("repositories/a/b/_layers/{}/link", link_dir(&digest));
+                assert_eq!(std::fs::read_to_string(served.path(&link)).unwrap(), digest);
+            }
             let etag = format!("\"{digest}\"");
             let known = served.send("GET", &path, &[("if-none-match", &etag)], "").await.expect(304);
             assert!(known.body.is_empty());

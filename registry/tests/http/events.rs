@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use crate::support::{OCI_MANIFEST, Raw, Served, eventually, files, image, noise, sha256};
+use crate::support::{OCI_MANIFEST, Place, Raw, Served, eventually, files, image, noise, sha256};
 
 const EVENTS_TYPE: &str = "application/vnd.docker.distribution.events.v2+json";
 
@@ -418,7 +418,7 @@ fn webhook(name: &str, url: &str) -> Webhook {
     }
 }
 
-async fn told(dir: TempDir, hooks: Vec<Webhook>) -> Served {
+async fn told(dir: impl Into<Place>, hooks: Vec<Webhook>) -> Served {
     Served::open_with(dir, |config| config.events.webhooks = hooks).await
 }
 
@@ -494,7 +494,7 @@ async fn events_wait_for_a_receiver_and_arrive_once_and_in_order_across_restarts
     drop(listener);
     let hook = Webhook { batch: 7, ..webhook("one", &url) };
     let mut pushed = Vec::new();
-    let mut dir = tempfile::tempdir().unwrap();
+    let mut dir = Place::from(tempfile::tempdir().unwrap());
     for round in 0..3 {
         let served = told(dir, vec![hook.clone()]).await;
         pushed.extend(push(&served, round * 20..(round + 1) * 20).await);

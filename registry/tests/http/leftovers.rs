@@ -3,16 +3,18 @@
 use std::fs;
 use std::path::Path;
 
-use dvcr_registry::{Config, Registry};
+use dvcr_registry::inventory::Inventory;
+use dvcr_registry::{Config, Registry, Rules};
 use serde_json::json;
-use tempfile::TempDir;
 
-use crate::support::{Served, blob_path, files, link_dir, noise, sha256, v2};
+use crate::support::{
+    OCI_MANIFEST, Place, Served, blob_path, files, image, link_dir, noise, referrer, sha256, v2,
+};
 
 const ID: &str = "11111111-2222-4333-8444-555555555555";
 
 /// A directory with an image in it, whose tag is `good`.
-async fn directory() -> (TempDir, String) {
+async fn directory() -> (Place, String) {
     let served = Served::new().await;
     let digest = served.push_image("a/b", "good", 1).await;
     (served.close().await, digest)
@@ -248,4 +250,77 @@ async fn a_directory_is_served_by_one_process_of_ours_at_a_time() {
     assert_eq!(files(served.dir()), before);
     let dir = served.close().await;
     Served::open(dir).await;
+}
+
+#[tokio::test]
+async fn gaps_that_the_rules_allow_are_no_damage() {
+    let rules = |patterns: &[&str]| {
+        let sparse_manifests = patterns.iter().map(|pattern| pattern.parse().unwrap()).collect();
+        Rules { sparse_manifests, ..Rules::default() }
+    };
+    let served =
+        Served::open_with(tempfile::tempdir().unwrap(), |config| config.rules = rules(&["mirror/**"])).await;
+    served.push_blob("mirror/a", b"{}").await;
+    let layer = noise(1000, 1);
+    served.push_manifest("mirror/a", "tag", &image(OCI_MANIFEST, b"{}", &[&layer])).await;
+    let check = |patterns| {
+        let inventory = Inventory::open(&served.dir().join("root")).unwrap();
+        let found = inventory.check(None, &rules(patterns)).unwrap();
+        (found.is_sound(), found.missing, found.gaps, found.damaged)
+    };
+    assert_eq!(check(&[]), (false, 1, 0, 0));
+    assert_eq!(check(&["other/**"]), (false, 1, 0, 0));
+    assert_eq!(check(&["mirror/**"]), (true, 0, 1, 0));
+    // What is there, and is not what it should be, is damage also there.
+    let blob = served.push_blob("mirror/a", &layer).await;
+    fs::write(served.path(&blob_path(&blob)), "short").unwrap();
+    assert_eq!(check(&["mirror/**"]), (false, 0, 0, 1));
+}
+
+#[tokio::test]
+async fn the_index_of_referrers_is_rebuilt_when_it_is_lost() {
+    let served = Served::new().await;
+    served.push_blob("a", b"{}").await;
+    let subject = image(OCI_MANIFEST, b"{}", &[]);
+    served.push_manifest("a", "sbom", &referrer(&subject, Some("application/sbom"), "sbom")).await;
+    let path = format!("/v2/a/referrers/{}", sha256(subject.to_string().as_bytes()));
+    let before = served.get(&path).await.expect(200).json();
+    assert_eq!(before["manifests"].as_array().unwrap().len(), 1);
+
+    let dir = served.close().await;
+    fs::remove_dir_all(dir.path().join("root/dvcr")).unwrap();
+    let served = Served::open(dir).await;
+    assert_eq!(served.get(&path).await.expect(200).json(), before);
+}
+
+#[tokio::test]
+async fn an_image_of_docker_schema_1_is_served_with_a_warning_and_not_taken() {
+    const SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+json";
+    let served = Served::new().await;
+    served.push_blob("a", b"{}").await;
+    // An image of old times, as a registry of old times laid it down.
+    let old = json!({
+        "schemaVersion": 1,
+        "name": "a",
+        "tag": "old",
+        "architecture": "amd64",
+        "fsLayers": [{"blobSum": sha256(b"{}")}],
+        "history": [{"v1Compatibility": "{}"}],
+    })
+    .to_string();
+    let digest = sha256(old.as_bytes());
+    let put = served.send("PUT", "/v2/a/manifests/old", &[("content-type", SCHEMA_1)], old.clone()).await;
+    put.expect_error(400, "MANIFEST_INVALID");
+    let revision = format!("repositories/a/_manifests/revisions/{}/link", digest.replacen(':', "/", 1));
+    let tag = "repositories/a/_manifests/tags/old/current/link".to_owned();
+    for (path, bytes) in [(blob_path(&digest), &old), (revision, &digest), (tag, &digest)] {
+        let path = served.path(&path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    for method in ["GET", "HEAD"] {
+        let got = served.ask(method, "/v2/a/manifests/old").await.expect(200);
+        assert_eq!(got.header("content-type"), SCHEMA_1);
+        assert!(got.header("warning").starts_with("299 - \"this image is of Docker schema 1"), "{method}");
+    }
 }

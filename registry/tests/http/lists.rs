@@ -1,8 +1,8 @@
 //! Lists: tags and repositories in pages, referrers with and without a filter.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::support::{OCI_INDEX, OCI_MANIFEST, Reply, Served, descriptor, image, index, sha256};
+use crate::support::{OCI_INDEX, OCI_MANIFEST, Reply, Served, descriptor, image, index, referrer, sha256};
 
 /// The path of the next page, by the `Link` header.
 fn next(reply: &Reply) -> Option<String> {
@@ -88,17 +88,6 @@ async fn repositories_are_listed_in_pages() {
         }
         assert_eq!(seen, repos, "n={n}");
     }
-}
-
-/// A manifest that refers to another.
-fn referrer(subject: &Value, artifact_type: Option<&str>, note: &str) -> Value {
-    let mut manifest = image(OCI_MANIFEST, b"{}", &[]);
-    manifest["subject"] = descriptor(OCI_MANIFEST, subject.to_string().as_bytes());
-    manifest["annotations"] = json!({"note": note});
-    if let Some(artifact_type) = artifact_type {
-        manifest["artifactType"] = json!(artifact_type);
-    }
-    manifest
 }
 
 #[tokio::test]
@@ -195,20 +184,4 @@ async fn long_lists_of_referrers_come_in_pages_no_larger_than_a_manifest() {
         wanted.sort_unstable();
         assert_eq!((seen, pages), (wanted, 2), "{query}");
     }
-}
-
-#[tokio::test]
-async fn the_index_of_referrers_is_rebuilt_when_it_is_lost() {
-    let served = Served::new().await;
-    served.push_blob("a", b"{}").await;
-    let subject = image(OCI_MANIFEST, b"{}", &[]);
-    served.push_manifest("a", "sbom", &referrer(&subject, Some("application/sbom"), "sbom")).await;
-    let path = format!("/v2/a/referrers/{}", sha256(subject.to_string().as_bytes()));
-    let before = served.get(&path).await.expect(200).json();
-    assert_eq!(before["manifests"].as_array().unwrap().len(), 1);
-
-    let dir = served.close().await;
-    std::fs::remove_dir_all(dir.path().join("root/dvcr")).unwrap();
-    let served = Served::open(dir).await;
-    assert_eq!(served.get(&path).await.expect(200).json(), before);
 }

@@ -1,7 +1,5 @@
 //! Manifests: every accepted type, both digests, tags that move, deletion, limits.
 
-use dvcr_registry::Rules;
-use dvcr_registry::inventory::Inventory;
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -171,7 +169,7 @@ async fn what_a_manifest_refers_to_must_be_in_its_repository() {
     for nothing in ["one", "list", &missing] {
         served.get(&format!("/v2/a/manifests/{nothing}")).await.expect_error(404, "MANIFEST_UNKNOWN");
     }
-    assert!(!served.path(&blob_path(&missing)).exists());
+    assert!(!served.has_on_disk(&blob_path(&missing)));
 
     served.push_blob("a", &layers[1]).await;
     put(&manifest, "one").await.expect(201);
@@ -364,33 +362,7 @@ async fn a_tag_that_never_changes_does_not_go_with_what_it_names_when_both_come_
 }
 
 #[tokio::test]
-async fn gaps_that_the_rules_allow_are_no_damage() {
-    let rules = |patterns: &[&str]| {
-        let sparse_manifests = patterns.iter().map(|pattern| pattern.parse().unwrap()).collect();
-        Rules { sparse_manifests, ..Rules::default() }
-    };
-    let served =
-        Served::open_with(tempfile::tempdir().unwrap(), |config| config.rules = rules(&["mirror/**"])).await;
-    served.push_blob("mirror/a", b"{}").await;
-    let layer = noise(1000, 1);
-    served.push_manifest("mirror/a", "tag", &image(OCI_MANIFEST, b"{}", &[&layer])).await;
-    let check = |patterns| {
-        let inventory = Inventory::open(&served.dir().join("root")).unwrap();
-        let found = inventory.check(None, &rules(patterns)).unwrap();
-        (found.is_sound(), found.missing, found.gaps, found.damaged)
-    };
-    assert_eq!(check(&[]), (false, 1, 0, 0));
-    assert_eq!(check(&["other/**"]), (false, 1, 0, 0));
-    assert_eq!(check(&["mirror/**"]), (true, 0, 1, 0));
-    // What is there, and is not what it should be, is damage also there.
-    let blob = served.push_blob("mirror/a", &layer).await;
-    std::fs::write(served.path(&blob_path(&blob)), "short").unwrap();
-    assert_eq!(check(&["mirror/**"]), (false, 0, 0, 1));
-}
-
-#[tokio::test]
 async fn deprecated_kinds_come_with_a_warning() {
-    const SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+json";
     let served = Served::new().await;
     served.push_blob("a", b"{}").await;
     let content_type = [("content-type", OCI_MANIFEST)];
@@ -402,32 +374,6 @@ async fn deprecated_kinds_come_with_a_warning() {
         put.header("warning").strip_prefix("299 - \"").and_then(|text| text.strip_suffix('"')).unwrap();
     assert!(text.contains("deprecated") && !text.contains('"'), "{text}");
     assert_eq!(served.get("/v2/a/manifests/foreign").await.expect(200).header("warning"), "");
-
-    // An image of old times, as a registry of old times laid it down.
-    let old = json!({
-        "schemaVersion": 1,
-        "name": "a",
-        "tag": "old",
-        "architecture": "amd64",
-        "fsLayers": [{"blobSum": sha256(b"{}")}],
-        "history": [{"v1Compatibility": "{}"}],
-    })
-    .to_string();
-    let digest = sha256(old.as_bytes());
-    let put = served.send("PUT", "/v2/a/manifests/old", &[("content-type", SCHEMA_1)], old.clone()).await;
-    put.expect_error(400, "MANIFEST_INVALID");
-    let revision = format!("repositories/a/_manifests/revisions/{}/link", digest.replacen(':', "/", 1));
-    let tag = "repositories/a/_manifests/tags/old/current/link".to_owned();
-    for (path, bytes) in [(blob_path(&digest), &old), (revision, &digest), (tag, &digest)] {
-        let path = served.path(&path);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-        std::fs::write(path, bytes).unwrap();
-    }
-    for method in ["GET", "HEAD"] {
-        let got = served.ask(method, "/v2/a/manifests/old").await.expect(200);
-        assert_eq!(got.header("content-type"), SCHEMA_1);
-        assert!(got.header("warning").starts_with("299 - \"this image is of Docker schema 1"), "{method}");
-    }
 }
 
 #[tokio::test]

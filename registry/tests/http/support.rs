@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use dvcr_registry::{Config, Registry, serve};
+use dvcr_registry::{BucketSettings, Config, Registry, serve};
+use dvcr_tests::S3Server;
 use http::HeaderMap;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256, Sha512};
@@ -25,13 +28,36 @@ const POLL_TIMEOUT: Duration = Duration::from_secs(20);
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A registry that serves a directory of its own, `root` inside a temporary one.
+/// Whether the registries of these tests have their content in a bucket: the tests of `bucket/` are those of `http/`.
+pub const IN_BUCKET: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"bucket");
+
+/// A registry that serves a directory of its own, `root` inside a temporary one, or a bucket of its own.
 pub struct Served {
     pub address: SocketAddr,
-    dir: TempDir,
+    place: Place,
     client: reqwest::Client,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<dvcr_registry::Result<()>>,
+}
+
+/// Where a registry has its content, whether it is served or not: a directory, and a bucket on a server that lives as long.
+pub struct Place {
+    dir: TempDir,
+    server: Option<Arc<S3Server>>,
+}
+
+impl From<TempDir> for Place {
+    fn from(dir: TempDir) -> Self {
+        Self { dir, server: None }
+    }
+}
+
+impl Deref for Place {
+    type Target = TempDir;
+
+    fn deref(&self) -> &TempDir {
+        &self.dir
+    }
 }
 
 impl Served {
@@ -39,14 +65,23 @@ impl Served {
         Self::open(tempfile::tempdir().unwrap()).await
     }
 
-    pub async fn open(dir: TempDir) -> Self {
-        Self::open_with(dir, |_| ()).await
+    pub async fn open(place: impl Into<Place>) -> Self {
+        Self::open_with(place, |_| ()).await
     }
 
-    pub async fn open_with(dir: TempDir, change: impl FnOnce(&mut Config)) -> Self {
-        let mut config = Config::new(dir.path().join("root"));
+    pub async fn open_with(place: impl Into<Place>, change: impl FnOnce(&mut Config)) -> Self {
+        let mut place = place.into();
+        let mut config = Config::new(place.path().join("root"));
         change(&mut config);
-        let registry = tokio::task::spawn_blocking(move || Registry::open(config)).await.unwrap().unwrap();
+        let open = move || {
+            if IN_BUCKET {
+                let server = place.server.get_or_insert_with(S3Server::shared_minio);
+                config.bucket = Some(bucket(server, place.dir.path()));
+            }
+            (Registry::open(config), place)
+        };
+        let (registry, place) = tokio::task::spawn_blocking(open).await.unwrap();
+        let registry = registry.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
@@ -54,7 +89,7 @@ impl Served {
             let _ = stopped.await;
         }));
         let client = reqwest::Client::builder().timeout(ANSWER_TIMEOUT).build().unwrap();
-        Self { address, dir, client, stop: Some(stop), task }
+        Self { address, place, client, stop: Some(stop), task }
     }
 
     /// Asks it to end.
@@ -63,20 +98,25 @@ impl Served {
     }
 
     /// Ends in order and gives the directory back.
-    pub async fn close(self) -> TempDir {
+    pub async fn close(self) -> Place {
         drop((self.stop, self.client));
         self.task.await.unwrap().unwrap();
-        self.dir
+        self.place
     }
 
     /// The directory around the root.
     pub fn dir(&self) -> &Path {
-        self.dir.path()
+        self.place.path()
     }
 
     /// A path in distribution's part of the directory.
     pub fn path(&self, below: &str) -> PathBuf {
         v2(self.dir()).join(below)
+    }
+
+    /// Whether there is a file in distribution's part of the directory.
+    pub fn has_on_disk(&self, below: &str) -> bool {
+        self.path(below).exists()
     }
 
     /// Asks without a body.
@@ -139,6 +179,26 @@ impl Served {
         let text = self.get("/metrics").await.expect(200).text();
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
         line.map_or(0, |value| value.parse().unwrap())
+    }
+}
+
+/// The bucket that belongs to a directory, on a server that the tests of a process share.
+fn bucket(server: &S3Server, dir: &Path) -> BucketSettings {
+    let name = dir.join("bucket");
+    if !name.exists() {
+        std::fs::write(&name, server.new_bucket().unwrap()).unwrap();
+    }
+    let secret = |name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::write(&path, text).unwrap();
+        Some(path)
+    };
+    BucketSettings {
+        bucket: std::fs::read_to_string(name).unwrap(),
+        endpoint: Some(server.endpoint()),
+        access_key_file: secret("access-key", S3Server::ACCESS_KEY),
+        secret_key_file: secret("secret-key", S3Server::SECRET_KEY),
+        ..BucketSettings::default()
     }
 }
 
@@ -313,4 +373,15 @@ pub async fn eventually<T>(what: &str, mut work: impl AsyncFnMut() -> Option<T>)
         assert!(Instant::now() < deadline, "waited in vain for {what}");
         tokio::time::sleep(POLL_INTERVAL).await;
     }
+}
+
+/// A manifest that refers to another.
+pub fn referrer(subject: &Value, artifact_type: Option<&str>, note: &str) -> Value {
+    let mut manifest = image(OCI_MANIFEST, b"{}", &[]);
+    manifest["subject"] = descriptor(OCI_MANIFEST, subject.to_string().as_bytes());
+    manifest["annotations"] = json!({"note": note});
+    if let Some(artifact_type) = artifact_type {
+        manifest["artifactType"] = json!(artifact_type);
+    }
+    manifest
 }

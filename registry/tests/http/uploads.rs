@@ -4,7 +4,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use futures_util::stream;
 
-use crate::support::{Raw, Reply, Served, eventually, files, noise, sha256, sha512, v2};
+use crate::support::{IN_BUCKET, Raw, Reply, Served, eventually, files, noise, sha256, sha512, v2};
 
 #[tokio::test]
 async fn every_way_of_pushing_ends_in_the_same_blob() {
@@ -60,9 +60,12 @@ async fn push_chunks(served: &Served, repo: &str, bytes: &[u8], chunk_bytes: usi
     session
 }
 
-/// Checks that nothing is left of a repository's sessions.
+/// Checks that nothing is left of a repository's sessions, where they can be seen.
 #[track_caller]
 fn assert_no_sessions(served: &Served, repo: &str) {
+    if IN_BUCKET {
+        return;
+    }
     let left = std::fs::read_dir(served.path(&format!("repositories/{repo}/_uploads")));
     assert_eq!(left.map_or(0, Iterator::count), 0, "{repo}");
     assert!(files(&served.dir().join("root/dvcr/tmp")).is_empty());
@@ -299,7 +302,7 @@ async fn content_of_another_digest_leaves_nothing() {
             served.get(&session).await.expect_error(404, "BLOB_UPLOAD_UNKNOWN");
         }
         assert_no_sessions(&served, "a");
-        assert!(files(&v2(served.dir()).join("blobs")).is_empty(), "round {n}");
+        assert!(IN_BUCKET || files(&v2(served.dir()).join("blobs")).is_empty(), "round {n}");
     }
     served.get(&format!("/v2/a/blobs/{wrong}")).await.expect_error(404, "BLOB_UNKNOWN");
 }
