@@ -114,6 +114,17 @@ impl Client {
         .await
     }
 
+    /// Says what is wrong with an object, where the store itself has nothing to say.
+    pub(crate) fn error(
+        &self,
+        kind: Kind,
+        operation: &'static str,
+        key: &str,
+        why: impl Into<BoxError>,
+    ) -> Error {
+        Error::new(kind, operation, self.place(key), why.into())
+    }
+
     pub(crate) fn settings(&self) -> &Settings {
         &self.0.settings
     }

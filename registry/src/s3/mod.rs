@@ -39,7 +39,7 @@ pub(crate) use client::Client;
 pub(crate) use clock::ServerTime;
 pub(crate) use error::{Error, Kind, Result};
 pub(crate) use multipart::{PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX, Part, Upload, Uploads};
-pub(crate) use object::{Condition, Head, Listing, Object, Page, Put};
+pub(crate) use object::{Condition, DELETE_KEYS_MAX, Deletion, Head, Listing, Object, Page, Put};
 pub(crate) use probe::{Finding, Findings};
 pub use settings::{Encryption, Settings};
 pub(crate) use wire::Validity;

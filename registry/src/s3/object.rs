@@ -98,6 +98,15 @@ pub(crate) struct Page {
     pub next: Option<String>,
 }
 
+/// What came of the removal of many objects.
+#[derive(Debug, Default)]
+pub(crate) struct Deletion {
+    /// Those that the store did not remove, and why.
+    pub kept: Vec<(String, Error)>,
+    /// Whether a request may still do its work, since its answer was lost and it was sent again.
+    pub is_repeated: bool,
+}
+
 impl Client {
     /// Tells of an object what there is besides its content.
     ///
@@ -241,16 +250,24 @@ impl Client {
         keys: &[String],
         validity: Option<Validity>,
     ) -> Result<Vec<(String, Error)>> {
+        self.delete_batch(keys, validity).await.map(|deletion| deletion.kept)
+    }
+
+    /// As [`Self::delete_many`], for one who has to know whether all is over with the answer.
+    ///
+    /// # Errors
+    /// As there; see [`Error::is_uncertain`].
+    pub(crate) async fn delete_batch(&self, keys: &[String], validity: Option<Validity>) -> Result<Deletion> {
         let call = Call::new(self, "delete many of", "").valid(validity);
         if keys.len() > DELETE_KEYS_MAX {
             let why = format!("{} keys are more than {DELETE_KEYS_MAX}", keys.len());
             return Err(Failure::wrong(why).into_error(call.operation, call.place(), false));
         }
         if keys.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Deletion::default());
         }
-        let answer = call
-            .value(|| async {
+        let Outcome { value: answer, is_repeated } = call
+            .run(|| async {
                 let ids = keys.iter().map(|key| ObjectIdentifier::builder().key(self.full(key)).build());
                 let ids = ids.collect::<Result<Vec<_>, _>>().map_err(Failure::wrong)?;
                 let list =
@@ -266,7 +283,7 @@ impl Client {
             let error = error::told(&code, &message, validity, "delete", self.place(&key));
             (!error.is_not_found()).then_some((key, error))
         });
-        Ok(told.collect())
+        Ok(Deletion { kept: told.collect(), is_repeated })
     }
 
     /// Lists keys in the order of their bytes, a page of them; `next` is what the page before gave.
