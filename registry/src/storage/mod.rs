@@ -25,7 +25,7 @@ pub(crate) mod ingest;
 pub(crate) mod layout;
 pub(crate) mod lists;
 pub(crate) mod manifests;
-mod pace;
+pub(crate) mod pace;
 pub(crate) mod pool;
 pub(crate) mod quota;
 mod referrers;

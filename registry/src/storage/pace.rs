@@ -8,24 +8,30 @@ const STEP: Duration = Duration::from_millis(100);
 
 /// A rate, in whatever units the work is counted.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     per_second: Option<u64>,
     next: Instant,
 }
 
 impl Pace {
     /// `None` is no bound.
-    pub(super) fn new(per_second: Option<u64>) -> Self {
+    pub(crate) fn new(per_second: Option<u64>) -> Self {
         Self { per_second, next: Instant::now() }
+    }
+
+    /// Returns until when so many units may take, from now on.
+    pub(crate) fn take(&mut self, units: u64) -> Instant {
+        let now = Instant::now();
+        let Some(rate) = self.per_second else { return now };
+        let earliest = now.checked_sub(STEP).unwrap_or(now);
+        self.next = self.next.max(earliest) + Duration::from_secs_f64(units as f64 / rate.max(1) as f64);
+        self.next
     }
 
     /// Pauses as long as so many units may take; returns whether the work is to stop.
     pub(super) fn spend(&mut self, units: u64, stop: &AtomicBool) -> bool {
         let stopped = || stop.load(Ordering::Relaxed);
-        let Some(rate) = self.per_second else { return stopped() };
-        let now = Instant::now();
-        let earliest = now.checked_sub(STEP).unwrap_or(now);
-        self.next = self.next.max(earliest) + Duration::from_secs_f64(units as f64 / rate.max(1) as f64);
+        self.take(units);
         while let Some(left) = self.next.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
         {
             if stopped() {

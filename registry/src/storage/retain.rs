@@ -13,7 +13,7 @@ use super::{Error, Result, Storage};
 use crate::digest::Digest;
 use crate::model;
 use crate::names::{RepoName, Tag};
-use crate::rules::Retention;
+use crate::rules::{Retention, Rules};
 use crate::store::MANIFEST_BYTES_MAX;
 
 /// A tag as it was when it was looked at.
@@ -33,11 +33,9 @@ impl Run<'_> {
         let mut tags = self.storage.named(repo)?;
         // The collector's own grace holds for tags, too: one that has just been moved is not old.
         if rule.limits_tags() {
-            let (kept, surplus): (Vec<_>, Vec<_>) = tags.into_iter().partition(|named| {
-                rules.is_pinned(repo, &named.tag)
-                    || rule.keep_tags.iter().any(|pattern| pattern.matches(named.tag.as_str()))
-            });
-            let surplus = surplus_of(surplus, rule, self.begun);
+            let (kept, surplus): (Vec<_>, Vec<_>) =
+                tags.into_iter().partition(|named| stays_always(rules, rule, repo, &named.tag));
+            let surplus = surplus_of(surplus, |named| (&named.tag, named.pushed), rule, self.begun);
             tags = kept;
             for (named, goes) in surplus {
                 if goes && self.delete_tag(repo, &named)? {
@@ -84,23 +82,7 @@ impl Run<'_> {
                 kept.insert(digest.clone());
             }
         }
-        // What is kept keeps what it refers to, and what was attached to it.
-        let mut todo: Vec<Digest> = kept.iter().cloned().collect();
-        let mut attached: BTreeMap<&Digest, Vec<&Digest>> = BTreeMap::new();
-        for (digest, links) in &manifests {
-            if let Some(subject) = &links.subject {
-                attached.entry(subject).or_default().push(digest);
-            }
-        }
-        while let Some(digest) = todo.pop() {
-            let children = manifests.get(&digest).map(|links| links.manifests.iter()).into_iter().flatten();
-            let attached = attached.get(&digest).into_iter().flatten().copied();
-            for digest in children.chain(attached) {
-                if kept.insert(digest.clone()) {
-                    todo.push(digest.clone());
-                }
-            }
-        }
+        keep_tied(&mut kept, &manifests);
         let mut gone = BTreeSet::new();
         for (digest, links) in manifests {
             self.check()?;
@@ -134,16 +116,49 @@ impl Run<'_> {
     }
 }
 
-/// Tells of each tag whether it goes: it is neither one of the newest nor young.
-fn surplus_of(mut tags: Vec<Named>, rule: &Retention, now: SystemTime) -> Vec<(Named, bool)> {
-    tags.sort_by(|a, b| Reverse(a.pushed).cmp(&Reverse(b.pushed)).then_with(|| a.tag.cmp(&b.tag)));
+/// Whether a tag stays however many there are, and however old it is.
+pub(crate) fn stays_always(rules: &Rules, rule: &Retention, repo: &RepoName, tag: &Tag) -> bool {
+    rules.is_pinned(repo, tag) || rule.keep_tags.iter().any(|pattern| pattern.matches(tag.as_str()))
+}
+
+/// Tells of each tag whether it goes: it is neither one of the newest nor young. `read` tells its name, and when it was pushed.
+pub(crate) fn surplus_of<T>(
+    mut tags: Vec<T>,
+    read: impl Fn(&T) -> (&Tag, SystemTime),
+    rule: &Retention,
+    now: SystemTime,
+) -> Vec<(T, bool)> {
+    tags.sort_by(|a, b| {
+        let ((a, a_pushed), (b, b_pushed)) = (read(a), read(b));
+        Reverse(a_pushed).cmp(&Reverse(b_pushed)).then_with(|| a.cmp(b))
+    });
     let newest = rule.keep_newest.unwrap_or(0);
-    let goes = |(at, named): (usize, Named)| {
-        let age = now.duration_since(named.pushed).unwrap_or_default();
+    let goes = |(at, tag): (usize, T)| {
+        let age = now.duration_since(read(&tag).1).unwrap_or_default();
         let goes = at >= newest && rule.keep_younger.is_none_or(|young| age >= young.0);
-        (named, goes)
+        (tag, goes)
     };
     tags.into_iter().enumerate().map(goes).collect()
+}
+
+/// Adds to what is kept what that refers to, what was attached to it, and so on.
+pub(crate) fn keep_tied(kept: &mut BTreeSet<Digest>, manifests: &BTreeMap<Digest, model::Links>) {
+    let mut todo: Vec<Digest> = kept.iter().cloned().collect();
+    let mut attached: BTreeMap<&Digest, Vec<&Digest>> = BTreeMap::new();
+    for (digest, links) in manifests {
+        if let Some(subject) = &links.subject {
+            attached.entry(subject).or_default().push(digest);
+        }
+    }
+    while let Some(digest) = todo.pop() {
+        let children = manifests.get(&digest).map(|links| links.manifests.iter()).into_iter().flatten();
+        let attached = attached.get(&digest).into_iter().flatten().copied();
+        for digest in children.chain(attached) {
+            if kept.insert(digest.clone()) {
+                todo.push(digest.clone());
+            }
+        }
+    }
 }
 
 impl Storage {
