@@ -10,7 +10,8 @@
 //!   ready                                      written to see whether the bucket can be
 //!   gc/run                                     the state of the collection
 //!   gc/lease                                   who collects
-//!   gc/<run>/...                               what is condemned, and what is claimed
+//!   gc/<run>/condemned/<round>                 what a round is about to remove
+//!   gc/<run>/claims/<alg>-<hex>                what somebody is about to build on
 //!   quota/<prefix>/_ledger                     what a prefix of repositories has
 //! ```
 
@@ -121,6 +122,39 @@ impl Keys {
 
     pub(super) fn referrer(&self, repo: &RepoName, subject: &Digest, referrer: &Digest) -> String {
         key(self.0.referrer(repo, subject, referrer))
+    }
+
+    /// What all keys of collections begin with.
+    pub(super) fn collections(&self) -> String {
+        "dvcr/gc/".to_owned()
+    }
+
+    /// The state of the run.
+    pub(super) fn run(&self) -> String {
+        "dvcr/gc/run".to_owned()
+    }
+
+    pub(super) fn lease(&self) -> String {
+        "dvcr/gc/lease".to_owned()
+    }
+
+    /// What the keys of a run begin with.
+    pub(super) fn of_run(&self, run: Uuid) -> String {
+        format!("dvcr/gc/{}/", run.hyphenated())
+    }
+
+    /// The list of what a round condemns.
+    pub(super) fn condemned(&self, run: Uuid, round: u32) -> String {
+        format!("{}condemned/{round}", self.of_run(run))
+    }
+
+    /// What the keys of a run's claims begin with.
+    pub(super) fn claims(&self, run: Uuid) -> String {
+        format!("{}claims/", self.of_run(run))
+    }
+
+    pub(super) fn claim(&self, run: Uuid, digest: &Digest) -> String {
+        format!("{}{}-{}", self.claims(run), digest.algorithm().name(), digest.hex())
     }
 
     /// What is written to see whether the bucket can be.

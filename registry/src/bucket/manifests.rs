@@ -3,6 +3,7 @@
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use uuid::Uuid;
 
+use super::condemned::claim_of;
 use super::tags::Immutable;
 use super::view::View;
 use super::{Bucket, found};
@@ -33,8 +34,8 @@ enum Placed {
     Done(Vec<Digest>),
     Missing(Vec<Digest>),
     Immutable(Immutable),
-    /// A collection is about to remove one of its digest.
-    Condemned,
+    /// A collection is about to remove one of its digest, or one of its tags.
+    Condemned(Digest),
 }
 
 /// What is read of a manifest.
@@ -109,6 +110,7 @@ impl Bucket {
         let push = Push { repo, manifest, checked, tags, rules };
         let mut digests = [checked.blobs.as_slice(), &checked.manifests].concat();
         digests.push(manifest.digest.clone());
+        digests.extend(tags.iter().map(|tag| claim_of(repo, tag)));
         let length = manifest.bytes.len() as u64;
         let mut room = self.quotas.room(repo, Uuid::new_v4(), 0);
         let is_new = room.is_bounded() && !self.has_revision(repo, &manifest.digest).await?;
@@ -130,7 +132,7 @@ impl Bucket {
                 Placed::Immutable(Immutable { tag, names }) => {
                     return Err(ChangeError::Immutable { tag, names });
                 }
-                Placed::Condemned => self.wait_until_removed(repo, &manifest.digest).await?,
+                Placed::Condemned(digest) => self.wait_until_removed(repo, &digest).await?,
             }
         }
         let told = format!("one collection after the other removes the manifest {}", manifest.digest);
@@ -140,8 +142,9 @@ impl Bucket {
     async fn place_manifest(&self, push: &Push<'_>, view: &View) -> s3::Result<Placed> {
         let Push { repo, manifest, checked, tags, rules } = push;
         let digest = &manifest.digest;
-        if view.is_condemned(repo, digest) {
-            return Ok(Placed::Condemned);
+        let own = std::iter::once((*digest).clone()).chain(tags.iter().map(|tag| claim_of(repo, tag)));
+        if let Some(condemned) = own.into_iter().find(|own| view.is_condemned(repo, own)) {
+            return Ok(Placed::Condemned(condemned));
         }
         let key = self.keys.blob(digest);
         let put = Put::default().valid(view.validity());

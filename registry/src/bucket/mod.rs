@@ -8,6 +8,7 @@
 //!           ├── lists      tags, catalogue; order
 //!           ├── quota      bytes by prefix
 //!           └── collect    garbage, by one replica at a time
+//!                └── lease   which one;  run, condemned, claims   what it and those who push say to each other
 //! ```
 //!
 //! `store` makes of this the [`Store`](crate::store::Store) that the API sees. All is async inside; the methods of the trait block
@@ -17,10 +18,13 @@
 //! of it.
 
 mod blobs;
+mod claims;
 mod collect;
+mod condemned;
 #[cfg(test)]
 mod interleavings;
 mod keys;
+mod lease;
 mod links;
 mod lists;
 mod manifests;
@@ -29,6 +33,7 @@ mod parts;
 mod quota;
 mod referrers;
 mod remove;
+mod run;
 mod store;
 mod tags;
 #[cfg(test)]
@@ -45,6 +50,7 @@ use crate::s3::{self, Client, Settings};
 use crate::storage::manifests::Cache;
 use crate::storage::quota::Quota;
 use crate::store::{ChangeError, Error, Kind, Result};
+use claims::Claims;
 use keys::Keys;
 use quota::Quotas;
 use view::Views;
@@ -70,6 +76,20 @@ impl Default for Timing {
     }
 }
 
+impl Timing {
+    /// How long after the last moment of its validity a request may still take effect: the server looks at its clock when it has
+    /// the head of a request, and does the rest then.
+    fn settling(&self) -> Duration {
+        self.validity / 4
+    }
+
+    /// How long one waits who meets what is about to be removed: until another replica may have taken the place of one
+    /// that died, and has removed it.
+    fn patience(&self) -> Duration {
+        self.lease.saturating_add(self.validity.saturating_mul(2))
+    }
+}
+
 /// How old garbage is, and what else a replica is told.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Options {
@@ -85,6 +105,7 @@ pub(crate) struct Bucket {
     keys: Keys,
     options: Options,
     views: Views,
+    claims: Claims,
     uploads: uploads::Held,
     manifests: Cache,
     referrers: referrers::Complete,
@@ -113,6 +134,7 @@ impl Bucket {
             keys,
             options,
             views: Views::default(),
+            claims: Claims::default(),
             uploads,
             manifests: Cache::default(),
             referrers: referrers::Complete::default(),

@@ -15,7 +15,7 @@ use crate::store::conformance::{Place, conformance};
 
 /// Short, so that collections in tests wait little; the store's clock counts seconds.
 const TIMING: Timing = Timing {
-    validity: Duration::from_secs(2),
+    validity: Duration::from_secs(3),
     view_age: Duration::from_millis(200),
     lease: Duration::from_secs(5),
 };
