@@ -50,7 +50,7 @@ impl Bucket {
         if age.unwrap_or_default() < self.options.grace / 2 {
             return Ok(Some(found.bytes));
         }
-        // While it is looked for again, in vain, nothing is claimed: most that clients ask for is not there.
+        // Only what was found is claimed: most of what clients ask for is not there.
         let digests = [digest.clone(), found.link.target];
         let claimed = self.place(distinct(&digests), async |view| {
             let Some(found) = self.look_for(repo, digest).await? else { return Ok(None) };
@@ -216,7 +216,7 @@ struct Reading {
 }
 
 enum Rest {
-    /// It is to be asked for; from here on, as it is all behind the start.
+    /// It has not been asked for, and is behind what came of the start.
     Unasked(Range<u64>),
     Asked(JoinHandle<s3::Result<RangeBody>>),
     Coming(RangeBody),

@@ -29,7 +29,7 @@ pub(super) enum Names {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Listed {
     pub(super) names: Vec<String>,
-    /// A position that no key up to it is left out before; the list goes on behind it. `None` is the end.
+    /// Behind which position the list goes on; all names with a key up to there have come. `None` is the end.
     pub(super) next: Option<String>,
 }
 

@@ -1,10 +1,10 @@
 //! Manifests, tags and lists in a bucket: what the suite of all stores does not say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
-use dvcr_tests::Fault;
+use dvcr_tests::{Chaos, Fault};
 use futures_util::stream::{self, StreamExt};
 use serde_json::json;
 
@@ -296,4 +296,66 @@ async fn a_manifest_takes_no_request_too_many() {
     let (opened, proxy) = opened.counted().await;
     let (count, found) = requests(&proxy, opened.tagged(&r, "v1")).await;
     assert_eq!((count, found), (3, Some(one.digest)));
+}
+
+#[tokio::test]
+async fn what_is_acknowledged_is_so_though_requests_are_lost_late_and_refused() {
+    let opened = Opened::new(Opened::minio().await).await;
+    let chaos = Chaos { seed: 11, each_per_mille: 15, delay_ms: 0..300, cut_bytes: 0..100 };
+    let proxy = S3Proxy::start(opened.server.address(), chaos.decide()).unwrap();
+    let replicas = [opened.through(&proxy).await, opened.through(&proxy).await];
+    let tags = Tags { repositories: "**".parse().unwrap(), tags: "v*".parse().unwrap() };
+    let rules = Rules { immutable: vec![tags], ..Rules::default() };
+    let manifests: Vec<_> = (0..4).map(|n| index(&format!("{n}"), None)).collect();
+    let (mut repos, mut r) = (1, repo("r0"));
+    // What the tags name, and which manifests are there.
+    let mut tagged: BTreeMap<&str, Digest> = BTreeMap::new();
+    let mut there: BTreeSet<Digest> = BTreeSet::new();
+    for round in 0..60_usize {
+        let (replica, manifest) = (&replicas[round % 2], &manifests[round / 3 % 4]);
+        let digest = &manifest.digest;
+        let done = match round % 7 {
+            3 => replica.accept(&r, manifest, &["v1"], &rules).await.map(|()| {
+                there.insert(digest.clone());
+                tagged.insert("v1", digest.clone());
+            }),
+            5 => replica.bucket.remove(&r, Some(&by_tag("b")), &rules).await.map(|removed| {
+                assert_eq!(removed.count, u64::from(tagged.remove("b").is_some()));
+            }),
+            6 => {
+                let done = replica.bucket.remove(&r, Some(&Reference::Digest(digest.clone())), &rules).await;
+                done.map(|removed| {
+                    assert_eq!(removed.count, u64::from(there.remove(digest)));
+                    tagged.retain(|_, names| names != digest);
+                })
+            }
+            _ => replica.accept(&r, manifest, &["a", "b"], &rules).await.map(|()| {
+                there.insert(digest.clone());
+                tagged.extend([("a", digest.clone()), ("b", digest.clone())]);
+            }),
+        };
+        match done {
+            Ok(()) => {}
+            Err(ChangeError::Immutable { names, .. }) => assert_eq!(tagged.get("v1"), Some(&names)),
+            Err(ChangeError::Missing(missing)) => panic!("{missing:?}"),
+            // Nobody knows what became of it, and it may still be on its way.
+            Err(ChangeError::Store(_)) => {
+                (repos, r) = (repos + 1, repo(&format!("r{repos}")));
+                (tagged, there) = Default::default();
+            }
+        }
+        for name in ["a", "b", "v1"] {
+            assert_eq!(opened.tagged(&r, name).await.as_ref(), tagged.get(name), "{name} in round {round}");
+        }
+        for manifest in &manifests {
+            let by_digest = Reference::Digest(manifest.digest.clone());
+            let found = opened.bucket.find_manifest(&r, &by_digest).await.unwrap();
+            assert_eq!(found.is_some(), there.contains(&manifest.digest), "round {round}");
+        }
+        let listed = replica.bucket.tags(&r, None, 10).await;
+        if let Ok(Some(page)) = listed {
+            assert!(page.names.iter().eq(tagged.keys()), "round {round}");
+        }
+    }
+    assert!(repos < 10, "most succeeds");
 }
