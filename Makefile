@@ -38,6 +38,11 @@ bench-registry: deps-test tools ## Measure the registry beside CNCF distribution
 	cargo build --locked --release -p dvcr -p dvcr-benches
 	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr registry
 
+.PHONY: bench-registry-bucket
+bench-registry-bucket: deps-test tools ## Measure the registry in a bucket of MinIO beside CNCF distribution; takes an hour
+	cargo build --locked --release -p dvcr -p dvcr-benches
+	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr registry-bucket
+
 .PHONY: bench-registry-scale
 bench-registry-scale: deps-test tools ## Measure the registry on a million blobs; takes 17 GB and half an hour
 	cargo build --locked --release -p dvcr -p dvcr-benches

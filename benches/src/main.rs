@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! registry.rs   servers (dvcr, CNCF distribution v3, Debian's docker-registry) x rows (push, pull, ...)
+//! bucket.rs     dvcr and CNCF distribution v3 in a bucket of MinIO x the same rows, and lists and garbage
 //! scale.rs      the same servers on directories of few and of many blobs
 //! converter.rs  converters (dvcr, qemu-img) x rows (each format -> raw, qcow2 -> each format)
 //! http.rs       a load maker on plain sockets, cheaper than any server it measures
@@ -10,6 +11,7 @@
 //!
 //! It prints tables and judges nothing; `benches/RESULTS.md` keeps the ones worth keeping.
 
+mod bucket;
 mod converter;
 mod http;
 mod registry;
@@ -49,6 +51,24 @@ enum Suite {
         #[arg(long, default_value_t = 1024)]
         blob_mib: usize,
     },
+    /// The same in a bucket of MinIO, and: pushes at once, a list of tags, garbage
+    RegistryBucket {
+        /// CNCF distribution v3's `registry` program
+        #[arg(long, default_value = ".cache/tools/bin/registry")]
+        distribution: PathBuf,
+        /// The S3 server
+        #[arg(long, default_value = ".cache/tools/bin/minio")]
+        minio: PathBuf,
+        /// MiB of the large blob
+        #[arg(long, default_value_t = 1024)]
+        blob_mib: usize,
+        /// Tags of the repository that is listed
+        #[arg(long, default_value_t = 10_000)]
+        tags: usize,
+        /// Blobs that are collected; 0 leaves that out
+        #[arg(long, default_value_t = 100_000)]
+        garbage: usize,
+    },
     /// Start, requests and garbage collection with few and with many blobs
     RegistryScale {
         /// CNCF distribution v3's `registry` program
@@ -79,6 +99,10 @@ fn main() -> anyhow::Result<()> {
     match cli.suite {
         Suite::Registry { distribution, debian, blob_mib } => {
             registry::run(&cli.dvcr, &distribution, &debian, &dir, cli.rounds, blob_mib << 20)
+        }
+        Suite::RegistryBucket { distribution, minio, blob_mib, tags, garbage } => {
+            let amounts = bucket::Amounts { rounds: cli.rounds, blob_bytes: blob_mib << 20, tags, garbage };
+            bucket::run(&cli.dvcr, &distribution, &minio, &dir, &amounts)
         }
         Suite::RegistryScale { distribution, blobs } => scale::run(&cli.dvcr, &distribution, &dir, &blobs),
         Suite::Converter { content, qemu_img, only } => {

@@ -15,8 +15,12 @@ const CHUNK_BYTES: usize = 16 << 20;
 const SMALL_BLOB_BYTES: usize = 4096;
 const SMALL_BLOBS: usize = 1600;
 const SMALL_CONNECTIONS: usize = 8;
+/// Requests of a row that reads small things; the servers answer from memory.
 const READ_REQUESTS: usize = 24_000;
 const READ_CONNECTIONS: usize = 32;
+/// The blobs of the image that rows about manifests use.
+const CONFIG: &[u8] = b"{}";
+const LAYER: &[u8] = b"layer";
 const START_TIMEOUT_S: u64 = 20;
 
 /// Runs all rows on all servers that are there and prints the table.
@@ -42,7 +46,7 @@ pub fn run(
         for (name, program) in &servers {
             eprintln!("round {} of {rounds}: {name}", round + 1);
             let fresh = Fresh::start(name, program, dir)?;
-            measure(&fresh.server, &blob, &digest, &mut |row, better, value| {
+            measure(&fresh.server, &blob, &digest, READ_REQUESTS, &mut |row, better, value| {
                 table.add(row, better, name, value)
             })
             .with_context(|| format!("measuring {name}"))?;
@@ -52,10 +56,12 @@ pub fn run(
     Ok(())
 }
 
-fn measure(
+/// Runs all rows against a server that has nothing yet.
+pub(crate) fn measure(
     server: &Server,
     blob: &[u8],
     digest: &str,
+    read_requests: usize,
     add: &mut dyn FnMut(&str, Better, f64),
 ) -> anyhow::Result<()> {
     let mib = blob.len() as f64 / (1 << 20) as f64;
@@ -89,10 +95,10 @@ fn measure(
 
     push_manifest(&mut connection, "small", "v1")?;
     let accept = "Accept: application/vnd.oci.image.manifest.v1+json\r\n";
-    let (rate, p99) = requests(server.addr, "GET", "/v2/small/manifests/v1", accept)?;
+    let (rate, p99) = requests(server.addr, "GET", "/v2/small/manifests/v1", accept, read_requests)?;
     add("manifest GET by tag, requests/s", Better::Higher, rate);
     add("manifest GET by tag, p99 ms", Better::Lower, p99);
-    let (rate, p99) = requests(server.addr, "HEAD", &format!("/v2/push/blobs/{digest}"), "")?;
+    let (rate, p99) = requests(server.addr, "HEAD", &format!("/v2/push/blobs/{digest}"), "", read_requests)?;
     add("blob HEAD, requests/s", Better::Higher, rate);
     add("blob HEAD, p99 ms", Better::Lower, p99);
 
@@ -128,7 +134,7 @@ pub(crate) fn push_small(
     Ok((SMALL_BLOBS as f64 / begun.elapsed().as_secs_f64(), p99_ms(times)))
 }
 
-fn push(connection: &mut Connection, repo: &str, digest: &str, blob: &[u8]) -> anyhow::Result<()> {
+pub(crate) fn push(connection: &mut Connection, repo: &str, digest: &str, blob: &[u8]) -> anyhow::Result<()> {
     let upload = start_upload(connection, repo)?;
     let headers = "Content-Type: application/octet-stream\r\n";
     connection.expect(201, "PUT", &with_digest(&upload, digest), headers, blob)?;
@@ -166,17 +172,21 @@ fn pull(connection: &mut Connection, repo: &str, digest: &str, bytes: usize) -> 
     Ok(())
 }
 
-fn push_manifest(connection: &mut Connection, repo: &str, tag: &str) -> anyhow::Result<()> {
-    let (config, layer) = (b"{}".as_slice(), b"layer".as_slice());
-    for blob in [config, layer] {
+pub(crate) fn push_manifest(connection: &mut Connection, repo: &str, tag: &str) -> anyhow::Result<()> {
+    for blob in [CONFIG, LAYER] {
         push(connection, repo, &digest(blob), blob)?;
     }
+    put_manifest(connection, repo, tag)
+}
+
+/// Has a tag name the image whose blobs are there.
+pub(crate) fn put_manifest(connection: &mut Connection, repo: &str, tag: &str) -> anyhow::Result<()> {
     let manifest = format!(
         r#"{{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"{}","size":{}}},"layers":[{{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"{}","size":{}}}]}}"#,
-        digest(config),
-        config.len(),
-        digest(layer),
-        layer.len()
+        digest(CONFIG),
+        CONFIG.len(),
+        digest(LAYER),
+        LAYER.len()
     );
     let headers = "Content-Type: application/vnd.oci.image.manifest.v1+json\r\n";
     connection.expect(201, "PUT", &format!("/v2/{repo}/manifests/{tag}"), headers, manifest.as_bytes())?;
@@ -184,8 +194,14 @@ fn push_manifest(connection: &mut Connection, repo: &str, tag: &str) -> anyhow::
 }
 
 /// Requests per second over all connections, and the 99th percentile in milliseconds.
-fn requests(addr: SocketAddr, method: &str, path: &str, headers: &str) -> anyhow::Result<(f64, f64)> {
-    requests_of_many(addr, method, &[path.to_owned()], headers, READ_REQUESTS)
+fn requests(
+    addr: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &str,
+    count: usize,
+) -> anyhow::Result<(f64, f64)> {
+    requests_of_many(addr, method, &[path.to_owned()], headers, count)
 }
 
 /// The same, for many paths in turn.
@@ -233,7 +249,7 @@ fn p99_ms(times: Vec<Vec<Duration>>) -> f64 {
 }
 
 /// Bytes that do not compress and are the same in every run (xorshift).
-fn noise(bytes: usize) -> Vec<u8> {
+pub(crate) fn noise(bytes: usize) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut out = Vec::with_capacity(bytes + 8);
     while out.len() < bytes {
@@ -247,7 +263,7 @@ fn noise(bytes: usize) -> Vec<u8> {
 }
 
 /// Makes a blob unlike every other round's, so that no server can know it already.
-fn stamp(blob: &mut [u8], number: usize) {
+pub(crate) fn stamp(blob: &mut [u8], number: usize) {
     blob[..8].copy_from_slice(&(number as u64).to_le_bytes());
 }
 
@@ -279,16 +295,28 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn start(name: &str, program: &Path, root: &Path) -> anyhow::Result<Self> {
+        let data = root.join("data");
+        Self::start_by(name, |addr| {
+            let mut command = Command::new(program);
+            if name == "dvcr" {
+                let addr = addr.to_string();
+                command.args(["--log", "warn", "registry", "--listen", &addr, "--root"]).arg(&data);
+            } else {
+                command.arg("serve").arg(peer_config(root, &data, addr)?);
+            }
+            Ok(command)
+        })
+    }
+
+    /// Starts what `command` makes of a free address.
+    pub(crate) fn start_by(
+        name: &str,
+        command: impl FnOnce(SocketAddr) -> anyhow::Result<Command>,
+    ) -> anyhow::Result<Self> {
         // What the server before left to be written is not this one's to wait for.
         ensure!(Command::new("sync").status()?.success(), "sync failed");
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let data = root.join("data");
-        let mut command = Command::new(program);
-        if name == "dvcr" {
-            command.args(["--log", "warn", "registry", "--listen", &addr.to_string(), "--root"]).arg(&data);
-        } else {
-            command.arg("serve").arg(peer_config(root, &data, addr)?);
-        }
+        let mut command = command(addr)?;
         let begun = Instant::now();
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
         let mut server = Self { child, addr, started: Duration::ZERO };
@@ -326,10 +354,14 @@ impl Drop for Server {
 }
 
 pub(crate) fn peer_config(root: &Path, data: &Path, addr: SocketAddr) -> anyhow::Result<PathBuf> {
+    peer_config_on(root, &format!("  filesystem:\n    rootdirectory: {}\n", data.display()), addr)
+}
+
+/// Writes the peers' file of settings; `storage` is what it says of where the content is.
+pub(crate) fn peer_config_on(root: &Path, storage: &str, addr: SocketAddr) -> anyhow::Result<PathBuf> {
     let path = root.join("config.yml");
     let config = format!(
-        "version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\n  cache:\n    blobdescriptor: inmemory\nhttp:\n  addr: {addr}\n",
-        data.display()
+        "version: 0.1\nlog:\n  level: error\n  accesslog:\n    disabled: true\nstorage:\n{storage}  delete:\n    enabled: true\n  cache:\n    blobdescriptor: inmemory\nhttp:\n  addr: {addr}\n",
     );
     std::fs::write(&path, config)?;
     Ok(path)
