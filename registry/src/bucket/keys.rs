@@ -3,7 +3,7 @@
 //! ```text
 //! docker/registry/v2/...                       as in `storage::layout`, but that a session has:
 //!   repositories/<name>/_uploads/<uuid>/dvcr       its state
-//!   repositories/<name>/_uploads/<uuid>/tail-<n>   what came behind its last whole part, up to the byte n
+//!   repositories/<name>/_uploads/<uuid>/tail-...   what came behind its last whole part, unless that is short
 //!   repositories/<name>/_uploads/<uuid>/data       its parts, where the digest was not known when it began
 //! dvcr/
 //!   referrers/...                              as in a directory

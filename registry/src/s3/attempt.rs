@@ -29,6 +29,8 @@ pub(super) struct Call<'a> {
     /// Bytes of content that go with each attempt, or that the store has to move for it.
     pub bytes: u64,
     pub validity: Option<Validity>,
+    /// SHA-256 of the content in hex, by which the store checks what it gets.
+    pub payload: Option<String>,
     /// Whether the signature is spoilt.
     pub forge: bool,
 }
@@ -41,7 +43,7 @@ pub(super) struct Outcome<T> {
 
 impl<'a> Call<'a> {
     pub(super) fn new(client: &'a Client, operation: &'static str, key: &'a str) -> Self {
-        Self { client, operation, key, bytes: 0, validity: None, forge: false }
+        Self { client, operation, key, bytes: 0, validity: None, payload: None, forge: false }
     }
 
     pub(super) fn bytes(self, bytes: u64) -> Self {
@@ -50,6 +52,10 @@ impl<'a> Call<'a> {
 
     pub(super) fn valid(self, validity: Option<Validity>) -> Self {
         Self { validity, ..self }
+    }
+
+    pub(super) fn payload(self, payload: Option<String>) -> Self {
+        Self { payload, ..self }
     }
 
     /// What one request of the SDK is told besides its arguments.
@@ -61,7 +67,7 @@ impl<'a> Call<'a> {
             .read_timeout(time)
             .operation_attempt_timeout(time)
             .build();
-        let wire = Wire::new(self.client.clock(), self.validity, self.forge);
+        let wire = Wire::new(self.client.clock(), self.validity, self.payload.clone(), self.forge);
         let config = Builder::new().timeout_config(timeouts).interceptor(wire);
         match self.validity {
             Some(validity) => config.time_source(StaticTimeSource::new(validity.from)),

@@ -86,7 +86,8 @@ impl Client {
     /// [`super::Kind::NotFound`] if the upload has ended.
     pub(crate) async fn upload_part(&self, upload: &Upload, number: u16, content: Bytes) -> Result<Part> {
         let bytes = content.len() as u64;
-        let call = Call::new(self, "upload a part of", &upload.key).bytes(bytes);
+        let payload = self.payload_hash(&content).await;
+        let call = Call::new(self, "upload a part of", &upload.key).bytes(bytes).payload(payload);
         call.value(|| async {
             let request = self.s3().upload_part().bucket(self.bucket()).key(self.full(&upload.key));
             let request = request

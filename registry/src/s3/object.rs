@@ -13,6 +13,7 @@ use super::body::next_chunk;
 use super::client::Client;
 use super::error::{self, Error, Failure, Kind, Result};
 use super::wire::Validity;
+use crate::digest::{Algorithm, Digest};
 
 /// Keys in one request that deletes many.
 pub(crate) const DELETE_KEYS_MAX: usize = 1000;
@@ -20,6 +21,8 @@ pub(crate) const DELETE_KEYS_MAX: usize = 1000;
 pub(crate) const PAGE_ENTRIES_MAX: u16 = 1000;
 /// How long a signed URL may be valid (S3).
 const URL_TIME_MAX: Duration = Duration::from_secs(7 * 86_400);
+/// Least content that is hashed on a thread of its own, bytes.
+const HASH_BYTES_MIN: usize = 64 << 10;
 /// The name of what tells one write of an object from another.
 const WRITE_ID: &str = "dvcr-write";
 
@@ -55,6 +58,8 @@ pub(crate) enum Condition {
 pub(crate) struct Put {
     pub condition: Option<Condition>,
     pub content_type: Option<&'static str>,
+    /// SHA-256 of the content in hex, where it is known already; the store checks what it gets by it, unless there is a validity.
+    pub sha256: Option<String>,
     /// `None` is the quarter of an hour that S3 gives to each request.
     pub validity: Option<Validity>,
 }
@@ -177,7 +182,14 @@ impl Client {
     /// As [`Self::put`]; `forge` spoils the signature of a request with a validity.
     pub(super) async fn put_with(&self, key: &str, content: Bytes, put: Put, forge: bool) -> Result<String> {
         let write = put.condition.is_some().then(|| Uuid::new_v4().simple().to_string());
-        let mut call = Call::new(self, "put", key).bytes(content.len() as u64).valid(put.validity);
+        let payload = match (put.validity, &put.sha256) {
+            (None, None) => self.payload_hash(&content).await,
+            (None, Some(hash)) => Some(hash.clone()),
+            (Some(_), _) => None,
+        };
+        let is_unsigned = self.settings().is_tls() && payload.is_none();
+        let mut call =
+            Call::new(self, "put", key).bytes(content.len() as u64).valid(put.validity).payload(payload);
         call.forge = forge;
         let written = call
             .run(|| async {
@@ -198,8 +210,7 @@ impl Client {
                     .set_storage_class(self.storage_class())
                     .customize()
                     .config_override(call.config());
-                let request =
-                    if self.settings().is_tls() { request.disable_payload_signing() } else { request };
+                let request = if is_unsigned { request.disable_payload_signing() } else { request };
                 let answer = request.send().await.map_err(|error| Failure::of(error, put.validity))?;
                 answer.e_tag.ok_or_else(|| Failure::wrong("its answer has no ETag"))
             })
@@ -323,6 +334,16 @@ impl Client {
             page.next = Some(next.ok_or_else(|| bad("it did not tell how its list goes on"))?);
         }
         Ok(page)
+    }
+
+    /// Hashes content that is to be signed, on another thread; `None` if it is not, or is short: then the SDK does it.
+    pub(super) async fn payload_hash(&self, content: &Bytes) -> Option<String> {
+        if self.settings().is_tls() || content.len() < HASH_BYTES_MIN {
+            return None;
+        }
+        let content = content.clone();
+        let hash = move || Digest::of(Algorithm::Sha256, &content).hex().to_owned();
+        tokio::task::spawn_blocking(hash).await.ok()
     }
 
     /// Tells of an object, and which conditional write made it.

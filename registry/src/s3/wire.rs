@@ -42,14 +42,21 @@ impl Validity {
 pub(super) struct Wire {
     clock: Arc<Clock>,
     validity: Option<Validity>,
+    /// SHA-256 of the content, in hex.
+    payload: Option<String>,
     /// Spoil the signature, to see whether somebody looks at it.
     forge: bool,
     sent: OnceLock<Moment>,
 }
 
 impl Wire {
-    pub(super) fn new(clock: Arc<Clock>, validity: Option<Validity>, forge: bool) -> Self {
-        Self { clock, validity, forge, sent: OnceLock::new() }
+    pub(super) fn new(
+        clock: Arc<Clock>,
+        validity: Option<Validity>,
+        payload: Option<String>,
+        forge: bool,
+    ) -> Self {
+        Self { clock, validity, payload, forge, sent: OnceLock::new() }
     }
 }
 
@@ -64,11 +71,19 @@ impl Intercept for Wire {
         _: &RuntimeComponents,
         bag: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        let Some(validity) = self.validity else { return Ok(()) };
         let mut signing = bag.load::<SigV4OperationSigningConfig>().cloned().unwrap_or_default();
-        signing.signing_options.signature_type = HttpSignatureType::HttpRequestQueryParams;
-        signing.signing_options.expires_in = Some(validity.lasts);
-        signing.signing_options.payload_override = Some(SignableBody::UnsignedPayload);
+        match (self.validity, &self.payload) {
+            (None, None) => return Ok(()),
+            (None, Some(hash)) => {
+                signing.signing_options.payload_override = Some(SignableBody::Precomputed(hash.clone()));
+            }
+            // A query has no place for a hash.
+            (Some(validity), _) => {
+                signing.signing_options.signature_type = HttpSignatureType::HttpRequestQueryParams;
+                signing.signing_options.expires_in = Some(validity.lasts);
+                signing.signing_options.payload_override = Some(SignableBody::UnsignedPayload);
+            }
+        }
         bag.interceptor_state().store_put(signing);
         Ok(())
     }

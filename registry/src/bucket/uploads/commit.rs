@@ -220,8 +220,10 @@ impl<'a> Source<'a> {
 
     async fn put(&self, content: &Bytes) -> s3::Result<bool> {
         let client = &self.bucket.client;
+        let sha256 = (self.expected.algorithm() == Algorithm::Sha256).then(|| self.expected.hex().to_owned());
         let put = |put: Put| {
-            client.put(&self.key, content.clone(), Put { content_type: Some(CONTENT_TYPE), ..put })
+            let put = Put { content_type: Some(CONTENT_TYPE), sha256: sha256.clone(), ..put };
+            client.put(&self.key, content.clone(), put)
         };
         match put(Put::new()).await {
             Err(error) if error.kind() == s3::Kind::Precondition => {

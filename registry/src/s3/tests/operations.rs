@@ -1,6 +1,7 @@
 //! Every operation, on both servers.
 
 use super::*;
+use crate::digest::{Algorithm, Digest};
 use crate::s3::object::DELETE_KEYS_MAX;
 
 #[tokio::test]
@@ -33,6 +34,21 @@ async fn an_object_is_written_looked_at_read_and_removed() {
         }
         fixture.put("empty", b"").await;
         assert_eq!(fixture.content("empty").await.len(), 0);
+    }
+}
+
+#[tokio::test]
+async fn content_that_changed_on_its_way_is_refused() {
+    let fixture = Fixture::minio().await;
+    let hash = |content: &[u8]| Some(Digest::of(Algorithm::Sha256, content).hex().to_owned());
+    let put = |content: &Bytes, sha256| {
+        fixture.client.put("key", content.clone(), Put { sha256, ..Put::default() })
+    };
+    for content in [Bytes::from_static(b"short"), noise(100_000)] {
+        assert_eq!(put(&content, hash(b"another")).await.unwrap_err().kind(), Kind::Other);
+        put(&content, hash(&content)).await.unwrap();
+        put(&content, None).await.unwrap();
+        assert!(fixture.content("key").await == content);
     }
 }
 
