@@ -60,9 +60,10 @@ impl Upload {
         if is_hashed {
             self.check(self.progress.hasher.clone().finish(), expected).await?;
         }
-        let is_there = upload.key == self.home.keys.blob(expected);
+        // What was not hashed yet does not come to be at a blob's key.
+        let is_in_place = is_hashed && upload.key == self.home.keys.blob(expected);
         let is_beside = upload.key == self.home.key(DATA);
-        if !is_beside && !(is_there && is_hashed) {
+        if !is_in_place && !is_beside {
             self.discard().await;
             let why = format!("its parts are to become {}", upload.key);
             let what = format!("the upload was begun as another blob than {expected}; it has to begin anew");
@@ -82,7 +83,7 @@ impl Upload {
         }
         let length = self.progress.whole_bytes();
         let room = mem::take(&mut self.room);
-        let content = if is_there { Content::Parts(upload) } else { Content::Beside(upload) };
+        let content = if is_in_place { Content::Parts(upload) } else { Content::Beside(upload) };
         let source = Source::new(&self, content, expected, length);
         if !is_hashed {
             if !source.put_together().await? {
