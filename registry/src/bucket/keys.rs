@@ -86,6 +86,7 @@ impl Keys {
     }
 
     /// What the keys of all sessions of a repository begin with.
+    #[cfg(test)]
     pub(super) fn uploads(&self, repo: &RepoName) -> String {
         dir(self.0.uploads(repo))
     }

@@ -1,5 +1,7 @@
 //! A bucket on real servers, MinIO and moto, held to what every store promises.
 
+mod replicas;
+
 mod manifests;
 
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use super::{Bucket, Options, Timing};
 use crate::s3::{Settings, testing};
 use crate::store::Store;
 use crate::store::conformance::{Place, conformance};
+use crate::units::Time;
 
 /// Short, so that collections in tests wait little; the store's clock counts seconds.
 const TIMING: Timing = Timing {
@@ -73,6 +76,13 @@ impl Opened {
     /// Opens the same bucket once more, by way of a proxy.
     pub(super) async fn through(&self, proxy: &S3Proxy) -> Self {
         self.open(Settings { endpoint: Some(proxy.endpoint()), ..self.settings.clone() }).await
+    }
+
+    /// As [`Self::through`], with so much patience for each request.
+    pub(super) async fn hastily_through(&self, proxy: &S3Proxy, request_timeout: Duration) -> Self {
+        let endpoint = Some(proxy.endpoint());
+        let request_timeout = Time(request_timeout);
+        self.open(Settings { endpoint, request_timeout, ..self.settings.clone() }).await
     }
 
     async fn open(&self, settings: Settings) -> Self {

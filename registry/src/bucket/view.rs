@@ -113,7 +113,10 @@ impl Bucket {
                     std::io::ErrorKind::TimedOut.to_string(),
                 ));
             }
-            self.end_dead_round().await?;
+            // A round that is on ends sooner, or its replica is not well.
+            if begun.elapsed() > self.options.timing.validity {
+                self.end_dead_round().await?;
+            }
             tokio::time::sleep(self.options.timing.view_age / 4).await;
             view = self.view_since(Some(Instant::now())).await?;
         }

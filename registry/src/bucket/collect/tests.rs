@@ -400,6 +400,36 @@ async fn untagged_manifests_go_but_for_children_and_signatures_of_what_stays() {
     assert_eq!(bucket.below(&bucket.keys.referrers(&a, &loose_index)).await, BTreeSet::new());
 }
 
+#[tokio::test]
+async fn uploads_that_rest_for_long_are_given_up_and_multipart_uploads_that_nobody_knows() {
+    let [minio, moto] = Opened::servers().await;
+    for (server, lists_uploads) in [(minio, false), (moto, true)] {
+        let opened = bucket(server).await;
+        let (bucket, a) = (&opened.bucket, repo("a"));
+        let id = bucket.begin_upload(&a, Algorithm::Sha256).await.unwrap();
+        bucket.put_key(&format!("{}startedat", bucket.keys.upload(&a, id)), "2026-01-01T00:00:00Z").await;
+        let orphan = bucket.client.create_upload(&bucket.keys.blob(&sha256(b"x")), None).await.unwrap();
+        bucket.grow_old().await;
+        let young = bucket.begin_upload(&a, Algorithm::Sha256).await.unwrap();
+        let at_once = Options { upload_age: Duration::ZERO, ..options() };
+        // By moto all multipart uploads began in 2010, and MinIO tells of none.
+        let orphans = u64::from(lists_uploads);
+        for (options, given_up) in [(&options(), orphans), (&at_once, 1 + orphans)] {
+            let dry = bucket.collect_all(&Options { dry_run: true, ..options.clone() }).await;
+            assert_eq!(get(&dry.removed_uploads), given_up);
+        }
+        // The time counts from when the collection begins.
+        let counts = bucket.collect_all(&at_once).await;
+        assert!(get(&counts.removed_uploads) > orphans);
+        assert_eq!(bucket.below(&bucket.keys.upload(&a, id)).await, BTreeSet::new());
+        assert_eq!(bucket.upload_offset(&a, id).await.unwrap(), None);
+        if get(&counts.removed_uploads) == 1 + orphans {
+            assert_eq!(bucket.upload_offset(&a, young).await.unwrap(), Some(0));
+        }
+        assert_eq!(bucket.client.parts(&orphan).await.is_err(), lists_uploads);
+    }
+}
+
 /// Waits for something.
 async fn until(is_so: impl AsyncFn() -> bool) {
     let begun = Instant::now();

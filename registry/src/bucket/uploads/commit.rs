@@ -18,7 +18,11 @@ const WAITS_MAX: u32 = 3;
 
 impl Upload {
     /// Turns a fresh session, and a body, into a blob.
-    pub(super) async fn store(mut self, body: Bytes, expected: &Digest) -> Result<(), UploadError> {
+    pub(in crate::bucket) async fn store(
+        mut self,
+        body: Bytes,
+        expected: &Digest,
+    ) -> Result<(), UploadError> {
         self.rest = Some(body);
         self.commit_rest(expected, Digest::of).await
     }

@@ -157,6 +157,12 @@ impl Bucket {
         Ok(home.state().await?.map(|(progress, _)| progress.offset))
     }
 
+    /// Tells which multipart upload has the parts of a session, for the collection.
+    pub(super) async fn multipart_of(&self, repo: &RepoName, id: Uuid) -> Result<Option<s3::Upload>> {
+        let state = Home::new(self, repo, id).state().await?;
+        Ok(state.and_then(|(progress, _)| progress.multipart).map(|multipart| multipart.upload))
+    }
+
     /// Removes all there is of a session, for the collection; `false` if a request of this replica works on it.
     ///
     /// One that a request of another replica works on comes to an end there: its next state finds none to replace.
