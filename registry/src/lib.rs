@@ -52,7 +52,7 @@ mod units;
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -161,6 +161,8 @@ pub struct Limits {
     pub idle_timeout: Duration,
     /// How long a client may use the URL of a blob in the bucket, which it is then sent to; `None` sends all through us.
     pub redirect: Option<Duration>,
+    /// Bytes of blobs in the bucket that are kept in the root directory, as they are read again and again; `None` keeps none.
+    pub read_cache_bytes: Option<u64>,
 }
 
 impl Default for Limits {
@@ -171,6 +173,7 @@ impl Default for Limits {
             request_rate: None,
             idle_timeout: Duration::from_secs(60),
             redirect: None,
+            read_cache_bytes: None,
         }
     }
 }
@@ -297,7 +300,7 @@ impl Registry {
             Some(settings) => {
                 let (_, lock) =
                     storage::take(&root).map_err(|source| Error::Open { path: root.clone(), source })?;
-                let bucket = open_bucket(settings, collection.grace, single_replica, &limits)?;
+                let bucket = open_bucket(settings, &root, collection.grace, single_replica, &limits)?;
                 (bucket, None, Some(Arc::new(lock)))
             }
         };
@@ -354,16 +357,19 @@ impl Registry {
 /// Opens a bucket, and sees whether it can be shared.
 fn open_bucket(
     settings: BucketSettings,
+    root: &Path,
     grace: Duration,
     single_replica: bool,
     limits: &Limits,
 ) -> Result<Arc<dyn Store>> {
     let name = settings.bucket.clone();
     let options = bucket::Options { grace, timing: bucket::Timing::default() };
-    let (runtime, quotas) = (tokio::runtime::Handle::current(), limits.quotas.clone());
+    let kept = limits.read_cache_bytes.map(|bytes| (Layout::new(root).read_cache(), bytes));
+    let extras = bucket::Extras { quotas: limits.quotas.clone(), kept };
+    let runtime = tokio::runtime::Handle::current();
     let open = move || {
         runtime.block_on(async {
-            let bucket = bucket::Bucket::open_bounded(settings, options, quotas).await?;
+            let bucket = bucket::Bucket::open_with(settings, options, extras).await?;
             bucket.find_out(single_replica).await?;
             Ok(bucket as Arc<dyn Store>)
         })

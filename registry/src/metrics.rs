@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::cache::{Source, Sources};
 use crate::storage::quota::Usage;
-use crate::store::Stats;
+use crate::store::{Kept, Stats};
 use crate::tasks::Collected;
 
 /// What a request is about; the label `route`.
@@ -241,6 +241,20 @@ fn write_stats(out: &mut String, stats: &Stats) -> std::fmt::Result {
     ] {
         if let Some(value) = value {
             single(out, name, kind, help, value)?;
+        }
+    }
+    if let Some(Kept { hits, misses, bytes }) = &stats.kept {
+        for (name, kind, help, value) in [
+            (
+                "read_cache_hits_total",
+                "counter",
+                "Pulls of blobs that were read from this replica's disk.",
+                hits,
+            ),
+            ("read_cache_misses_total", "counter", "Pulls of blobs that were read from the bucket.", misses),
+            ("read_cache_bytes", "gauge", "Bytes of the blobs that are kept on this replica's disk.", bytes),
+        ] {
+            single(out, name, kind, help, *value)?;
         }
     }
     if stats.quotas.is_empty() {

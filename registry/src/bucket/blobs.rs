@@ -87,6 +87,12 @@ impl Bucket {
         Ok(started.map(|(head, start)| Blob { client, key, head, start }))
     }
 
+    /// Tells whether a repository has a blob that is stored under the digest it is called by.
+    pub(super) async fn has_as_it_is_called(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
+        let link = self.read_link(&self.keys.layer_link(repo, digest)).await?;
+        Ok(link.is_some_and(|link| link.target == *digest))
+    }
+
     /// Makes a URL by which whoever has it can get a blob of a repository from the store, for so long.
     pub(super) async fn locate_blob(
         &self,

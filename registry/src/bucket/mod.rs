@@ -7,6 +7,7 @@
 //!           ├── remove     manifests and tags                └── s3       the client
 //!           ├── lists      tags, catalogue; order
 //!           ├── quota      bytes by prefix
+//!           ├── kept       blobs on this replica's disk
 //!           └── collect    garbage, by one replica at a time
 //!                └── lease   which one;  run, condemned, claims   what it and those who push say to each other
 //! ```
@@ -23,6 +24,7 @@ mod collect;
 mod condemned;
 #[cfg(test)]
 mod interleavings;
+mod kept;
 mod keys;
 mod lease;
 mod links;
@@ -41,6 +43,7 @@ mod tests;
 mod uploads;
 mod view;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,6 +54,7 @@ use crate::storage::manifests::Cache;
 use crate::storage::quota::Quota;
 use crate::store::{ChangeError, Error, Kind, Result};
 use claims::Claims;
+use kept::Kept;
 use keys::Keys;
 use quota::Quotas;
 use view::Views;
@@ -98,6 +102,15 @@ pub(crate) struct Options {
     pub(crate) timing: Timing,
 }
 
+/// What a replica does besides.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Extras {
+    /// Bytes by prefix of repositories.
+    pub(crate) quotas: Vec<Quota>,
+    /// The directory for blobs that are read again and again, and how many bytes it may have.
+    pub(crate) kept: Option<(PathBuf, u64)>,
+}
+
 /// One bucket, or a directory in it.
 #[derive(Debug)]
 pub(crate) struct Bucket {
@@ -110,6 +123,8 @@ pub(crate) struct Bucket {
     manifests: Cache,
     referrers: referrers::Complete,
     quotas: Quotas,
+    /// `None` if this replica keeps nothing.
+    kept: Option<Kept>,
     /// Where the blocking methods have their work done.
     runtime: Handle,
 }
@@ -119,17 +134,20 @@ impl Bucket {
     ///
     /// # Errors
     /// When the settings cannot be meant, or the bucket cannot be asked for.
-    pub(crate) async fn open_bounded(
-        settings: Settings,
-        options: Options,
-        quotas: Vec<Quota>,
-    ) -> Result<Arc<Self>> {
+    pub(crate) async fn open_with(settings: Settings, options: Options, extras: Extras) -> Result<Arc<Self>> {
         let client = Client::open(settings).await?;
         client.server_now().await?;
+        let runtime = Handle::current();
+        let open = |(dir, bytes_max): (PathBuf, u64)| {
+            Kept::open(&dir, bytes_max, client.clone(), runtime.clone())
+                .map_err(Error::at("cannot use", &dir))
+        };
+        let kept = extras.kept.map(open).transpose()?;
         let uploads = uploads::Held::new(client.settings().part_size.0);
         let keys = Keys::default();
         Ok(Arc::new(Self {
-            quotas: Quotas::new(quotas, client.clone(), keys.clone(), Handle::current()),
+            quotas: Quotas::new(extras.quotas, client.clone(), keys.clone(), runtime.clone()),
+            kept,
             client,
             keys,
             options,
@@ -138,14 +156,14 @@ impl Bucket {
             uploads,
             manifests: Cache::default(),
             referrers: referrers::Complete::default(),
-            runtime: Handle::current(),
+            runtime,
         }))
     }
 
-    /// Opens one without quotas.
+    /// Opens one without anything besides.
     #[cfg(test)]
     pub(crate) async fn open(settings: Settings, options: Options) -> Result<Arc<Self>> {
-        Self::open_bounded(settings, options, Vec::new()).await
+        Self::open_with(settings, options, Extras::default()).await
     }
 
     /// Tries whether several replicas may share the bucket; `is_alone` says that there is only this one.

@@ -501,7 +501,7 @@ mod tests {
     use dvcr_tests::{S3Server, temp_dir};
     use proptest::prelude::*;
 
-    use super::super::{Bucket, Options, Timing};
+    use super::super::{Bucket, Extras, Options, Timing};
     use super::*;
     use crate::digest::Algorithm;
     use crate::s3::testing;
@@ -567,7 +567,8 @@ mod tests {
         let open = || {
             let options = Options { grace: Duration::from_secs(3600), timing: Timing::default() };
             let quotas = vec!["q/=10000".parse().unwrap(), "q/free/=1M".parse().unwrap()];
-            runtime.block_on(Bucket::open_bounded(settings.clone(), options, quotas)).unwrap()
+            let extras = Extras { quotas, kept: None };
+            runtime.block_on(Bucket::open_with(settings.clone(), options, extras)).unwrap()
         };
         let replicas = [open(), open()];
         let repo = |name: &str| RepoName::parse(name).unwrap();

@@ -8,6 +8,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::Bucket;
+use super::kept::Kept;
 use crate::digest::{Algorithm, Digest};
 use crate::model::Checked;
 use crate::names::{Reference, RepoName, Tag};
@@ -27,8 +28,17 @@ impl Store for Bucket {
     }
 
     fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>> {
-        let blob = self.wait(Bucket::open_blob(&self, repo, digest))?;
-        Ok(blob.map(|blob| Box::new(blob) as Box<dyn Blob>))
+        if let Some(kept) = &self.kept
+            && let Some(blob) = kept.get(digest)
+            && self.wait(self.has_as_it_is_called(repo, digest))?
+        {
+            return Ok(Some(Box::new(blob)));
+        }
+        let Some(blob) = self.wait(Bucket::open_blob(&self, repo, digest))? else { return Ok(None) };
+        if let Some(kept) = &self.kept {
+            kept.missed(digest, self.keys.blob(digest), blob.length());
+        }
+        Ok(Some(Box::new(blob)))
     }
 
     fn locate_blob(&self, repo: &RepoName, digest: &Digest, lasts: Duration) -> Result<Option<String>> {
@@ -128,7 +138,7 @@ impl Store for Bucket {
     }
 
     fn stats(&self) -> Stats {
-        Stats { quotas: self.quotas.usage(), ..Stats::default() }
+        Stats { quotas: self.quotas.usage(), kept: self.kept.as_ref().map(Kept::stats), ..Stats::default() }
     }
 
     fn close(&self) {}

@@ -71,6 +71,11 @@ impl Layout {
         self.root.join("dvcr/events")
     }
 
+    /// What a replica keeps of a bucket.
+    pub(crate) fn read_cache(&self) -> PathBuf {
+        self.root.join("dvcr/read-cache")
+    }
+
     pub(crate) fn blobs(&self) -> PathBuf {
         self.v2.join("blobs")
     }

@@ -210,6 +210,7 @@ impl Storage {
             volume_bytes: volume.map(|volume| volume.bytes),
             reserved_bytes: self.space.reserve(),
             quotas: self.quotas.usage(),
+            kept: None,
         }
     }
 

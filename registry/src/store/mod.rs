@@ -325,4 +325,16 @@ pub(crate) struct Stats {
     pub(crate) volume_bytes: Option<u64>,
     pub(crate) reserved_bytes: u64,
     pub(crate) quotas: Vec<quota::Usage>,
+    /// `None` where nothing is kept besides.
+    pub(crate) kept: Option<Kept>,
+}
+
+/// What a store that is elsewhere keeps of it on the disk of this machine.
+#[derive(Debug, Default)]
+pub(crate) struct Kept {
+    /// Blobs that were read from the disk.
+    pub(crate) hits: u64,
+    /// Blobs that were not.
+    pub(crate) misses: u64,
+    pub(crate) bytes: u64,
 }

@@ -10,6 +10,7 @@ mod drain;
 mod lists;
 #[path = "../http/manifests.rs"]
 mod manifests;
+mod read_cache;
 mod redirect;
 #[path = "../http/support.rs"]
 mod support;

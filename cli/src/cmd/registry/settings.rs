@@ -113,6 +113,10 @@ pub struct Settings {
     #[arg(long, value_name = "TIME")]
     pub redirect: Option<Time>,
 
+    /// Bytes of blobs in the bucket that are kept below --root, as they are pulled again and again, such as 20G
+    #[arg(long, value_name = "SIZE")]
+    pub read_cache: Option<Size>,
+
     /// Requests that bring content at a time; others wait 10 s and are then told to come again
     #[arg(long, value_name = "N", default_value = "40")]
     pub uploads_max: NonZeroU32,
@@ -360,6 +364,7 @@ impl Settings {
         config.limits.reserve_bytes = self.reserve_space.map(|Size(bytes)| bytes);
         config.limits.request_rate = self.request_rate.map(NonZeroU32::get);
         config.limits.idle_timeout = self.idle_timeout.0;
+        config.limits.read_cache_bytes = self.read_cache.map(|Size(bytes)| bytes);
         config.limits.redirect = self.redirect.map(|Time(lasts)| lasts);
         config.auth = self.users().next().is_some().then(|| Auth {
             admin_password: self.admin_password_file.clone(),

@@ -23,6 +23,7 @@ const CHANGES: &[(&str, &str)] = &[
     ("request-rate", "10"),
     ("idle-timeout", "5s"),
     ("redirect", "20m"),
+    ("read-cache", "20G"),
     ("uploads-max", "1"),
     ("connections-max", "2"),
     ("upstream", "['a/=https://a.example']"),

@@ -1,0 +1,297 @@
+//! Blobs that are read again and again, kept on this replica's own disk.
+//!
+//! ```text
+//!  asked for once ──> remembered
+//!  asked for again ─> fetched beside the request, hashed, synced, put under its digest ──> served from the disk
+//! ```
+//!
+//! What is not what its digest says is not kept. When there is no room, what was not read for longest goes. Whether a repository
+//! has the blob is asked of the bucket each time: the disk only spares its bytes.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use futures_util::stream::{self, BoxStream, StreamExt};
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc};
+
+use crate::digest::{Algorithm, Digest, Hasher};
+use crate::lock;
+use crate::s3::Client;
+use crate::store;
+
+/// Blobs that are fetched at a time.
+const FETCHES_MAX: usize = 2;
+/// Pieces of one that have come and are not yet on disk.
+const PIECES_MAX: usize = 16;
+/// Blobs that are remembered as asked for once; when there are more, all are forgotten.
+const REMEMBERED_MAX: usize = 4096;
+/// Bytes of one read from the disk, and reads at a time of one download.
+const READ_BYTES: u64 = 512 << 10;
+const READS_AT_ONCE: usize = 2;
+/// The name of what is not whole yet.
+const PARTIAL: &str = "partial-";
+
+/// The kept blobs. Clones are the same.
+#[derive(Clone, Debug)]
+pub(super) struct Kept(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    dir: PathBuf,
+    bytes_max: u64,
+    client: Client,
+    runtime: Handle,
+    state: Mutex<State>,
+    fetches: Semaphore,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    blobs: HashMap<Digest, Entry>,
+    /// Of the blobs, and of those that are being fetched.
+    bytes: u64,
+    /// Counts what is read.
+    tick: u64,
+    asked: HashSet<Digest>,
+    coming: HashSet<Digest>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    bytes: u64,
+    read: u64,
+}
+
+/// A kept blob, open.
+pub(super) struct Blob {
+    file: Arc<File>,
+    length: u64,
+}
+
+impl Kept {
+    /// Opens a directory, making it if it is not there; of what is in it the newest stays, as far as there is room. Blocks.
+    pub(super) fn open(dir: &Path, bytes_max: u64, client: Client, runtime: Handle) -> io::Result<Self> {
+        fs::create_dir_all(dir)?;
+        let mut found: Vec<(SystemTime, Digest, u64)> = Vec::new();
+        for entry in fs::read_dir(dir)? {
+            let entry = entry?;
+            let (name, metadata) = (entry.file_name(), entry.metadata()?);
+            match name.to_str().and_then(digest) {
+                Some(digest) => {
+                    found.push((
+                        metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH),
+                        digest,
+                        metadata.len(),
+                    ));
+                }
+                None if name.to_string_lossy().starts_with(PARTIAL) => fs::remove_file(entry.path())?,
+                None => {}
+            }
+        }
+        found.sort();
+        let mut state = State::default();
+        for (_, digest, bytes) in found {
+            state.tick = state.tick.saturating_add(1);
+            state.bytes = state.bytes.saturating_add(bytes);
+            state.blobs.insert(digest, Entry { bytes, read: state.tick });
+        }
+        let kept = Self(Arc::new(Inner {
+            dir: dir.to_owned(),
+            bytes_max,
+            client,
+            runtime,
+            state: Mutex::new(state),
+            fetches: Semaphore::new(FETCHES_MAX),
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        }));
+        kept.make_room(0);
+        Ok(kept)
+    }
+
+    /// Opens a blob, if it is kept. Blocks on the disk.
+    pub(super) fn get(&self, digest: &Digest) -> Option<Blob> {
+        {
+            let mut state = lock(&self.0.state);
+            state.tick = state.tick.saturating_add(1);
+            let tick = state.tick;
+            state.blobs.get_mut(digest)?.read = tick;
+        }
+        let file = File::open(self.path(digest)).and_then(|file| Ok((file.metadata()?.len(), file)));
+        match file {
+            Ok((length, file)) => {
+                self.0.hits.fetch_add(1, Ordering::Relaxed);
+                Some(Blob { file: Arc::new(file), length })
+            }
+            Err(error) => {
+                let gone = lock(&self.0.state).forget(digest);
+                tracing::debug!(%digest, %error, gone, "a kept blob is not there any more");
+                None
+            }
+        }
+    }
+
+    /// Takes note that a blob was asked for that is not kept, at a key of the bucket; the second time it is fetched.
+    pub(super) fn missed(&self, digest: &Digest, key: String, bytes: u64) {
+        self.0.misses.fetch_add(1, Ordering::Relaxed);
+        if bytes > self.0.bytes_max {
+            return;
+        }
+        {
+            let mut state = lock(&self.0.state);
+            if state.asked.len() >= REMEMBERED_MAX {
+                state.asked.clear();
+            }
+            if state.asked.insert(digest.clone())
+                || state.blobs.contains_key(digest)
+                || !state.coming.insert(digest.clone())
+            {
+                return;
+            }
+            state.asked.remove(digest);
+        }
+        let (kept, digest) = (self.clone(), digest.clone());
+        self.0.runtime.spawn(async move {
+            let done = match kept.0.fetches.try_acquire() {
+                Ok(_permit) => kept.fetch(&digest, &key, bytes).await,
+                // Whoever asks next has it fetched.
+                Err(_) => Ok(()),
+            };
+            lock(&kept.0.state).coming.remove(&digest);
+            if let Err(error) = done {
+                let _ = fs::remove_file(kept.partial(&digest));
+                tracing::warn!(%digest, error = &*error, "a blob is not kept on disk");
+            }
+        });
+    }
+
+    /// Blobs that were read from the disk, and that were not; and the bytes that are kept.
+    pub(super) fn stats(&self) -> store::Kept {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        store::Kept { hits: get(&self.0.hits), misses: get(&self.0.misses), bytes: lock(&self.0.state).bytes }
+    }
+
+    async fn fetch(
+        &self,
+        digest: &Digest,
+        key: &str,
+        bytes: u64,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let mut body = self.0.client.get_range(key, 0..bytes, None).await?;
+        self.make_room(bytes);
+        let (sender, mut pieces) = mpsc::channel::<Bytes>(PIECES_MAX);
+        let (partial, whole, expected) = (self.partial(digest), self.path(digest), digest.clone());
+        let writing = tokio::task::spawn_blocking(move || {
+            let mut hasher = Hasher::new(expected.algorithm());
+            let mut file = File::create(&partial)?;
+            while let Some(piece) = pieces.blocking_recv() {
+                hasher.update(&piece);
+                file.write_all(&piece)?;
+            }
+            let actual = hasher.finish();
+            if actual != expected {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, format!("its content is {actual}")));
+            }
+            file.sync_data()?;
+            fs::rename(&partial, whole)
+        });
+        let mut came = Ok(());
+        loop {
+            match body.next().await {
+                Ok(Some(piece)) => {
+                    // When the writing has ended, it tells why.
+                    if sender.send(piece).await.is_err() {
+                        break;
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    came = Err(error);
+                    break;
+                }
+            }
+        }
+        drop(sender);
+        let written = writing.await?;
+        came?;
+        written?;
+        let mut state = lock(&self.0.state);
+        state.tick = state.tick.saturating_add(1);
+        let entry = Entry { bytes, read: state.tick };
+        state.bytes = state.bytes.saturating_add(bytes);
+        state.blobs.insert(digest.clone(), entry);
+        Ok(())
+    }
+
+    /// Removes what was not read for longest, until so many more bytes fit.
+    fn make_room(&self, more: u64) {
+        let mut state = lock(&self.0.state);
+        while state.bytes.saturating_add(more) > self.0.bytes_max {
+            let oldest = state.blobs.iter().min_by_key(|(_, entry)| entry.read);
+            let Some(digest) = oldest.map(|(digest, _)| digest.clone()) else { return };
+            state.forget(&digest);
+            if let Err(error) = fs::remove_file(self.path(&digest)) {
+                tracing::warn!(%digest, %error, "a kept blob is not removed");
+            }
+        }
+    }
+
+    fn path(&self, digest: &Digest) -> PathBuf {
+        self.0.dir.join(format!("{}-{}", digest.algorithm().name(), digest.hex()))
+    }
+
+    fn partial(&self, digest: &Digest) -> PathBuf {
+        self.0.dir.join(format!("{PARTIAL}{}-{}", digest.algorithm().name(), digest.hex()))
+    }
+}
+
+impl State {
+    /// Forgets a blob; returns its bytes.
+    fn forget(&mut self, digest: &Digest) -> u64 {
+        let bytes = self.blobs.remove(digest).map_or(0, |entry| entry.bytes);
+        self.bytes = self.bytes.saturating_sub(bytes);
+        bytes
+    }
+}
+
+impl store::Blob for Blob {
+    fn length(&self) -> u64 {
+        self.length
+    }
+
+    fn read(self: Box<Self>, first: u64, end: u64) -> BoxStream<'static, io::Result<Bytes>> {
+        let pieces = (0..end.saturating_sub(first).div_ceil(READ_BYTES)).map(move |n| {
+            let begin = first.saturating_add(n.saturating_mul(READ_BYTES));
+            (begin, end.saturating_sub(begin).min(READ_BYTES))
+        });
+        let reads = stream::iter(pieces).map(move |(begin, bytes)| {
+            let file = Arc::clone(&self.file);
+            async move {
+                let read = tokio::task::spawn_blocking(move || {
+                    let mut buffer = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+                    file.read_exact_at(&mut buffer, begin)?;
+                    Ok(Bytes::from(buffer))
+                });
+                read.await.map_err(io::Error::other)?
+            }
+        });
+        Box::pin(reads.buffered(READS_AT_ONCE))
+    }
+}
+
+/// Reads the name of a kept blob.
+fn digest(name: &str) -> Option<Digest> {
+    let (algorithm, hex) = name.split_once('-')?;
+    Algorithm::from_name(algorithm)?;
+    format!("{algorithm}:{hex}").parse().ok()
+}
