@@ -28,6 +28,15 @@ struct Push<'a> {
     rules: &'a Rules,
 }
 
+impl Push<'_> {
+    /// What a collection must not take meanwhile, as it is claimed.
+    fn claims(&self) -> Vec<Digest> {
+        let tags = self.tags.iter().map(|tag| claim_of(self.repo, tag));
+        let own = std::iter::once(self.manifest.digest.clone()).chain(tags);
+        self.checked.blobs.iter().chain(&self.checked.manifests).cloned().chain(own).collect()
+    }
+}
+
 /// What came of a manifest.
 enum Placed {
     /// It is there, without these.
@@ -108,9 +117,7 @@ impl Bucket {
         rules: &Rules,
     ) -> Result<Vec<Digest>, ChangeError> {
         let push = Push { repo, manifest, checked, tags, rules };
-        let mut digests = [checked.blobs.as_slice(), &checked.manifests].concat();
-        digests.push(manifest.digest.clone());
-        digests.extend(tags.iter().map(|tag| claim_of(repo, tag)));
+        let claims = push.claims();
         let length = manifest.bytes.len() as u64;
         let mut room = self.quotas.room(repo, Uuid::new_v4(), 0);
         let is_new = room.is_bounded() && !self.has_revision(repo, &manifest.digest).await?;
@@ -118,7 +125,7 @@ impl Bucket {
             room.reach(length).await?;
         }
         for _ in 0..WAITS_MAX {
-            match self.place(&digests, async |view| self.place_manifest(&push, view).await).await? {
+            match self.place(&claims, async |view| self.place_manifest(&push, view).await).await? {
                 // It was deleted meanwhile by one who had not seen the tag.
                 Placed::Done(_)
                     if tags.iter().any(|tag| rules.is_immutable(repo, tag))
@@ -137,6 +144,24 @@ impl Bucket {
         }
         let told = format!("one collection after the other removes the manifest {}", manifest.digest);
         Err(Error::of(Kind::Unavailable, told, "it has to be pushed again").into())
+    }
+
+    /// Places a manifest anew that was just removed, unless what it refers to went meanwhile.
+    pub(super) async fn put_back(
+        &self,
+        repo: &RepoName,
+        manifest: &Manifest,
+        rules: &Rules,
+    ) -> s3::Result<()> {
+        let Ok(checked) = model::check(&manifest.bytes, None) else { return Ok(()) };
+        let push = Push { repo, manifest, checked: &checked, tags: &[], rules };
+        match self.place(&push.claims(), async |view| self.place_manifest(&push, view).await).await? {
+            Placed::Done(_) => {}
+            Placed::Missing(_) | Placed::Immutable(_) | Placed::Condemned(_) => {
+                tracing::warn!(%repo, digest = %manifest.digest, "a manifest is gone that a tag names which was put meanwhile");
+            }
+        }
+        Ok(())
     }
 
     async fn place_manifest(&self, push: &Push<'_>, view: &View) -> s3::Result<Placed> {

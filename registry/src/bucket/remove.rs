@@ -13,7 +13,6 @@ use super::Bucket;
 use super::manifests::Found;
 use super::referrers::{referrer_of, revision_of};
 use super::tags::TAGS_AT_ONCE_MAX;
-use super::view::View;
 use crate::digest::Digest;
 use crate::model;
 use crate::names::{Reference, RepoName, Tag};
@@ -69,8 +68,9 @@ impl Bucket {
             // One may have been put since they were looked for; who puts it looks for the manifest afterwards.
             let naming = self.tags_of(repo, digest).await?;
             if let Some(tag) = naming.into_iter().find(|tag| rules.is_immutable(repo, tag)) {
-                let put = async |view: &View| self.place_link(&link, digest, view.validity()).await;
-                self.place(std::slice::from_ref(digest), put).await?;
+                if let Found::Whole(manifest) = &manifest {
+                    self.put_back(repo, manifest, rules).await?;
+                }
                 return Err(ChangeError::Immutable { tag, names: digest.clone() });
             }
         }

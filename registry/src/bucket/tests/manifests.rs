@@ -299,6 +299,30 @@ async fn a_manifest_takes_no_request_too_many() {
 }
 
 #[tokio::test]
+async fn a_tag_that_never_changes_is_never_left_naming_what_another_replica_deletes() {
+    let opened = Opened::new(Opened::minio().await).await;
+    let other = opened.again().await;
+    let tags = Tags { repositories: "**".parse().unwrap(), tags: "v*".parse().unwrap() };
+    let rules = Rules { immutable: vec![tags], ..Rules::default() };
+    for round in 0..30 {
+        let (r, manifest) = (repo(&format!("r{round}")), index("one", None));
+        opened.accept(&r, &manifest, &["latest"], &rules).await.unwrap();
+        let by_digest = Reference::Digest(manifest.digest.clone());
+        let put = async {
+            tokio::time::sleep(Duration::from_millis(round % 10)).await;
+            opened.accept(&r, &manifest, &["v1"], &rules).await
+        };
+        let (put, removed) = tokio::join!(put, other.bucket.remove(&r, Some(&by_digest), &rules));
+        put.unwrap();
+        match removed {
+            Ok(_) | Err(ChangeError::Immutable { .. }) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+        assert_eq!(opened.tagged(&r, "v1").await, Some(manifest.digest), "round {round}");
+    }
+}
+
+#[tokio::test]
 async fn what_is_acknowledged_is_so_though_requests_are_lost_late_and_refused() {
     let opened = Opened::new(Opened::minio().await).await;
     let chaos = Chaos { seed: 11, each_per_mille: 15, delay_ms: 0..300, cut_bytes: 0..100 };
