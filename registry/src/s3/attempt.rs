@@ -7,7 +7,7 @@ use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_smithy_async::time::StaticTimeSource;
 
 use super::client::Client;
-use super::error::{Failure, Place, Result};
+use super::error::{Failure, Kind, Place, Result};
 use super::wire::{Validity, Wire};
 
 /// Longest wait before the second attempt, milliseconds; twice as long before each further one.
@@ -16,6 +16,11 @@ const BACKOFF_MS: u64 = 100;
 const BACKOFF_MS_MAX: u64 = 10_000;
 /// How long a connection may take to come about.
 const CONNECT_TIMEOUT_MS: u64 = 5000;
+/// How often what places an object is sent while it is refused.
+///
+/// MinIO has a directory for each part of a key, and answers 403 when one vanishes, with the last object in it, in the moment in
+/// which another is placed there.
+const PLACING_ATTEMPTS_MAX: u32 = 3;
 /// Slowest way of content to the store, bytes per second.
 const UPLOAD_RATE_MIN: u64 = 1 << 20;
 
@@ -33,6 +38,8 @@ pub(super) struct Call<'a> {
     pub payload: Option<String>,
     /// Whether the signature is spoilt.
     pub forge: bool,
+    /// Whether an object is placed.
+    pub places: bool,
 }
 
 /// What came of a call, and whether an attempt before may have done its work, too.
@@ -43,7 +50,7 @@ pub(super) struct Outcome<T> {
 
 impl<'a> Call<'a> {
     pub(super) fn new(client: &'a Client, operation: &'static str, key: &'a str) -> Self {
-        Self { client, operation, key, bytes: 0, validity: None, payload: None, forge: false }
+        Self { client, operation, key, bytes: 0, validity: None, payload: None, forge: false, places: false }
     }
 
     pub(super) fn bytes(self, bytes: u64) -> Self {
@@ -56,6 +63,10 @@ impl<'a> Call<'a> {
 
     pub(super) fn payload(self, payload: Option<String>) -> Self {
         Self { payload, ..self }
+    }
+
+    pub(super) fn placing(self) -> Self {
+        Self { places: true, ..self }
     }
 
     /// What one request of the SDK is told besides its arguments.
@@ -88,7 +99,8 @@ impl<'a> Call<'a> {
                 Err(failure) => failure,
             };
             uncertain |= failure.uncertain;
-            if !failure.retry || count >= self.client.settings().attempts.get() {
+            let may_pass = self.places && failure.kind == Kind::Denied && count < PLACING_ATTEMPTS_MAX;
+            if !(failure.retry || may_pass) || count >= self.client.settings().attempts.get() {
                 return Err(failure.into_error(self.operation, self.place(), uncertain));
             }
             tracing::debug!(operation = self.operation, key = self.key, count, ?failure, "trying again");

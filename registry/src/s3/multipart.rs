@@ -156,7 +156,8 @@ impl Client {
     ) -> Result<String> {
         let bytes = parts.iter().fold(0_u64, |sum, part| sum.saturating_add(part.bytes));
         // The store puts nothing together, but it may look at all of it.
-        let call = Call::new(self, "end the upload of", &upload.key).bytes(bytes / 16).valid(validity);
+        let call =
+            Call::new(self, "end the upload of", &upload.key).bytes(bytes / 16).valid(validity).placing();
         call.value(|| async {
             let completed = |part: &Part| {
                 CompletedPart::builder().part_number(i32::from(part.number)).e_tag(&part.etag).build()
@@ -256,7 +257,7 @@ impl Client {
         head: &Head,
         validity: Option<Validity>,
     ) -> Result<String> {
-        let call = Call::new(self, "copy to", to).bytes(head.bytes).valid(validity);
+        let call = Call::new(self, "copy to", to).bytes(head.bytes).valid(validity).placing();
         call.value(|| async {
             let request = self.s3().copy_object().bucket(self.bucket()).key(self.full(to));
             let request = request

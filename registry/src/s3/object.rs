@@ -188,8 +188,11 @@ impl Client {
             (Some(_), _) => None,
         };
         let is_unsigned = self.settings().is_tls() && payload.is_none();
-        let mut call =
-            Call::new(self, "put", key).bytes(content.len() as u64).valid(put.validity).payload(payload);
+        let mut call = Call::new(self, "put", key)
+            .bytes(content.len() as u64)
+            .valid(put.validity)
+            .payload(payload)
+            .placing();
         call.forge = forge;
         let written = call
             .run(|| async {

@@ -63,6 +63,18 @@ async fn what_may_pass_is_tried_again_and_what_may_not_is_not() {
 }
 
 #[tokio::test]
+async fn what_places_an_object_and_is_refused_is_sent_again_for_a_while() {
+    let fixture = Fixture::minio().await;
+    let refused = Fault::Answer(403, "AccessDenied");
+    let (client, proxy) = through(&fixture, 5, script([refused, refused])).await;
+    client.put("key", Bytes::from_static(b"x"), Put::new()).await.unwrap();
+    assert_eq!(proxy.seen().len(), 3);
+    let (client, proxy) = through(&fixture, 5, move |_| refused).await;
+    let error = client.put("key", Bytes::from_static(b"x"), Put::default()).await.unwrap_err();
+    assert_eq!((error.kind(), error.is_uncertain(), proxy.seen().len()), (Kind::Denied, false, 3));
+}
+
+#[tokio::test]
 async fn a_store_that_does_not_answer_is_given_up_in_time() {
     let fixture = Fixture::minio().await;
     let proxy = S3Proxy::start(fixture.server.address(), |_| Fault::Delay(Duration::from_secs(600))).unwrap();
