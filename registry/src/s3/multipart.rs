@@ -21,12 +21,12 @@ pub(crate) const PART_BYTES_MIN: u64 = 5 << 20;
 pub(crate) const PART_BYTES_MAX: u64 = 5 << 30;
 /// Parts of one upload.
 pub(crate) const PARTS_MAX: u16 = 10_000;
-/// Largest copy in one piece, bytes.
-pub(super) const COPY_BYTES_MAX: u64 = 5 << 30;
+/// Largest copy in one piece, bytes. S3 takes 5 GiB, but copies each piece at the pace of one connection.
+pub(super) const COPY_BYTES_MAX: u64 = 64 << 20;
 /// Parts of a copy that are under way at a time.
-const COPY_PARTS_AT_ONCE_MAX: usize = 8;
+const COPY_PARTS_AT_ONCE_MAX: usize = 16;
 /// Bytes of the parts of a copy, unless they would be too many.
-const COPY_PART_BYTES: u64 = 512 << 20;
+const COPY_PART_BYTES: u64 = 64 << 20;
 /// Parts of a copy at most.
 const COPY_PARTS_MAX: u64 = 9000;
 
@@ -333,9 +333,9 @@ impl Client {
     }
 }
 
-/// Cuts an object into pieces that can be copied.
+/// Cuts an object into pieces that can be copied, of at most so many bytes unless they would be too many.
 fn pieces(bytes: u64, copy_bytes_max: u64) -> impl Iterator<Item = Range<u64>> {
-    let piece = COPY_PART_BYTES.max(bytes.div_ceil(COPY_PARTS_MAX)).min(copy_bytes_max).max(PART_BYTES_MIN);
+    let piece = COPY_PART_BYTES.min(copy_bytes_max).max(bytes.div_ceil(COPY_PARTS_MAX)).max(PART_BYTES_MIN);
     let starts = (0..bytes.div_ceil(piece)).map(move |index| index.saturating_mul(piece));
     starts.map(move |start| start..start.saturating_add(piece).min(bytes))
 }
