@@ -39,9 +39,6 @@ use crate::store::{self, Ending, Intake, Session, UploadError};
 
 /// Largest body that is held in memory until it is stored.
 const SMALL_BODY_BYTES_MAX: u64 = 64 << 10;
-/// Least length of a chunk that we ask for, as text; shorter ones are taken as well, but each costs a request and a state
-/// on disk.
-const CHUNK_MIN_LENGTH: HeaderValue = HeaderValue::from_static("1048576");
 const OCI_CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 /// How long a request waits for its turn before it is turned away.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -88,7 +85,7 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
     });
     let (repo, id) = begun.await?;
     let mut response = progress(StatusCode::ACCEPTED, &repo, id, 0);
-    response.headers_mut().insert(OCI_CHUNK_MIN_LENGTH, CHUNK_MIN_LENGTH);
+    response.headers_mut().insert(OCI_CHUNK_MIN_LENGTH, app.store.chunk_bytes_min().into());
     Ok(response)
 }
 

@@ -61,6 +61,11 @@ impl Store for Bucket {
         Ok(Box::new(Bucket::start_upload(self, repo, algorithm)))
     }
 
+    fn chunk_bytes_min(&self) -> u64 {
+        // What is behind the last whole part is written anew with each chunk.
+        self.client.settings().part_size.0
+    }
+
     fn opens_quickly(&self, _: Uuid) -> bool {
         false
     }

@@ -23,6 +23,9 @@ use crate::store::{
     collect,
 };
 
+/// Each chunk costs a request and a state on disk.
+const CHUNK_BYTES_MIN: u64 = 1 << 20;
+
 /// Each method is one of [`Storage`]'s own, which is preferred where both have the same name.
 impl Store for Storage {
     fn is_remote(&self) -> bool {
@@ -60,6 +63,10 @@ impl Store for Storage {
         let id = Storage::begin_upload(&self, repo, algorithm)?;
         let session = Store::open_upload(self, repo, id)?;
         session.ok_or_else(|| Error::other("an upload that was just begun is gone").into())
+    }
+
+    fn chunk_bytes_min(&self) -> u64 {
+        CHUNK_BYTES_MIN
     }
 
     fn opens_quickly(&self, id: Uuid) -> bool {

@@ -91,6 +91,10 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
         algorithm: Algorithm,
     ) -> Result<Box<dyn Session>, UploadError>;
 
+    /// Bytes of a chunk that clients are asked for at least; shorter ones are taken as well, but cost more than they need. Does not
+    /// block.
+    fn chunk_bytes_min(&self) -> u64;
+
     /// Tells whether [`Store::open_upload`] is quick for this session. Does not block.
     fn opens_quickly(&self, id: Uuid) -> bool;
 
