@@ -31,7 +31,9 @@ fn place(server: &Arc<S3Server>) -> Place {
     let server = Arc::clone(server);
     Place::new(move |grace| {
         let _lives = (&server, &keys);
-        let options = Options { grace, timing: TIMING };
+        // Nobody dies while it collects here: a slow server is not to be taken for one who does.
+        let timing = Timing { lease: Duration::from_secs(60), ..TIMING };
+        let options = Options { grace, timing };
         let store: Arc<dyn Store> =
             Handle::current().block_on(Bucket::open(settings.clone(), options)).unwrap();
         store
