@@ -180,12 +180,19 @@ impl Daemon {
 
     /// Asks the program to end (SIGTERM) and waits for it.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
-        if let Some(pid) = Pid::from_raw(self.id().cast_signed()) {
-            kill_process(pid, Signal::TERM).with_context(|| format!("cannot stop {}", self.process.line))?;
-        }
+        self.signal(Signal::TERM)?;
         self.process
             .wait(TERMINATE_TIMEOUT)
             .with_context(|| format!("SIGTERM did not end it; log:\n{}", self.log()))
+    }
+
+    /// Sends a signal, if the program has not ended.
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        match Pid::from_raw(self.id().cast_signed()).filter(|_| self.process.ended.is_none()) {
+            Some(pid) => kill_process(pid, signal)
+                .with_context(|| format!("cannot send {signal:?} to {}", self.process.line)),
+            None => Ok(()),
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::{Daemon, S3Server, cmd, dvcr, run, temp_dir, tool};
 use anyhow::{Context, Result, bail};
+use rustix::process::Signal;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -96,6 +97,16 @@ impl Registry {
     /// Kills the registry without a chance to tidy up.
     pub fn kill9(&mut self) -> Result<()> {
         self.daemon.kill9()
+    }
+
+    /// Lets the registry stand still, with all it has begun, until [`Registry::resume`].
+    pub fn pause(&self) -> Result<()> {
+        self.daemon.signal(Signal::STOP)
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) -> Result<()> {
+        self.daemon.signal(Signal::CONT)
     }
 
     /// Asks the registry to end and waits for it.

@@ -5,6 +5,7 @@ mod conformance;
 mod crash;
 mod events;
 mod interchange;
+mod replicas;
 mod support;
 mod takeover;
 
