@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::Semaphore;
-use tokio::sync::mpsc::{self, Receiver};
+use tokio::sync::mpsc::{self, Receiver, Sender};
 
 use super::Bucket;
 use super::condemned::{Condemned, ROUND_ENTRIES_MAX};
@@ -179,17 +179,27 @@ impl<'a> Run<'a> {
     /// Finds garbage, and has it removed; only finds it where there are no rounds.
     async fn go(&self, mut rounds: Option<&mut Rounds<'_>>) -> Result<()> {
         self.retain(rounds.as_deref_mut()).await?;
-        let (sender, receiver) = mpsc::channel(QUEUE_MAX);
-        let (live, ()) =
-            tokio::try_join!(self.mark(sender), self.take_away(receiver, rounds.as_deref_mut()))?;
+        let live = self.take_away_found(async |found| self.mark(found).await, rounds.as_deref_mut()).await?;
         {
             let mut all = lock(&self.live);
             all.sort_unstable();
             all.dedup();
         }
-        let (sender, receiver) = mpsc::channel(QUEUE_MAX);
-        tokio::try_join!(self.sweep(sender), self.take_away(receiver, rounds))?;
+        self.take_away_found(async |found| self.sweep(found).await, rounds).await?;
         self.abort_orphans(live).await
+    }
+
+    /// Has garbage removed while it is searched for.
+    async fn take_away_found<T>(
+        &self,
+        search: impl AsyncFnOnce(Sender<Garbage>) -> Result<T>,
+        rounds: Option<&mut Rounds<'_>>,
+    ) -> Result<T> {
+        let (sender, receiver) = mpsc::channel(QUEUE_MAX);
+        // A search that fails does not break off a round: others wait for its end.
+        let search = async { Ok::<_, Error>(search(sender).await) };
+        let (done, ()) = tokio::try_join!(search, self.take_away(receiver, rounds))?;
+        done
     }
 
     /// Has what is found removed in rounds, each of as much as it may be of.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
-use futures_util::future::try_join_all;
+use futures_util::future::join_all;
 use uuid::Uuid;
 
 use super::super::Bucket;
@@ -254,10 +254,13 @@ impl<'a> Rounds<'a> {
             for several in keys.chunks(DELETE_KEYS_MAX.saturating_mul(AT_ONCE_MAX)) {
                 check(self.stop)?;
                 let answers = several.chunks(DELETE_KEYS_MAX).map(|keys| self.delete_batch(keys));
-                for (key, error) in try_join_all(answers).await?.into_iter().flatten() {
-                    match error.kind() {
-                        Kind::Expired | Kind::Unavailable if attempt < ATTEMPTS_MAX => again.push(key),
-                        _ => failed.push((key, error)),
+                // All of them, also when one fails: none of the others is left under way.
+                for answer in join_all(answers).await {
+                    for (key, error) in answer? {
+                        match error.kind() {
+                            Kind::Expired | Kind::Unavailable if attempt < ATTEMPTS_MAX => again.push(key),
+                            _ => failed.push((key, error)),
+                        }
                     }
                 }
             }

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use dvcr_tests::{Asked, Fault, S3Proxy};
 use serde_json::json;
+use uuid::Uuid;
 
-use super::super::condemned::Condemned;
+use super::super::condemned::{self, Condemned};
 use super::super::run::Phase;
 use super::super::tests::Opened;
-use super::rounds::{Flight, Garbage, Rounds};
 use crate::bucket::Bucket;
 use crate::digest::{Algorithm, Digest};
 use crate::model;
@@ -264,34 +264,26 @@ async fn who_waits_for_a_round_whose_replica_died_ends_it() {
     let opened = bucket(Opened::minio().await).await;
     let (bucket, a) = (&opened.bucket, repo("a"));
     let (one, two) = (bucket.put_blob(&a, "one").await, bucket.put_blob(&a, "two").await);
-    let (flight, stop) = (Flight::default(), AtomicBool::default());
     let lease = bucket.take_lease().await.unwrap().unwrap();
     let state = bucket.read_run().await.unwrap();
-    let (mut rounds, _) = Rounds::announce(bucket, &lease, &flight, &stop, state, 1_000_000).await.unwrap();
-    let run = bucket.read_run().await.unwrap().phase.run().unwrap();
-    let layers = [&one, &two].map(|digest| Condemned::Layer { repo: a.clone(), digest: digest.clone() });
-    // It dies when all is condemned, and nothing is removed.
+    let (run, round) = (Uuid::new_v4(), 3);
+    let state = bucket.replace_run(&state, Phase::Marking { run }).await.unwrap();
     bucket.claim(run, std::slice::from_ref(&two)).await.unwrap();
-    tokio::select! {
-        biased;
-        _ = rounds.condemn(layers.map(Garbage::from).to_vec()) => panic!("it was to die"),
-        () = until(async || {
-            matches!(bucket.read_run().await.unwrap().phase, Phase::Condemned { .. })
-        }) => {}
-    }
-    drop(rounds);
+    let layers = [&one, &two].map(|digest| Condemned::Layer { repo: a.clone(), digest: digest.clone() });
+    bucket.put_key(&bucket.keys.condemned(run, round), condemned::write(layers.iter())).await;
+    let state = bucket.replace_run(&state, Phase::Condemned { run, round }).await.unwrap();
+    // It dies when all is condemned, and nothing is removed.
     drop(lease);
-    let begun = Instant::now();
-    let view = bucket.view().await.unwrap();
-    let seen = [&one, &two].map(|digest| view.is_condemned(&a, digest));
-    if seen[0] {
-        // Another replica pushes what is condemned.
-        let other = opened.again().await;
-        other.bucket.wait_until_removed(&a, &one).await.unwrap();
-        assert!(begun.elapsed() < PATIENCE);
-    }
+    let (begun, other) = (Instant::now(), opened.again().await);
+    let view = other.bucket.view().await.unwrap();
+    assert!([&one, &two].iter().all(|digest| view.is_condemned(&a, digest)));
+    other.bucket.wait_until_removed(&a, &one).await.unwrap();
+    assert!(begun.elapsed() >= bucket.options.timing.lease && begun.elapsed() < PATIENCE);
     assert!(!bucket.has(&bucket.keys.layer_link(&a, &one)).await);
     assert!(bucket.has(&bucket.keys.layer_link(&a, &two)).await, "it was claimed");
+    // If it was not dead after all, it cannot end what is not its own any more.
+    assert!(bucket.replace_run(&state, Phase::None).await.is_err());
+    assert_eq!(bucket.read_run().await.unwrap().phase, Phase::None);
 }
 
 #[tokio::test]
