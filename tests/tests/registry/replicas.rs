@@ -33,7 +33,12 @@ async fn replicas_that_are_killed_or_stand_still_lose_nothing_beside_collections
         Registry::start_in_bucket(&dir.path().join(name), (&server, &bucket, "/root"), &args)
     };
     let (first, second, mut third) = (start("first")?, start("second")?, start("third")?);
-    let clients = [&first, &second, &third].map(|replica| Client::new(&replica.url()));
+    let hasty = reqwest::Client::builder().timeout(CLIENT_TIMEOUT).build()?;
+    let clients = [&first, &second, &third].map(|replica| {
+        let mut client = Client::new(&replica.url());
+        client.http = hasty.clone();
+        client
+    });
     let (accepted, stop, pushed) = (Accepted::default(), Arc::<AtomicBool>::default(), Arc::default());
     let pushers: Vec<_> = (0..PUSHERS)
         .map(|n| {
@@ -92,7 +97,7 @@ async fn replicas_that_are_killed_or_stand_still_lose_nothing_beside_collections
     }
     let third = restless.await??;
 
-    let accepted = accepted.lock().unwrap_or_else(PoisonError::into_inner);
+    let accepted = std::mem::take(&mut *accepted.lock().unwrap_or_else(PoisonError::into_inner));
     eprintln!("{} images pushed, {} are left", pushed.load(Ordering::Relaxed), accepted.len());
     ensure!(!accepted.is_empty(), "nothing was pushed: {}", second.log());
     for replica in [&first, &second, &third] {
@@ -115,15 +120,12 @@ fn collect(root: PathBuf) -> Result<Output> {
 
 /// Pushes images of shared layers to whichever replica answers, and deletes most of them.
 async fn push(
-    mut clients: [Client; 3],
+    clients: [Client; 3],
     n: u64,
     accepted: Accepted,
     stop: Arc<AtomicBool>,
     pushed: Arc<AtomicU64>,
 ) {
-    for client in &mut clients {
-        client.http = reqwest::Client::builder().timeout(CLIENT_TIMEOUT).build().expect("a client");
-    }
     let mut random = Random(n);
     while !stop.load(Ordering::Relaxed) {
         let client = &clients[random.below(3) as usize];
