@@ -65,6 +65,7 @@ fn every_setting_with_one_value_has_a_variable() {
             "gc-schedule" => "off",
             "scrub-rate" => "1M",
             "external-url" => "http://x",
+            "redirect" => "1s",
             _ => value,
         };
         let output = dvcr(&["registry", "--print-config"], &[(name, value)]);
