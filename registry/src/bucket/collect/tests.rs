@@ -264,6 +264,7 @@ async fn who_waits_for_a_round_whose_replica_died_ends_it() {
     let opened = bucket(Opened::minio().await).await;
     let (bucket, a) = (&opened.bucket, repo("a"));
     let (one, two) = (bucket.put_blob(&a, "one").await, bucket.put_blob(&a, "two").await);
+    let begun = Instant::now();
     let lease = bucket.take_lease().await.unwrap().unwrap();
     let state = bucket.read_run().await.unwrap();
     let (run, round) = (Uuid::new_v4(), 3);
@@ -274,7 +275,7 @@ async fn who_waits_for_a_round_whose_replica_died_ends_it() {
     let state = bucket.replace_run(&state, Phase::Condemned { run, round }).await.unwrap();
     // It dies when all is condemned, and nothing is removed.
     drop(lease);
-    let (begun, other) = (Instant::now(), opened.again().await);
+    let other = opened.again().await;
     let view = other.bucket.view().await.unwrap();
     assert!([&one, &two].iter().all(|digest| view.is_condemned(&a, digest)));
     other.bucket.wait_until_removed(&a, &one).await.unwrap();
