@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use dvcr_tests::{Chaos, S3Proxy, S3Server};
+use dvcr_tests::{Asked, Chaos, Fault, S3Proxy, S3Server};
 use serde_json::json;
 use tokio::runtime::{Builder, Runtime};
 
@@ -57,12 +57,17 @@ fn replicas_that_die_and_networks_that_are_late_lose_nothing_beside_collections(
             let (opened, removed, stop, runs, deaths) = (&opened, &removed, &stop, &runs, &deaths);
             scope.spawn(move || collect(opened, PUSHERS + n, removed, stop, runs, deaths));
         }
-        thread::sleep(time);
-        stop.store(true, Ordering::Relaxed);
+        // Also when something is found to be lost, which those who push the same would soon bring back.
+        let _stop = Stop(&stop);
+        let begun = Instant::now();
+        while begun.elapsed() < time {
+            runtime.block_on(check_accepted(&opened.bucket, &accepted));
+        }
     });
     let bucket = &opened.bucket;
     runtime.block_on(async {
-        check(bucket, &accepted).await;
+        check_accepted(bucket, &accepted).await;
+        check_all(bucket).await;
         // One whose network is good does what was left.
         let begun = Instant::now();
         while bucket.collect(&options(), &Counts::default(), &AtomicBool::default()).await.unwrap().is_none()
@@ -71,12 +76,22 @@ fn replicas_that_die_and_networks_that_are_late_lose_nothing_beside_collections(
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
         assert_eq!(bucket.read_run().await.unwrap().phase, Phase::None);
-        check(bucket, &accepted).await;
+        check_accepted(bucket, &accepted).await;
+        check_all(bucket).await;
     });
     let [removed, runs, deaths] = [removed, runs, deaths].map(AtomicU64::into_inner);
     let accepted = lock(&accepted).len();
     eprintln!("{accepted} manifests, {removed} things removed in {runs} collections, {deaths} deaths");
     assert!(accepted > 0 && removed > 0 && runs > 0 && deaths > 0);
+}
+
+/// Ends the others.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn runtime() -> Runtime {
@@ -92,10 +107,17 @@ fn options() -> Options {
     }
 }
 
-/// A network for one life of a replica; of a thousand requests it treats so many in each bad way.
-fn network(opened: &Opened, seed: u64, each_per_mille: u64) -> S3Proxy {
+/// A network for one life of a replica, which treats of a thousand requests so many in each bad way, and some more are slow.
+fn network(opened: &Opened, seed: u64, each_per_mille: u64, slow_per_mille: u64) -> S3Proxy {
     let chaos = Chaos { seed, each_per_mille, delay_ms: 100..5000, cut_bytes: 0..200 };
-    S3Proxy::start(opened.server.address(), chaos.decide()).unwrap()
+    let (mut decide, mut random) = (chaos.decide(), Random(seed));
+    let decide = move |asked: &Asked| match decide(asked) {
+        Fault::None if random.below(1000) < slow_per_mille => {
+            Fault::Delay(Duration::from_millis(random.below(1000)))
+        }
+        fault => fault,
+    };
+    S3Proxy::start(opened.server.address(), decide).unwrap()
 }
 
 /// SplitMix64.
@@ -115,7 +137,7 @@ fn push(opened: &Opened, n: u64, accepted: &Accepted, stop: &AtomicBool, deaths:
     let mut count = 0;
     while !stop.load(Ordering::Relaxed) {
         let runtime = runtime();
-        let proxy = network(opened, random.below(u64::MAX), 4);
+        let proxy = network(opened, random.below(u64::MAX), 4, 0);
         let life = Duration::from_millis(500 + random.below(6000));
         let done = runtime.block_on(async {
             let replica = opened.hastily_through(&proxy, REQUEST_TIMEOUT).await;
@@ -145,9 +167,10 @@ fn collect(
     let mut random = Random(n);
     while !stop.load(Ordering::Relaxed) {
         let runtime = runtime();
-        let proxy = network(opened, random.below(u64::MAX), 10);
-        // A run takes a bit longer than a request is valid.
-        let life = TIMING.validity + Duration::from_millis(random.below(12_000));
+        // Between what it sees and what it removes there is time for the others.
+        let proxy = network(opened, random.below(u64::MAX), 5, 400);
+        // A run takes longer than a request is valid.
+        let life = TIMING.validity + Duration::from_millis(2000 + random.below(15_000));
         let counts = Counts::default();
         let done = runtime.block_on(async {
             let replica = opened.hastily_through(&proxy, REQUEST_TIMEOUT).await;
@@ -245,17 +268,24 @@ impl Image {
     }
 }
 
-/// Looks at all that was accepted, and at all manifests that are there, whoever was told so.
-async fn check(bucket: &Arc<Bucket>, accepted: &Accepted) {
-    let accepted = lock(accepted).clone();
-    for ((repo, digest), blobs) in &accepted {
+/// Looks for all that was accepted and has not been deleted.
+async fn check_accepted(bucket: &Arc<Bucket>, accepted: &Accepted) {
+    let expected = lock(accepted).clone();
+    for (key, blobs) in &expected {
+        let (repo, digest) = key;
+        // Somebody may have asked for its deletion in the meantime.
+        let is_lost = |is_there: bool| !is_there && lock(accepted).contains_key(key);
         let found = bucket.find_manifest(repo, &Reference::Digest(digest.clone())).await.unwrap();
-        assert!(found.is_some(), "{repo} has lost the manifest {digest}");
+        assert!(!is_lost(found.is_some()), "{repo} has lost the manifest {digest}");
         for blob in blobs {
             let found = bucket.open_blob(repo, blob).await.unwrap();
-            assert!(found.is_some(), "{repo} has lost {blob} of {digest}");
+            assert!(!is_lost(found.is_some()), "{repo} has lost {blob} of {digest}");
         }
     }
+}
+
+/// Looks at all manifests that are there, whoever was told so.
+async fn check_all(bucket: &Arc<Bucket>) {
     for name in ["a", "a/b", "c"] {
         let repo = RepoName::parse(name).unwrap();
         let prefix = bucket.keys.revisions(&repo);
