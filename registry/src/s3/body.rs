@@ -88,11 +88,6 @@ impl RangeBody {
         Self { client, key, etag, rest, body, breaks: 0, broken_at }
     }
 
-    /// The ETag of the object, all of the range is of.
-    pub(crate) fn etag(&self) -> &str {
-        &self.etag
-    }
-
     /// Bytes that are still to come.
     pub(crate) fn remaining(&self) -> u64 {
         self.rest.end.saturating_sub(self.rest.start)

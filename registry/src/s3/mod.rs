@@ -16,8 +16,6 @@
 //! or deleted once may be so twice: a request whose answer is lost is sent again, and [`Error::is_uncertain`] says when
 //! that leaves open what happened.
 
-#![allow(dead_code, unused_imports, reason = "used by tests until the store in a bucket stands on it")]
-
 mod attempt;
 mod body;
 mod client;
@@ -36,10 +34,8 @@ mod wire;
 
 pub(crate) use body::RangeBody;
 pub(crate) use client::Client;
-pub(crate) use clock::ServerTime;
 pub(crate) use error::{Error, Kind, Result};
-pub(crate) use multipart::{PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX, Part, Upload, Uploads};
-pub(crate) use object::{Condition, DELETE_KEYS_MAX, Deletion, Head, Listing, Object, Page, Put};
-pub(crate) use probe::{Finding, Findings};
+pub(crate) use multipart::{PART_BYTES_MAX, PART_BYTES_MIN, PARTS_MAX, Part, Upload};
+pub(crate) use object::{Condition, DELETE_KEYS_MAX, Head, Listing, Put};
 pub use settings::{Encryption, Settings};
 pub(crate) use wire::Validity;

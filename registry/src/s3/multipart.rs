@@ -104,45 +104,6 @@ impl Client {
         .await
     }
 
-    /// Lists all parts of an upload, by their numbers.
-    ///
-    /// # Errors
-    /// [`super::Kind::NotFound`] if the upload has ended.
-    pub(crate) async fn parts(&self, upload: &Upload) -> Result<Vec<Part>> {
-        let call = Call::new(self, "list the parts of", &upload.key);
-        let (mut parts, mut marker) = (Vec::new(), None::<String>);
-        // Each page has to bring something.
-        while parts.len() <= usize::from(PARTS_MAX) {
-            let answer = call.value(|| async {
-                let request = self.s3().list_parts().bucket(self.bucket()).key(self.full(&upload.key));
-                let request = request.upload_id(&upload.id).set_part_number_marker(marker.clone());
-                let request = request.max_parts(i32::from(PAGE_ENTRIES_MAX));
-                let answer = request.customize().config_override(call.config()).send().await;
-                answer.map_err(|error| Failure::of(error, None))
-            });
-            let answer = answer.await?;
-            let before = parts.len();
-            for found in answer.parts.unwrap_or_default() {
-                let number = found.part_number.and_then(|number| u16::try_from(number).ok());
-                let bytes = found.size.and_then(|bytes| u64::try_from(bytes).ok());
-                let (Some(number), Some(bytes), Some(etag)) = (number, bytes, found.e_tag) else {
-                    let why = Failure::wrong("it told of a part without number, size or ETag");
-                    return Err(why.into_error(call.operation, call.place(), false));
-                };
-                parts.push(Part { number, bytes, etag });
-            }
-            if answer.is_truncated != Some(true) || parts.len() == before {
-                return Ok(parts);
-            }
-            marker = answer.next_part_number_marker;
-        }
-        Err(Failure::wrong("it told of more parts than there can be").into_error(
-            call.operation,
-            call.place(),
-            false,
-        ))
-    }
-
     /// Makes the object of an upload's parts, and returns its ETag.
     ///
     /// # Errors
@@ -232,22 +193,16 @@ impl Client {
         Ok(page)
     }
 
-    /// Copies an object within the store, whatever its size, and returns the copy's ETag and size.
+    /// Copies an object within the store, whatever its size, and returns the copy's ETag.
     ///
     /// # Errors
     /// [`super::Kind::NotFound`], [`super::Kind::Precondition`] if the source is replaced meanwhile, [`super::Kind::Expired`].
-    pub(crate) async fn copy(
-        &self,
-        from: &str,
-        to: &str,
-        validity: Option<Validity>,
-    ) -> Result<(String, u64)> {
+    pub(crate) async fn copy(&self, from: &str, to: &str, validity: Option<Validity>) -> Result<String> {
         let head = self.head(from).await?;
-        let etag = match head.bytes <= self.copy_bytes_max() {
-            true => self.copy_whole(from, to, &head, validity).await?,
-            false => self.copy_in_parts(from, to, &head, validity).await?,
-        };
-        Ok((etag, head.bytes))
+        match head.bytes <= self.copy_bytes_max() {
+            true => self.copy_whole(from, to, &head, validity).await,
+            false => self.copy_in_parts(from, to, &head, validity).await,
+        }
     }
 
     async fn copy_whole(

@@ -1,10 +1,10 @@
-//! Settings of the servers that tests start.
+//! Settings of the servers that tests start, and what only tests ask them.
 
 use std::time::Duration;
 
 use dvcr_tests::{S3Server, TempDir};
 
-use super::Settings;
+use super::{Client, Settings, Upload};
 use crate::units::Time;
 
 /// Settings with a static key in files, and no bucket.
@@ -23,4 +23,10 @@ pub(crate) fn settings(server: &S3Server, keys: &TempDir) -> Settings {
         request_timeout: Time(Duration::from_secs(10)),
         ..Settings::default()
     }
+}
+
+/// Counts the parts that a store has of an upload, up to a thousand.
+pub(crate) async fn count_parts(client: &Client, upload: &Upload) -> usize {
+    let parts = client.s3().list_parts().bucket(client.bucket()).key(client.full(&upload.key));
+    parts.upload_id(&upload.id).send().await.unwrap().parts().len()
 }

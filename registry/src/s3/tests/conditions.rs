@@ -113,11 +113,8 @@ async fn a_probe_tells_what_minio_honours() {
         assert!(finding.is_honoured, "{name}: {}", finding.says);
     }
     assert!(found.is_safe_for_replicas());
-    assert_eq!(
-        fixture.client.list(Listing::default(), None).await.unwrap(),
-        Page::default(),
-        "nothing is left"
-    );
+    let left = fixture.client.list(Listing::default(), None).await.unwrap();
+    assert!(left.objects.is_empty(), "{left:?}");
 }
 
 #[tokio::test]
@@ -129,9 +126,6 @@ async fn a_probe_says_that_moto_looks_neither_at_the_time_nor_at_signatures() {
     assert!(found.signature.says.contains("does not look at signatures"), "{found:?}");
     assert!(found.create.is_honoured && found.replace.is_honoured, "{found:?}");
     assert!(found.read.is_honoured && found.list.is_honoured, "{found:?}");
-    assert_eq!(
-        fixture.client.list(Listing::default(), None).await.unwrap(),
-        Page::default(),
-        "nothing is left"
-    );
+    let left = fixture.client.list(Listing::default(), None).await.unwrap();
+    assert!(left.objects.is_empty(), "{left:?}");
 }

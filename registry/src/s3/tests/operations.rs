@@ -59,7 +59,7 @@ async fn a_range_gives_exactly_what_was_asked_for() {
         let etag = fixture.put("key", &content).await;
         for range in [0..1, 0..300_000, 70_000..200_001, 299_999..300_000, 5..5, 300_000..300_000] {
             let body = client.get_range("key", range.clone(), Some(&etag)).await.unwrap();
-            assert_eq!((body.etag(), body.remaining()), (&*etag, range.end - range.start));
+            assert_eq!(body.remaining(), range.end - range.start);
             let asked = &content[range.start as usize..range.end as usize];
             assert!(read_all(body).await.unwrap() == asked, "{range:?}");
         }
@@ -77,11 +77,10 @@ async fn a_range_gives_exactly_what_was_asked_for() {
 async fn the_start_of_an_object_comes_with_its_length() {
     for fixture in Fixture::both().await {
         let (client, content) = (&fixture.client, noise(300_000));
-        let etag = fixture.put("key", &content).await;
+        fixture.put("key", &content).await;
         for bytes in [1, 299_999, 300_000, 300_001] {
             let (head, body) = client.get_start("key", bytes).await.unwrap();
             assert_eq!(head, client.head("key").await.unwrap());
-            assert_eq!(body.etag(), etag);
             assert!(read_all(body).await.unwrap() == content[..300_000.min(bytes as usize)], "{bytes}");
         }
         fixture.put("empty", b"").await;
@@ -166,12 +165,6 @@ async fn an_upload_in_parts_becomes_an_object() {
             client.upload_part(&upload, 1, first).await.unwrap(),
             client.upload_part(&upload, 2, last).await.unwrap(),
         ];
-        let listed = client.parts(&upload).await;
-        match fixture.is_moto {
-            false => assert_eq!(listed.unwrap(), parts),
-            // moto calls its answer ListPartsResponse, which nobody else does.
-            true => assert_eq!(listed.unwrap_err().kind(), Kind::Other),
-        }
         let begun = client.uploads("", None).await.unwrap();
         let mut found: Vec<_> = begun.uploads.into_iter().map(|(upload, _)| upload).collect();
         found.sort_by(|a, b| a.key.cmp(&b.key));
@@ -192,7 +185,6 @@ async fn an_upload_in_parts_becomes_an_object() {
         client.abort_upload(&other).await.unwrap();
         client.abort_upload(&other).await.unwrap();
         for ended in [&upload, &other] {
-            assert_eq!(client.parts(ended).await.unwrap_err().kind(), Kind::NotFound);
             // moto fails inside when a part comes to an upload that has ended.
             if !fixture.is_moto {
                 let late = client.upload_part(ended, 1, Bytes::from_static(b"late")).await;
@@ -211,8 +203,7 @@ async fn a_copy_has_the_bytes_in_one_piece_and_in_parts() {
         for limit in [64 << 20, 5 << 20] {
             let client = Client::open_with(fixture.settings.clone(), limit).await.unwrap();
             let to = format!("to-{limit}");
-            let (etag, bytes) = client.copy("from + with %", &to, None).await.unwrap();
-            assert_eq!(bytes, content.len() as u64);
+            let etag = client.copy("from + with %", &to, None).await.unwrap();
             let parts = etag.trim_matches('"').split_once('-').map(|(_, parts)| parts.to_owned());
             assert_eq!(parts, (limit == 5 << 20).then(|| "3".to_owned()));
             assert!(fixture.content(&to).await == content);
