@@ -16,6 +16,8 @@ use crate::image::{
 };
 
 const SECTOR: usize = 4096;
+/// Sectors of the three blocks of the sample that have data.
+const PAYLOAD_SECTORS: usize = 3 * MIB / SECTOR;
 const GUID: [u8; 16] = *b"the log of today";
 
 /// What an entry of the log asks for.
@@ -127,6 +129,11 @@ fn bat_sector(file: &[u8], changes: &[(usize, u64)]) -> Patch {
     Patch::Data { start, sector }
 }
 
+/// Where the payload of the sample's blocks begins, which is as much as `PAYLOAD_SECTORS`.
+fn payload(file: &[u8]) -> usize {
+    u64_at(file, region(file, &BAT_REGION).start) as usize & !(MIB - 1)
+}
+
 fn assert_refused(file: Vec<u8>, kind: ErrorKind, says: &str) {
     let error = failure(read_through(file));
     assert_eq!(error.kind(), kind, "{error}");
@@ -144,13 +151,13 @@ proptest! {
     fn any_dirty_log_is_replayed_as_qemu_replays_it(
         // With more than 126 descriptors qemu 7.2 reads all but the last sector of them wrong.
         recipe in proptest::collection::vec(
-            (0usize..4, proptest::collection::vec((any::<u8>(), 0usize..1000, 1usize..9, any::<u8>()), 0..100)), 1..5,
+            (0usize..4, proptest::collection::vec((any::<u8>(), 0usize..PAYLOAD_SECTORS, 1usize..9, any::<u8>()), 0..100)), 1..5,
         ),
         at in 0usize..256, torn in any::<bool>(), stale in any::<bool>(),
     ) {
         let recipe: Recipe = recipe;
         let clean = sample();
-        let bat = region(&clean, &BAT_REGION).start;
+        let (bat, payload) = (region(&clean, &BAT_REGION).start, payload(&clean));
         let mut log = Log::open(clean.clone(), at * SECTOR);
         let mut model = clean.clone();
         if stale {
@@ -161,6 +168,7 @@ proptest! {
             log.at = here;
         }
         let mut begun = Vec::new();
+        let mut tail = 0;
         let mut written: Vec<Vec<Patch>> = Vec::new();
         let mut sectors = 0;
         for (back, patches) in recipe {
@@ -173,10 +181,13 @@ proptest! {
                         let from = [0, 2, 7][place % 3];
                         bat_sector(&clean, &[(from, 0), (4, u64_at(&clean, bat + 8 * from))])
                     }
-                    2 | 3 => Patch::Zeros { start: (bat + 2 * MIB) + place % 512 * SECTOR, len: len * SECTOR },
+                    2 | 3 => {
+                        let len = len.min(PAYLOAD_SECTORS - place);
+                        Patch::Zeros { start: payload + place * SECTOR, len: len * SECTOR }
+                    }
                     _ => {
                         let sector = if what % 2 == 0 { vec![value; SECTOR] } else { noise(SECTOR, value.into()) };
-                        Patch::Data { start: (bat + 2 * MIB) + place % 512 * SECTOR, sector }
+                        Patch::Data { start: payload + place * SECTOR, sector }
                     }
                 })
                 .collect();
@@ -187,7 +198,7 @@ proptest! {
                 break;
             }
             // The entries before the tail were applied by the writer.
-            let tail = written.len().saturating_sub(back);
+            tail = written.len().saturating_sub(back);
             begun.push(log.at);
             let at = begun[tail];
             let _ = log.write(Some(at), &patches);
@@ -208,9 +219,12 @@ proptest! {
             half[100] ^= 1;
             log.put(&half);
         }
-        prop_assert!(read_through(log.file.clone()).unwrap() == as_qemu_reads(&log.file));
-        // And as one who knows what was meant.
-        prop_assert!(read_through(log.file).unwrap() == read_through(model).unwrap());
+        let ours = read_through(log.file.clone()).unwrap();
+        prop_assert!(ours == read_through(model).unwrap(), "as one reads who knows what was meant");
+        // Where some begin behind the end of the ring qemu leaves out the others.
+        if begun[tail..].is_sorted() {
+            prop_assert!(ours == as_qemu_reads(&log.file), "as qemu reads");
+        }
     }
 }
 
@@ -237,7 +251,7 @@ fn a_log_that_moves_a_block_is_honoured_and_told() {
 #[test]
 fn an_entry_may_have_many_descriptors_and_go_over_the_end_of_the_log() {
     let clean = sample();
-    let payload = region(&clean, &BAT_REGION).start + 2 * MIB;
+    let payload = payload(&clean);
     let patches: Vec<Patch> = (0..400usize)
         .map(|n| match n % 4 {
             0 => Patch::Data { start: payload + n * SECTOR, sector: noise(SECTOR, n as u64) },
@@ -251,6 +265,32 @@ fn an_entry_may_have_many_descriptors_and_go_over_the_end_of_the_log() {
     for at in [0, 200, 254, 255] {
         let mut log = Log::open(clean.clone(), at * SECTOR);
         log.write(None, &patches);
+        assert!(read_through(log.file).unwrap() == read_through(model.clone()).unwrap(), "{at}");
+    }
+}
+
+/// The sequence is that in which the tail of its last entry is (MS-VHDX, 2.3.2), wherever the ring ends.
+///
+/// qemu (7.2 to 10) looks for it from the first sector of the log on, and asks for no tail. It finds the entries there first,
+/// takes them for a sequence of their own, and prefers it to the whole one, as that begins with a lower number. So it leaves out
+/// what comes before the end of the ring.
+#[test]
+fn entries_that_go_on_at_the_start_of_the_log_are_replayed_from_their_tail() {
+    let clean = sample();
+    let payload = payload(&clean);
+    let patch = |n: usize| Patch::Data { start: payload + n * SECTOR, sector: noise(SECTOR, n as u64) };
+    let (first, second, third) = ((0..38).map(patch).collect::<Vec<_>>(), [patch(38)], [patch(39)]);
+    let mut model = clean.clone();
+    for patch in first.iter().chain(&second).chain(&third) {
+        patch.apply(&mut model);
+    }
+    // The first has 39 sectors of the 256, and the second two: one of them ends with the ring, or goes over its end.
+    for at in [215, 216, 217, 218, 255] {
+        let mut log = Log::open(clean.clone(), at * SECTOR);
+        let tail = log.write(None, &first);
+        log.write(Some(tail), &second);
+        let begun = log.write(Some(tail), &third);
+        assert!(begun < tail);
         assert!(read_through(log.file).unwrap() == read_through(model.clone()).unwrap(), "{at}");
     }
 }
