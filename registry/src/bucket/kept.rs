@@ -24,7 +24,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use crate::digest::{Algorithm, Digest, Hasher};
 use crate::lock;
-use crate::s3::Client;
+use crate::s3::{Client, RangeBody};
 use crate::store;
 
 /// Blobs that are fetched at a time.
@@ -38,6 +38,8 @@ const READ_BYTES: u64 = 512 << 10;
 const READS_AT_ONCE: usize = 2;
 /// The name of what is not whole yet.
 const PARTIAL: &str = "partial-";
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// The kept blobs. Clones are the same.
 #[derive(Clone, Debug)]
@@ -58,8 +60,10 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     blobs: HashMap<Digest, Entry>,
-    /// Of the blobs, and of those that are being fetched.
+    /// Of the blobs.
     bytes: u64,
+    /// Of those that are being fetched.
+    reserved: u64,
     /// Counts what is read.
     tick: u64,
     asked: HashSet<Digest>,
@@ -101,9 +105,7 @@ impl Kept {
         found.sort();
         let mut state = State::default();
         for (_, digest, bytes) in found {
-            state.tick = state.tick.saturating_add(1);
-            state.bytes = state.bytes.saturating_add(bytes);
-            state.blobs.insert(digest, Entry { bytes, read: state.tick });
+            state.keep(digest, bytes);
         }
         let kept = Self(Arc::new(Inner {
             dir: dir.to_owned(),
@@ -115,11 +117,17 @@ impl Kept {
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         }));
-        kept.make_room(0);
+        let surplus = lock(&kept.0.state).reserve(0, bytes_max).unwrap_or_default();
+        kept.remove(&surplus);
         Ok(kept)
     }
 
-    /// Opens a blob, if it is kept. Blocks on the disk.
+    /// Whether a blob is kept, as far as is known without a look at the disk.
+    pub(super) fn has(&self, digest: &Digest) -> bool {
+        lock(&self.0.state).blobs.contains_key(digest)
+    }
+
+    /// Opens a blob, if it is kept, for one who may have it. Blocks on the disk.
     pub(super) fn get(&self, digest: &Digest) -> Option<Blob> {
         {
             let mut state = lock(&self.0.state);
@@ -169,7 +177,6 @@ impl Kept {
             };
             lock(&kept.0.state).coming.remove(&digest);
             if let Err(error) = done {
-                let _ = fs::remove_file(kept.partial(&digest));
                 tracing::warn!(%digest, error = &*error, "a blob is not kept on disk");
             }
         });
@@ -181,31 +188,38 @@ impl Kept {
         store::Kept { hits: get(&self.0.hits), misses: get(&self.0.misses), bytes: lock(&self.0.state).bytes }
     }
 
-    async fn fetch(
+    /// Fetches a blob, if those that others fetch leave room for it.
+    async fn fetch(&self, digest: &Digest, key: &str, bytes: u64) -> Result<(), BoxError> {
+        let body = self.0.client.get_range(key, 0..bytes, None).await?;
+        let Some(surplus) = lock(&self.0.state).reserve(bytes, self.0.bytes_max) else { return Ok(()) };
+        let written = self.write(digest, body, surplus).await;
+        let mut state = lock(&self.0.state);
+        state.reserved = state.reserved.saturating_sub(bytes);
+        if written.is_ok() {
+            state.keep(digest.clone(), bytes);
+        }
+        written
+    }
+
+    /// Writes what comes to the disk, once the surplus is gone from there.
+    async fn write(
         &self,
         digest: &Digest,
-        key: &str,
-        bytes: u64,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        let mut body = self.0.client.get_range(key, 0..bytes, None).await?;
-        self.make_room(bytes);
-        let (sender, mut pieces) = mpsc::channel::<Bytes>(PIECES_MAX);
-        let (partial, whole, expected) = (self.partial(digest), self.path(digest), digest.clone());
+        mut body: RangeBody,
+        surplus: Vec<Digest>,
+    ) -> Result<(), BoxError> {
+        let (sender, pieces) = mpsc::channel::<Bytes>(PIECES_MAX);
+        let (kept, digest) = (self.clone(), digest.clone());
         let writing = tokio::task::spawn_blocking(move || {
-            let mut hasher = Hasher::new(expected.algorithm());
-            let mut file = File::create(&partial)?;
-            while let Some(piece) = pieces.blocking_recv() {
-                hasher.update(&piece);
-                file.write_all(&piece)?;
+            kept.remove(&surplus);
+            let partial = kept.partial(&digest);
+            let written = write_whole(&partial, &kept.path(&digest), &digest, pieces);
+            if written.is_err() {
+                let _ = fs::remove_file(partial);
             }
-            let actual = hasher.finish();
-            if actual != expected {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, format!("its content is {actual}")));
-            }
-            file.sync_data()?;
-            fs::rename(&partial, whole)
+            written
         });
-        let mut came = Ok(());
+        let mut broken = None;
         loop {
             match body.next().await {
                 Ok(Some(piece)) => {
@@ -216,31 +230,19 @@ impl Kept {
                 }
                 Ok(None) => break,
                 Err(error) => {
-                    came = Err(error);
+                    broken = Some(error);
                     break;
                 }
             }
         }
         drop(sender);
-        let written = writing.await?;
-        came?;
-        written?;
-        let mut state = lock(&self.0.state);
-        state.tick = state.tick.saturating_add(1);
-        let entry = Entry { bytes, read: state.tick };
-        state.bytes = state.bytes.saturating_add(bytes);
-        state.blobs.insert(digest.clone(), entry);
-        Ok(())
+        writing.await?.map_err(|error| broken.map_or_else(|| error.into(), Into::into))
     }
 
-    /// Removes what was not read for longest, until so many more bytes fit.
-    fn make_room(&self, more: u64) {
-        let mut state = lock(&self.0.state);
-        while state.bytes.saturating_add(more) > self.0.bytes_max {
-            let oldest = state.blobs.iter().min_by_key(|(_, entry)| entry.read);
-            let Some(digest) = oldest.map(|(digest, _)| digest.clone()) else { return };
-            state.forget(&digest);
-            if let Err(error) = fs::remove_file(self.path(&digest)) {
+    /// Removes the files of blobs that were forgotten. Blocks on the disk.
+    fn remove(&self, surplus: &[Digest]) {
+        for digest in surplus {
+            if let Err(error) = fs::remove_file(self.path(digest)) {
                 tracing::warn!(%digest, %error, "a kept blob is not removed");
             }
         }
@@ -256,6 +258,27 @@ impl Kept {
 }
 
 impl State {
+    /// Reserves room for a blob, and returns the blobs that have to go for it, which are forgotten: those that were not read for
+    /// longest. `None` if what is being fetched leaves no room.
+    fn reserve(&mut self, more: u64, bytes_max: u64) -> Option<Vec<Digest>> {
+        let reserved = self.reserved.checked_add(more).filter(|reserved| *reserved <= bytes_max)?;
+        let mut surplus = Vec::new();
+        while self.bytes > bytes_max.saturating_sub(reserved) {
+            let oldest = self.blobs.iter().min_by_key(|(_, entry)| entry.read);
+            let Some(digest) = oldest.map(|(digest, _)| digest.clone()) else { break };
+            self.forget(&digest);
+            surplus.push(digest);
+        }
+        self.reserved = reserved;
+        Some(surplus)
+    }
+
+    fn keep(&mut self, digest: Digest, bytes: u64) {
+        self.tick = self.tick.saturating_add(1);
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.blobs.insert(digest, Entry { bytes, read: self.tick });
+    }
+
     /// Forgets a blob; returns its bytes.
     fn forget(&mut self, digest: &Digest) -> u64 {
         let bytes = self.blobs.remove(digest).map_or(0, |entry| entry.bytes);
@@ -289,9 +312,110 @@ impl store::Blob for Blob {
     }
 }
 
+/// Writes what comes to a file, which gets its name when all of it is there, and is what the digest says.
+fn write_whole(
+    partial: &Path,
+    whole: &Path,
+    expected: &Digest,
+    mut pieces: mpsc::Receiver<Bytes>,
+) -> io::Result<()> {
+    let mut hasher = Hasher::new(expected.algorithm());
+    let mut file = File::create(partial)?;
+    while let Some(piece) = pieces.blocking_recv() {
+        hasher.update(&piece);
+        file.write_all(&piece)?;
+    }
+    let actual = hasher.finish();
+    if actual != *expected {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("its content is {actual}")));
+    }
+    file.sync_data()?;
+    fs::rename(partial, whole)
+}
+
 /// Reads the name of a kept blob.
 fn digest(name: &str) -> Option<Digest> {
     let (algorithm, hex) = name.split_once('-')?;
     Algorithm::from_name(algorithm)?;
     format!("{algorithm}:{hex}").parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use dvcr_tests::{S3Server, TempDir, temp_dir};
+
+    use super::*;
+    use crate::s3::{Put, testing};
+
+    const BLOB_BYTES: u64 = 1 << 20;
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    struct Fixture {
+        kept: Kept,
+        dir: TempDir,
+        _lives: (Arc<S3Server>, TempDir),
+    }
+
+    impl Fixture {
+        /// One with room for a blob and a half.
+        async fn new() -> Self {
+            let server = tokio::task::spawn_blocking(S3Server::shared_minio).await.unwrap();
+            let (dir, keys) = (temp_dir(), temp_dir());
+            let mut settings = testing::settings(&server, &keys);
+            settings.bucket = server.new_bucket().unwrap();
+            let client = Client::open(settings).await.unwrap();
+            let kept = Kept::open(dir.path(), BLOB_BYTES * 3 / 2, client, Handle::current()).unwrap();
+            Self { kept, dir, _lives: (server, keys) }
+        }
+
+        /// Puts a blob of one and the same byte, and returns its digest.
+        async fn put(&self, key: &str, byte: u8) -> Digest {
+            let content = Bytes::from(vec![byte; BLOB_BYTES as usize]);
+            let digest = Digest::of(Algorithm::Sha256, &content);
+            self.kept.0.client.put(key, content, Put::default()).await.unwrap();
+            digest
+        }
+
+        /// Has it fetched.
+        fn ask_twice(&self, digest: &Digest, key: &str) {
+            for _ in 0..2 {
+                self.kept.missed(digest, key.to_owned(), BLOB_BYTES);
+            }
+        }
+
+        /// Waits until nothing is being fetched; returns the bytes that are kept, and those on disk.
+        async fn bytes(&self) -> (u64, u64) {
+            let begun = Instant::now();
+            while !lock(&self.kept.0.state).coming.is_empty() {
+                assert!(begun.elapsed() < PATIENCE, "it never ends");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            assert_eq!(lock(&self.kept.0.state).reserved, 0);
+            let files = fs::read_dir(self.dir.path()).unwrap();
+            let on_disk = files.map(|file| file.unwrap().metadata().unwrap().len()).sum();
+            (self.kept.stats().bytes, on_disk)
+        }
+    }
+
+    #[tokio::test]
+    async fn blobs_that_are_fetched_at_once_are_together_within_the_bound() {
+        let fixture = Fixture::new().await;
+        let (a, b) = (fixture.put("a", 1).await, fixture.put("b", 2).await);
+        fixture.ask_twice(&a, "a");
+        fixture.ask_twice(&b, "b");
+        assert_eq!(fixture.bytes().await, (BLOB_BYTES, BLOB_BYTES));
+    }
+
+    #[tokio::test]
+    async fn what_is_not_what_its_digest_says_takes_no_room() {
+        let fixture = Fixture::new().await;
+        let (a, b) = (fixture.put("a", 1).await, fixture.put("b", 2).await);
+        fixture.ask_twice(&a, "b");
+        assert_eq!(fixture.bytes().await, (0, 0));
+        fixture.ask_twice(&b, "b");
+        assert_eq!(fixture.bytes().await, (BLOB_BYTES, BLOB_BYTES));
+        assert!(fixture.kept.has(&b) && !fixture.kept.has(&a));
+    }
 }

@@ -138,11 +138,20 @@ impl Bucket {
         let client = Client::open(settings).await?;
         client.server_now().await?;
         let runtime = Handle::current();
-        let open = |(dir, bytes_max): (PathBuf, u64)| {
-            Kept::open(&dir, bytes_max, client.clone(), runtime.clone())
-                .map_err(Error::at("cannot use", &dir))
+        let kept = match extras.kept {
+            Some((dir, bytes_max)) => {
+                let (client, runtime) = (client.clone(), runtime.clone());
+                let open = move || {
+                    Kept::open(&dir, bytes_max, client, runtime).map_err(Error::at("cannot use", &dir))
+                };
+                let opened = tokio::task::spawn_blocking(open).await;
+                Some(
+                    opened
+                        .map_err(|error| Error::of(Kind::Other, "the read cache is not opened", error))??,
+                )
+            }
+            None => None,
         };
-        let kept = extras.kept.map(open).transpose()?;
         let uploads = uploads::Held::new(client.settings().part_size.0);
         let keys = Keys::default();
         Ok(Arc::new(Self {

@@ -29,8 +29,9 @@ impl Store for Bucket {
 
     fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>> {
         if let Some(kept) = &self.kept
-            && let Some(blob) = kept.get(digest)
+            && kept.has(digest)
             && self.wait(self.has_as_it_is_called(repo, digest))?
+            && let Some(blob) = kept.get(digest)
         {
             return Ok(Some(Box::new(blob)));
         }

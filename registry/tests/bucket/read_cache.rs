@@ -40,8 +40,10 @@ async fn what_is_pulled_again_and_again_is_kept_within_the_bound_and_given_to_th
     warm(&served, &paths[0], &blobs[0]).await;
     let part = served.send("GET", &paths[0], &[("range", "bytes=100-1999")], "").await.expect(206);
     assert!(part.body == blobs[0][100..2000]);
-    // The repository decides, and not the disk.
+    // The repository decides, and not the disk, which is not even looked at.
+    let hits = served.metric("dvcr_registry_read_cache_hits_total").await;
     served.get(&paths[0].replace("/a/", "/b/")).await.expect_error(404, "BLOB_UNKNOWN");
+    assert_eq!(served.metric("dvcr_registry_read_cache_hits_total").await, hits);
 
     let served = Served::open_with(served.close().await, limit).await;
     assert!(served.get(&paths[0]).await.expect(200).body == blobs[0]);
