@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::Bucket;
 use crate::digest::{Algorithm, Digest};
 use crate::lock;
-use crate::s3::{self, Listing, Put};
+use crate::s3::{self, Put};
 
 /// Claims that are written at a time for one who pushes.
 const AT_ONCE_MAX: usize = 16;
@@ -68,16 +68,11 @@ impl Bucket {
     /// Lists what is claimed in a run.
     pub(super) async fn claimed(&self, run: Uuid) -> s3::Result<HashSet<Digest>> {
         let prefix = self.keys.claims(run);
-        let (mut claimed, mut next) = (HashSet::new(), None);
-        loop {
-            let listing = Listing { prefix: &prefix, ..Listing::default() };
-            let page = self.client.list(listing, next.as_deref()).await?;
-            claimed.extend(page.objects.iter().filter_map(|(key, _)| digest(key.strip_prefix(&prefix)?)));
-            next = page.next;
-            if next.is_none() {
-                return Ok(claimed);
-            }
+        let (mut claimed, mut pages) = (HashSet::new(), self.client.pages(&prefix, None));
+        while let Some(page) = pages.try_next().await? {
+            claimed.extend(page.iter().filter_map(|(key, _)| digest(key.strip_prefix(&prefix)?)));
         }
+        Ok(claimed)
     }
 }
 

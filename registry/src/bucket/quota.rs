@@ -26,7 +26,7 @@ use super::found;
 use super::keys::Keys;
 use crate::digest::Digest;
 use crate::names::RepoName;
-use crate::s3::{self, Client, Kind, Listing, Put};
+use crate::s3::{self, Client, Kind, Put};
 use crate::storage::quota::{Exceeded, Limits, Quota, Usage};
 use crate::store::{self, Error, Result};
 
@@ -222,11 +222,9 @@ impl Quotas {
 
     /// Counts every prefix again that has a ledger: what was collected is free from then on.
     pub(super) async fn count_all(&self) -> Result<()> {
-        let (mut next, prefix) = (None, self.0.keys.ledgers());
-        loop {
-            let listing = Listing { prefix: &prefix, ..Listing::default() };
-            let page = self.0.client.list(listing, next.as_deref()).await?;
-            for (key, _) in &page.objects {
+        let mut pages = self.0.client.pages(self.0.keys.ledgers(), None);
+        while let Some(page) = pages.try_next().await? {
+            for (key, _) in &page {
                 let Some(of) = self.0.keys.prefix_of_ledger(key) else { continue };
                 // Any name below it tells whether there still is such a quota.
                 let Some(repo) = RepoName::parse(&format!("{of}x")) else { continue };
@@ -236,11 +234,8 @@ impl Quotas {
                     self.count(prefix, known, self.now().await?.saturating_add(1)).await?;
                 }
             }
-            match page.next {
-                Some(token) => next = Some(token),
-                None => return Ok(()),
-            }
         }
+        Ok(())
     }
 
     /// Changes a ledger, and returns what `change` does.
@@ -326,13 +321,11 @@ impl Quotas {
     /// Adds up the distinct blobs and manifests that the repositories of a prefix have.
     async fn look_through(&self, prefix: &str) -> Result<u64> {
         let Inner { client, keys, limits, .. } = &*self.0;
-        let (base, below) = (keys.repositories(), format!("{}{prefix}", keys.repositories()));
-        let (mut next, mut bytes) = (None::<String>, 0_u64);
-        let mut seen = HashSet::new();
-        loop {
-            let page = client.list(Listing { prefix: &below, ..Listing::default() }, next.as_deref()).await?;
+        let (base, mut bytes, mut seen) = (keys.repositories(), 0_u64, HashSet::new());
+        let mut pages = client.pages(format!("{base}{prefix}"), None);
+        while let Some(page) = pages.try_next().await? {
             let mut new = Vec::new();
-            for (key, _) in &page.objects {
+            for (key, _) in &page {
                 let Some((repo, digest)) = key.strip_prefix(&base).and_then(link) else { continue };
                 // A longer prefix may have taken the repository.
                 if limits.of(&repo).is_some_and(|(of, _)| of == prefix) && seen.insert(digest.clone()) {
@@ -345,11 +338,8 @@ impl Quotas {
             });
             let looks = stream::iter(looks).buffer_unordered(LOOKS_MAX);
             bytes = looks.try_fold(bytes, async |sum, more| Ok(sum.saturating_add(more))).await?;
-            match page.next {
-                Some(token) => next = Some(token),
-                None => return Ok(bytes),
-            }
         }
+        Ok(bytes)
     }
 
     /// Seconds since 1970 by the server's clock.

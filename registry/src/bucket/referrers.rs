@@ -40,18 +40,18 @@ impl Bucket {
         self.complete_index(repo).await?;
         let prefix = self.keys.referrers(repo, subject);
         let after = after.map(|after| self.keys.referrer(repo, subject, after));
-        let visited = self.each_page(&prefix, after.as_deref(), async |keys| {
-            let digests = keys.iter().filter_map(|key| referrer_of(key));
+        let mut pages = self.client.pages(prefix, after);
+        while let Some(page) = pages.try_next().await? {
+            let digests = page.iter().filter_map(|(key, _)| referrer_of(key));
             let read = async |digest| self.sound_manifest(repo, &digest).await;
             let mut manifests = stream::iter(digests).map(read).buffered(READS_AT_ONCE_MAX).boxed_local();
             while let Some(manifest) = manifests.try_next().await? {
                 if manifest.is_some_and(|manifest| visit(&manifest).is_break()) {
-                    return Ok(ControlFlow::Break(()));
+                    return Ok(());
                 }
             }
-            Ok(ControlFlow::Continue(()))
-        });
-        Ok(visited.await?)
+        }
+        Ok(())
     }
 
     /// Reads a manifest for a list: one that is damaged must not hide the others.
@@ -93,13 +93,13 @@ impl Bucket {
             return Ok(());
         }
         let mut known = HashSet::new();
-        self.each_page(&self.keys.all_referrers(repo), None, async |keys| {
-            known.extend(keys.iter().filter_map(|key| referrer_of(key)));
-            Ok(ControlFlow::Continue(()))
-        })
-        .await?;
-        self.each_page(&self.keys.revisions(repo), None, async |keys| {
-            let digests = keys.iter().filter_map(|key| revision_of(key));
+        let mut pages = self.client.pages(self.keys.all_referrers(repo), None);
+        while let Some(page) = pages.try_next().await? {
+            known.extend(page.iter().filter_map(|(key, _)| referrer_of(key)));
+        }
+        let mut pages = self.client.pages(self.keys.revisions(repo), None);
+        while let Some(page) = pages.try_next().await? {
+            let digests = page.iter().filter_map(|(key, _)| revision_of(key));
             // A manifest has one subject, so one that has an entry has them all.
             let digests = digests.filter(|digest| !known.contains(digest));
             let made = stream::iter(digests).map(async |digest| {
@@ -110,9 +110,7 @@ impl Bucket {
                 }
             });
             made.buffer_unordered(READS_AT_ONCE_MAX).try_collect::<()>().await?;
-            Ok(ControlFlow::Continue(()))
-        })
-        .await?;
+        }
         let mut complete = crate::lock(&self.referrers.0);
         if complete.len() >= CHECKED_REPOS_MAX {
             complete.clear();

@@ -5,7 +5,6 @@
 //! a view, also when its answer is lost.
 
 use std::collections::HashSet;
-use std::ops::ControlFlow;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
@@ -17,7 +16,7 @@ use crate::digest::Digest;
 use crate::model;
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
-use crate::s3::{self, Listing};
+use crate::s3;
 use crate::store::{ChangeError, Removed, Result};
 
 /// Tags that are removed at a time.
@@ -162,38 +161,19 @@ impl Bucket {
     /// Removes those of the keys with a prefix that are meant; returns them.
     async fn clear(&self, prefix: &str, is_meant: impl Fn(&str) -> bool) -> s3::Result<Vec<String>> {
         let mut cleared = Vec::new();
-        self.each_page(prefix, None, async |mut keys| {
-            keys.retain(|key| is_meant(key));
-            let remove = async |keys: &[String], validity| {
-                let left = self.client.delete_many(keys, Some(validity)).await?;
-                left.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
-            };
+        let remove = async |keys: &[String], validity| {
+            let left = self.client.delete_many(keys, Some(validity)).await?;
+            left.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
+        };
+        let mut pages = self.client.pages(prefix, None);
+        while let Some(page) = pages.try_next().await? {
+            let keys = page.into_iter().map(|(key, _)| key).filter(|key| is_meant(key));
+            let mut keys: Vec<String> = keys.collect();
             if !keys.is_empty() {
                 self.place(&[], async |view| remove(&keys, view.validity()).await).await?;
             }
             cleared.append(&mut keys);
-            Ok(ControlFlow::Continue(()))
-        })
-        .await?;
-        Ok(cleared)
-    }
-
-    /// Calls `visit` with the keys that begin with a prefix, behind `after`, up to a thousand at a time.
-    pub(super) async fn each_page(
-        &self,
-        prefix: &str,
-        after: Option<&str>,
-        mut visit: impl AsyncFnMut(Vec<String>) -> s3::Result<ControlFlow<()>>,
-    ) -> s3::Result<()> {
-        let listing = Listing { prefix, start_after: after, ..Listing::default() };
-        let mut next = None;
-        loop {
-            let page = self.client.list(listing, next.as_deref()).await?;
-            let keys = page.objects.into_iter().map(|(key, _)| key).collect();
-            next = page.next;
-            if visit(keys).await?.is_break() || next.is_none() {
-                return Ok(());
-            }
         }
+        Ok(cleared)
     }
 }

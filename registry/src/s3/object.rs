@@ -6,6 +6,7 @@ use aws_sdk_s3::presigning::PresigningConfig;
 use aws_sdk_s3::primitives::{ByteStream, DateTime, DateTimeFormat};
 use aws_sdk_s3::types::{Delete, ObjectIdentifier};
 use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, BoxStream, StreamExt};
 use uuid::Uuid;
 
 use super::attempt::{Call, Outcome};
@@ -337,6 +338,26 @@ impl Client {
             page.next = Some(next.ok_or_else(|| bad("it did not tell how its list goes on"))?);
         }
         Ok(page)
+    }
+
+    /// Lists all keys that begin with `prefix`, those behind `after` if that is given, in the order of their bytes and page by page.
+    ///
+    /// # Errors
+    /// What goes wrong between us and the store; nothing comes after it.
+    pub(crate) fn pages(
+        &self,
+        prefix: impl Into<String>,
+        after: Option<String>,
+    ) -> BoxStream<'static, Result<Vec<(String, Head)>>> {
+        let begin = (self.clone(), prefix.into(), after, Some(None::<String>));
+        let pages = stream::try_unfold(begin, |(client, prefix, after, next)| async move {
+            let Some(token) = next else { return Ok(None) };
+            let listing = Listing { prefix: &prefix, start_after: after.as_deref(), ..Listing::default() };
+            let page = client.list(listing, token.as_deref()).await?;
+            let next = page.next.map(Some);
+            Ok(Some((page.objects, (client, prefix, after, next))))
+        });
+        pages.boxed()
     }
 
     /// Hashes content that is to be signed, on another thread; `None` if it is not, or is short: then the SDK does it.

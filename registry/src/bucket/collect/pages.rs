@@ -86,22 +86,11 @@ impl Bucket {
                 _ => Vec::new(),
             };
             let rest = stream::iter(ends)
-                .map(|(prefix, after)| Box::pin(self.pages(prefix, Some(after))))
+                .map(|(prefix, after)| self.client.pages(prefix, Some(after)))
                 .flatten_unordered(LISTS_AT_ONCE_MAX);
             s3::Result::Ok(stream::iter([Ok(page.objects)]).chain(rest))
         };
         stream::once(first).try_flatten()
-    }
-
-    /// Lists all keys below a prefix and behind a key.
-    fn pages(&self, prefix: String, after: Option<String>) -> impl Stream<Item = s3::Result<Page>> {
-        let begin = (Some(None::<String>), prefix, after);
-        stream::try_unfold(begin, async |(next, prefix, after)| {
-            let Some(token) = next else { return Ok(None) };
-            let listing = Listing { prefix: &prefix, start_after: after.as_deref(), ..Listing::default() };
-            let page = self.client.list(listing, token.as_deref()).await?;
-            Ok(Some((page.objects, (page.next.map(Some), prefix, after))))
-        })
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Instant, SystemTime};
 
 use bytes::Bytes;
 use futures_util::future::join_all;
+use futures_util::stream::TryStreamExt;
 use uuid::Uuid;
 
 use super::super::Bucket;
@@ -234,16 +235,8 @@ impl<'a> Rounds<'a> {
     }
 
     async fn keys_below(&self, prefix: &str) -> s3::Result<Vec<String>> {
-        let (mut keys, mut next) = (Vec::new(), None);
-        loop {
-            let listing = Listing { prefix, ..Listing::default() };
-            let page = self.bucket.client.list(listing, next.as_deref()).await?;
-            keys.extend(page.objects.into_iter().map(|(key, _)| key));
-            next = page.next;
-            if next.is_none() {
-                return Ok(keys);
-            }
-        }
+        let pages = self.bucket.client.pages(prefix, None);
+        pages.map_ok(|page| page.into_iter().map(|(key, _)| key).collect::<Vec<_>>()).try_concat().await
     }
 
     /// Removes objects by requests that expire, and returns those that the store did not remove.

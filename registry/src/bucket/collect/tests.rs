@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dvcr_tests::{Asked, Fault, S3Proxy};
+use futures_util::stream::TryStreamExt;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -18,7 +19,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::model;
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
-use crate::s3::{Listing, Put};
+use crate::s3::Put;
 use crate::store::collect::{Counts, Options};
 use crate::store::{Manifest, Result};
 
@@ -89,16 +90,8 @@ impl Bucket {
 
     /// All keys below a prefix.
     async fn below(&self, prefix: &str) -> BTreeSet<String> {
-        let (mut keys, mut next) = (BTreeSet::new(), None);
-        loop {
-            let listing = Listing { prefix, ..Listing::default() };
-            let page = self.client.list(listing, next.as_deref()).await.unwrap();
-            keys.extend(page.objects.into_iter().map(|(key, _)| key));
-            next = page.next;
-            if next.is_none() {
-                return keys;
-            }
-        }
+        let objects = self.client.pages(prefix, None).try_concat().await.unwrap();
+        objects.into_iter().map(|(key, _)| key).collect()
     }
 
     /// Waits until all that was written by now is older than the time that a store tells.

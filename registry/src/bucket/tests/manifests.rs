@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use bytes::Bytes;
 use dvcr_tests::{Chaos, Fault};
-use futures_util::stream::{self, StreamExt};
+use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde_json::json;
 
 use super::*;
@@ -13,7 +13,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::model;
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::{Rules, Tags};
-use crate::s3::{Listing, Put};
+use crate::s3::Put;
 use crate::store::{ChangeError, Manifest};
 
 fn repo(name: &str) -> RepoName {
@@ -90,9 +90,8 @@ impl Opened {
     }
 
     async fn keys(&self, prefix: &str) -> Vec<String> {
-        let listing = Listing { prefix, ..Listing::default() };
-        let page = self.bucket.client.list(listing, None).await.unwrap();
-        page.objects.into_iter().map(|(key, _)| key).collect()
+        let objects = self.bucket.client.pages(prefix, None).try_concat().await.unwrap();
+        objects.into_iter().map(|(key, _)| key).collect()
     }
 
     /// The same bucket behind a proxy that does nothing but count.

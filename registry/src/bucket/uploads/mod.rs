@@ -27,6 +27,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use futures_util::stream::TryStreamExt;
 use tokio::sync::Semaphore;
 use uuid::Uuid;
 
@@ -36,7 +37,7 @@ use super::{Bucket, found};
 use crate::digest::{Algorithm, Digest};
 use crate::lock;
 use crate::names::RepoName;
-use crate::s3::{self, Listing, Put};
+use crate::s3::{self, Put};
 use crate::store::{Error, Intake, Kind, Result, Session, UploadError};
 use intake::Receiving;
 use state::{Multipart, Progress, STATE_BYTES_MAX, Tail};
@@ -347,18 +348,13 @@ impl Home {
             if !is_large {
                 return Ok(());
             }
-            let (prefix, mut next) = (self.key(""), None);
-            loop {
-                let listing = Listing { prefix: &prefix, ..Listing::default() };
-                let page = client.list(listing, next.as_deref()).await?;
-                for (key, _) in page.objects.iter().filter(|(key, _)| *key != state) {
+            let mut pages = client.pages(self.key(""), None);
+            while let Some(page) = pages.try_next().await? {
+                for (key, _) in page.iter().filter(|(key, _)| *key != state) {
                     client.delete(key, None).await?;
                 }
-                next = page.next;
-                if next.is_none() {
-                    return Ok(());
-                }
             }
+            Ok(())
         };
         tokio::try_join!(abort, objects)?;
         Ok(client.delete(&state, None).await?)

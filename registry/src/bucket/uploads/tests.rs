@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dvcr_tests::{Asked, Fault, S3Proxy, S3Server, TempDir, temp_dir};
+use futures_util::stream::TryStreamExt;
 use proptest::prelude::*;
 use tokio::runtime::Runtime;
 
@@ -139,10 +140,9 @@ async fn assert_stored(bucket: &Bucket, digest: &Digest, content: &Bytes) {
 
 /// What lies there of sessions, and multipart uploads to a blob's key.
 async fn left(bucket: &Bucket, digest: &Digest) -> Vec<String> {
-    let prefix = bucket.keys.uploads(&repo());
-    let page = bucket.client.list(Listing { prefix: &prefix, ..Listing::default() }, None).await.unwrap();
+    let objects = bucket.client.pages(bucket.keys.uploads(&repo()), None).try_concat().await.unwrap();
     let uploads = bucket.client.uploads(&bucket.keys.blob(digest), None).await.unwrap().uploads;
-    let objects = page.objects.into_iter().map(|(key, _)| key);
+    let objects = objects.into_iter().map(|(key, _)| key);
     objects.chain(uploads.into_iter().map(|(upload, _)| upload.key)).collect()
 }
 
