@@ -131,13 +131,11 @@ impl Upload {
                 if !source.bring().await? {
                     return Ok(Placed::Lost);
                 }
-                let text = Bytes::copy_from_slice(expected.as_str().as_bytes());
-                let put = Put { content_type: Some(CONTENT_TYPE), ..Put::default() }.valid(view.validity());
-                let put = bucket.client.put(&link, text, put);
+                let placed = bucket.place_link(&link, expected, view.validity());
                 match self.is_large {
-                    true => put.await?,
-                    false => tokio::join!(put, remove()).0?,
-                };
+                    true => placed.await?,
+                    false => tokio::join!(placed, remove()).0?,
+                }
                 Ok(Placed::Done)
             });
             match placed.await? {
