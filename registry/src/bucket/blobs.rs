@@ -118,15 +118,10 @@ impl Bucket {
     ) -> Result<Option<u64>> {
         let link = self.keys.layer_link(to, digest);
         let mut room = self.quotas.room(to, Uuid::new_v4(), 0);
-        let mut is_new = false;
         if room.is_bounded() {
-            let data = self.keys.blob(digest);
-            let (had, data) = tokio::join!(self.client.head(&link), self.client.head(&data));
-            let Some(data) = found(data)? else { return Ok(None) };
-            is_new = found(had)?.is_none();
-            if is_new {
-                room.reach(data.bytes).await?;
-            }
+            let data = found(self.client.head(&self.keys.blob(digest)).await)?;
+            let Some(data) = data else { return Ok(None) };
+            room.make_way(&link, data.bytes).await?;
         }
         let mounted = self.place(std::slice::from_ref(digest), async |view| {
             if view.is_condemned(from, digest) || view.is_condemned(to, digest) {
@@ -138,8 +133,8 @@ impl Bucket {
             Ok(Some(found.bytes))
         });
         let mounted = mounted.await?;
-        if let Some(bytes) = mounted {
-            room.placed(if is_new { bytes } else { 0 }).await;
+        if mounted.is_some() {
+            room.placed().await;
         }
         Ok(mounted)
     }

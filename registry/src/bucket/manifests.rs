@@ -118,12 +118,9 @@ impl Bucket {
     ) -> Result<Vec<Digest>, ChangeError> {
         let push = Push { repo, manifest, checked, tags, rules };
         let claims = push.claims();
-        let length = manifest.bytes.len() as u64;
+        let link = self.keys.revision_link(repo, &manifest.digest);
         let mut room = self.quotas.room(repo, Uuid::new_v4(), 0);
-        let is_new = room.is_bounded() && !self.has_revision(repo, &manifest.digest).await?;
-        if is_new {
-            room.reach(length).await?;
-        }
+        room.make_way(&link, manifest.bytes.len() as u64).await?;
         for _ in 0..WAITS_MAX {
             match self.place(&claims, async |view| self.place_manifest(&push, view).await).await? {
                 // It was deleted meanwhile by one who had not seen the tag.
@@ -131,7 +128,7 @@ impl Bucket {
                     if tags.iter().any(|tag| rules.is_immutable(repo, tag))
                         && !self.has_revision(repo, &manifest.digest).await? => {}
                 Placed::Done(missing) => {
-                    room.placed(if is_new { length } else { 0 }).await;
+                    room.placed().await;
                     self.manifests.put(manifest.clone());
                     return Ok(missing);
                 }

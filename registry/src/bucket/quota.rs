@@ -118,6 +118,8 @@ pub(super) struct Room {
     kept: AtomicU64,
     /// An upload of no more bytes needs no room: it is to be a blob of this length that the repository has.
     known: u64,
+    /// What the prefix has more when the link is placed.
+    new: u64,
 }
 
 impl Ledger {
@@ -206,7 +208,7 @@ impl Quotas {
             let known = Arc::clone(known.entry(prefix.to_owned()).or_insert_with(new));
             (self.clone(), known, prefix.to_owned())
         });
-        Room { of, id, granted: had, kept: AtomicU64::new(had), known: 0 }
+        Room { of, id, granted: had, kept: AtomicU64::new(had), known: 0, new: 0 }
     }
 
     /// Tells what is known of each prefix, without asking.
@@ -395,6 +397,20 @@ impl Room {
         Ok(())
     }
 
+    /// Makes room for so many bytes that a link is about to give to the repository, unless the link is there.
+    ///
+    /// # Errors
+    /// As [`Self::reach`].
+    pub(super) async fn make_way(&mut self, link: &str, bytes: u64) -> Result<()> {
+        let Some((quotas, ..)) = &self.of else { return Ok(()) };
+        let link = found(quotas.0.client.head(link).await)?;
+        if link.is_none_or(|link| link.bytes == 0) {
+            self.reach(bytes).await?;
+            self.new = bytes;
+        }
+        Ok(())
+    }
+
     /// Whether there is a quota.
     pub(super) fn is_bounded(&self) -> bool {
         self.of.is_some()
@@ -410,11 +426,11 @@ impl Room {
         self.kept.store(bytes, Ordering::Relaxed);
     }
 
-    /// Gives the bytes to the prefix: the link is placed. `bytes` are those that the repository did not have before.
-    pub(super) async fn placed(mut self, bytes: u64) {
-        let granted = self.granted;
-        if let Some((quotas, known, prefix)) = self.of.take().filter(|_| granted > 0 || bytes > 0) {
-            quotas.end(&prefix, &known, self.id, End::Placed(bytes)).await;
+    /// Gives the bytes to the prefix: the link is placed that [`Self::make_way`] was told of.
+    pub(super) async fn placed(mut self) {
+        let (granted, new) = (self.granted, self.new);
+        if let Some((quotas, known, prefix)) = self.of.take().filter(|_| granted > 0 || new > 0) {
+            quotas.end(&prefix, &known, self.id, End::Placed(new)).await;
         }
     }
 }

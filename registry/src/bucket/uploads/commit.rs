@@ -112,10 +112,7 @@ impl Upload {
         let Source { bucket, expected, length, .. } = source;
         let repo = &self.home.repo;
         let link = bucket.keys.layer_link(repo, expected);
-        let is_new = room.is_bounded() && found(bucket.client.head(&link).await)?.is_none();
-        if is_new {
-            room.reach(*length).await?;
-        }
+        room.make_way(&link, *length).await?;
         // With nothing beside it, the state is removed while the link is placed. What has parts stays until they are a blob.
         let is_removed = Cell::new(self.stored.is_none());
         let remove = async || {
@@ -140,7 +137,7 @@ impl Upload {
             });
             match placed.await? {
                 Placed::Done => {
-                    tokio::join!(remove(), room.placed(if is_new { *length } else { 0 }));
+                    tokio::join!(remove(), room.placed());
                     return Ok(());
                 }
                 Placed::Lost => return Err(self.lost(expected).await),
