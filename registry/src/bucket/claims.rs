@@ -9,7 +9,8 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use uuid::Uuid;
 
 use super::Bucket;
-use crate::digest::{Algorithm, Digest};
+use super::keys::digest_of;
+use crate::digest::Digest;
 use crate::lock;
 use crate::s3::{self, Put};
 
@@ -70,15 +71,8 @@ impl Bucket {
         let prefix = self.keys.claims(run);
         let (mut claimed, mut pages) = (HashSet::new(), self.client.pages(&prefix, None));
         while let Some(page) = pages.try_next().await? {
-            claimed.extend(page.iter().filter_map(|(key, _)| digest(key.strip_prefix(&prefix)?)));
+            claimed.extend(page.iter().filter_map(|(key, _)| digest_of(key.strip_prefix(&prefix)?)));
         }
         Ok(claimed)
     }
-}
-
-/// Reads the last part of a claim's key.
-fn digest(name: &str) -> Option<Digest> {
-    let (algorithm, hex) = name.split_once('-')?;
-    Algorithm::from_name(algorithm)?;
-    format!("{algorithm}:{hex}").parse().ok()
 }

@@ -22,7 +22,8 @@ use futures_util::stream::{self, BoxStream, StreamExt};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::digest::{Algorithm, Digest, Hasher};
+use super::keys::{digest_of, name_of};
+use crate::digest::{Digest, Hasher};
 use crate::lock;
 use crate::s3::{Client, RangeBody};
 use crate::store;
@@ -90,7 +91,7 @@ impl Kept {
         for entry in fs::read_dir(dir)? {
             let entry = entry?;
             let (name, metadata) = (entry.file_name(), entry.metadata()?);
-            match name.to_str().and_then(digest) {
+            match name.to_str().and_then(digest_of) {
                 Some(digest) => {
                     found.push((
                         metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH),
@@ -249,11 +250,11 @@ impl Kept {
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {
-        self.0.dir.join(format!("{}-{}", digest.algorithm().name(), digest.hex()))
+        self.0.dir.join(name_of(digest))
     }
 
     fn partial(&self, digest: &Digest) -> PathBuf {
-        self.0.dir.join(format!("{PARTIAL}{}-{}", digest.algorithm().name(), digest.hex()))
+        self.0.dir.join(format!("{PARTIAL}{}", name_of(digest)))
     }
 }
 
@@ -333,13 +334,6 @@ fn write_whole(
     fs::rename(partial, whole)
 }
 
-/// Reads the name of a kept blob.
-fn digest(name: &str) -> Option<Digest> {
-    let (algorithm, hex) = name.split_once('-')?;
-    Algorithm::from_name(algorithm)?;
-    format!("{algorithm}:{hex}").parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::{Duration, Instant};
@@ -347,6 +341,7 @@ mod tests {
     use dvcr_tests::{S3Server, TempDir, temp_dir};
 
     use super::*;
+    use crate::digest::Algorithm;
     use crate::s3::{Put, testing};
 
     const BLOB_BYTES: u64 = 1 << 20;

@@ -155,13 +155,24 @@ impl Keys {
     }
 
     pub(super) fn claim(&self, run: Uuid, digest: &Digest) -> String {
-        format!("{}{}-{}", self.claims(run), digest.algorithm().name(), digest.hex())
+        self.claims(run) + &name_of(digest)
     }
 
     /// What is written to see whether the bucket can be.
     pub(super) fn probe(&self) -> String {
         "dvcr/ready".to_owned()
     }
+}
+
+/// Names a digest where it is one component: `<alg>-<hex>`.
+pub(super) fn name_of(digest: &Digest) -> String {
+    format!("{}-{}", digest.algorithm().name(), digest.hex())
+}
+
+/// Reads what [`name_of`] wrote.
+pub(super) fn digest_of(name: &str) -> Option<Digest> {
+    let (algorithm, hex) = name.split_once('-')?;
+    format!("{algorithm}:{hex}").parse().ok()
 }
 
 /// The path as it is: all its parts have passed a grammar that is within UTF-8.
@@ -189,6 +200,10 @@ mod tests {
         let tag = keys.tag_current_link(&repo, &Tag::parse("v1").unwrap());
         assert_eq!(tag, "docker/registry/v2/repositories/vi/ns/disk/_manifests/tags/v1/current/link");
         assert_eq!(keys.repositories(), "docker/registry/v2/repositories/");
+        assert_eq!(digest_of(&name_of(&digest)), Some(digest.clone()));
+        for bad in [digest.as_str(), "sha256-", "sha256-ab", &format!("md5-{}", &hex[..32])] {
+            assert_eq!(digest_of(bad), None, "{bad}");
+        }
         assert!(keys.referrer(&repo, &digest, &digest).starts_with(&keys.all_referrers(&repo)));
     }
 }

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::Bucket;
+use super::keys::digest_of;
 use super::manifests::Found;
 use crate::digest::{Algorithm, Digest};
 use crate::model;
@@ -122,7 +123,7 @@ impl Bucket {
 
 /// The manifest that an entry stands for.
 pub(super) fn referrer_of(key: &str) -> Option<Digest> {
-    key.rsplit('/').next()?.replacen('-', ":", 1).parse().ok()
+    digest_of(key.rsplit('/').next()?)
 }
 
 /// The manifest that a revision's link names by its place.
