@@ -169,7 +169,7 @@ async fn what_a_manifest_refers_to_must_be_in_its_repository() {
     for nothing in ["one", "list", &missing] {
         served.get(&format!("/v2/a/manifests/{nothing}")).await.expect_error(404, "MANIFEST_UNKNOWN");
     }
-    assert!(!served.has_on_disk(&blob_path(&missing)));
+    assert!(!served.path(&blob_path(&missing)).exists());
 
     served.push_blob("a", &layers[1]).await;
     put(&manifest, "one").await.expect(201);

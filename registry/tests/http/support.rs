@@ -114,11 +114,6 @@ impl Served {
         v2(self.dir()).join(below)
     }
 
-    /// Whether there is a file in distribution's part of the directory.
-    pub fn has_on_disk(&self, below: &str) -> bool {
-        self.path(below).exists()
-    }
-
     /// Asks without a body.
     pub async fn ask(&self, method: &str, path: &str) -> Reply {
         self.send(method, path, &[], Bytes::new()).await
