@@ -130,13 +130,16 @@ impl Ledger {
     /// Holds bytes for an upload, if the limit leaves so many.
     fn hold(&mut self, id: &str, bytes: u64, limit: u64, now: u64) -> Result<(), Refused> {
         if self.counted.is_none() {
-            return Err(Refused { used: 0, more: bytes });
+            return Err(Refused::Full { used: 0, more: bytes });
+        }
+        if self.held.len() >= HELD_MAX && !self.held.contains_key(id) {
+            return Err(Refused::Crowded);
         }
         let had = self.held.get(id).map_or(0, |held| held.bytes);
         let more = bytes.saturating_sub(had);
         let used = self.used();
-        if used.checked_add(more).is_none_or(|all| all > limit) || self.held.len() >= HELD_MAX {
-            return Err(Refused { used, more });
+        if used.checked_add(more).is_none_or(|all| all > limit) {
+            return Err(Refused::Full { used, more });
         }
         self.held.insert(
             id.to_owned(),
@@ -177,11 +180,30 @@ enum Counting {
     Here(Count),
 }
 
-/// The limit leaves no room, by what the ledger says.
+/// Why an upload may not have its bytes, by what the ledger says.
 #[derive(Clone, Copy, Debug)]
-struct Refused {
-    used: u64,
-    more: u64,
+enum Refused {
+    /// The limit leaves no room.
+    Full { used: u64, more: u64 },
+    /// So many others hold bytes that the ledger has no place for one more.
+    Crowded,
+}
+
+impl Refused {
+    fn into_error(self, prefix: &str, limit: u64) -> Error {
+        match self {
+            Self::Full { used, more } => {
+                let exceeded = Exceeded { prefix: prefix.to_owned(), limit, used, more };
+                Error::of(store::Kind::Exceeded, "a quota is used up", exceeded)
+            }
+            Self::Crowded => {
+                let why =
+                    format!("{HELD_MAX} uploads below {prefix} are under way, or were left within a day");
+                let told = "too many uploads hold bytes of a quota; try again when some of them have ended";
+                Error::of(store::Kind::Unavailable, told, why)
+            }
+        }
+    }
 }
 
 impl Quotas {
@@ -388,9 +410,7 @@ impl Room {
             };
             let since = began.saturating_sub(COUNT_AGE_MIN.as_secs());
             if is_counted || counted.is_some_and(|counted| counted >= since) {
-                let Refused { used, more } = refused;
-                let exceeded = Exceeded { prefix: prefix.clone(), limit, used, more };
-                return Err(Error::of(store::Kind::Exceeded, "a quota is used up", exceeded));
+                return Err(refused.into_error(prefix, limit));
             }
             quotas.count(prefix, known, since).await?;
         }
@@ -524,11 +544,22 @@ mod tests {
         let (mut ledger, [a, b]) = (counted(), ["a", "b"]);
         ledger.hold(a, 600, LIMIT, 0).unwrap();
         ledger.hold(a, 600, LIMIT, 0).unwrap();
-        assert!(matches!(ledger.hold(b, 401, LIMIT, 0), Err(Refused { used: 600, more: 401 })));
+        assert!(matches!(ledger.hold(b, 401, LIMIT, 0), Err(Refused::Full { used: 600, more: 401 })));
         ledger.hold(b, 400, LIMIT, 0).unwrap();
         ledger.placed(a, 600);
         assert_eq!((ledger.bytes, ledger.used()), (600, 1000));
         assert!(Ledger::default().hold(a, 1, LIMIT, 0).is_err(), "nothing is granted before it is counted");
+    }
+
+    #[test]
+    fn that_too_many_uploads_are_under_way_is_not_told_as_a_quota_that_is_used_up() {
+        let (mut ledger, limit) = (counted(), u64::MAX);
+        for n in 0..HELD_MAX {
+            ledger.hold(&n.to_string(), 1, limit, 0).unwrap();
+        }
+        ledger.hold("0", 2, limit, 0).expect("it is one of them");
+        let refused = ledger.hold("one more", 1, limit, 0).unwrap_err().into_error("q/", limit);
+        assert!(refused.kind() == store::Kind::Unavailable && refused.exceeded().is_none(), "{refused:?}");
     }
 
     #[test]
