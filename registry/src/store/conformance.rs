@@ -205,19 +205,19 @@ impl Process {
     }
 }
 
-fn repo(name: &str) -> RepoName {
+pub(crate) fn repo(name: &str) -> RepoName {
     RepoName::parse(name).unwrap()
 }
 
-fn tag(name: &str) -> Tag {
+pub(crate) fn tag(name: &str) -> Tag {
     Tag::parse(name).unwrap()
 }
 
-fn by_tag(name: &str) -> Reference {
+pub(crate) fn by_tag(name: &str) -> Reference {
     Reference::Tag(tag(name))
 }
 
-fn sha256(content: &[u8]) -> Digest {
+pub(crate) fn sha256(content: &[u8]) -> Digest {
     Digest::of(Algorithm::Sha256, content)
 }
 
@@ -233,16 +233,19 @@ fn content(length: usize, seed: u32) -> Vec<u8> {
     (0..length).map(|_| next()).collect()
 }
 
-/// An image manifest of a config and layers.
-fn image(config: &Digest, layers: &[Digest]) -> String {
+/// An image manifest of a config and layers, whose bytes differ by `name`.
+pub(crate) fn image(name: &str, config: &Digest, layers: &[Digest]) -> String {
     let descriptor = |digest: &Digest| json!({"mediaType": "x/y", "digest": digest.as_str(), "size": 1});
     let layers: Vec<_> = layers.iter().map(descriptor).collect();
-    json!({"schemaVersion": 2, "mediaType": model::OCI_MANIFEST, "config": descriptor(config), "layers": layers})
-        .to_string()
+    json!({
+        "schemaVersion": 2, "mediaType": model::OCI_MANIFEST, "config": descriptor(config), "layers": layers,
+        "annotations": {"name": name}
+    })
+    .to_string()
 }
 
 /// An index without manifests, whose bytes differ by `name`.
-fn index(name: &str, subject: Option<&Digest>) -> String {
+pub(crate) fn index(name: &str, subject: Option<&Digest>) -> String {
     let mut index = json!({
         "schemaVersion": 2, "mediaType": model::OCI_INDEX, "manifests": [], "annotations": {"name": name}
     });
@@ -250,6 +253,12 @@ fn index(name: &str, subject: Option<&Digest>) -> String {
         index["subject"] = json!({"mediaType": model::OCI_INDEX, "digest": subject.as_str(), "size": 1});
     }
     index.to_string()
+}
+
+/// A manifest as it is pushed.
+pub(crate) fn manifest(bytes: &str) -> Manifest {
+    let media_type = model::check(bytes.as_bytes(), None).unwrap().media_type.as_str().into();
+    Manifest { digest: sha256(bytes.as_bytes()), bytes: Bytes::copy_from_slice(bytes.as_bytes()), media_type }
 }
 
 fn put(
@@ -270,13 +279,8 @@ fn accept(
     rules: &Rules,
 ) -> Result<Vec<Digest>, ChangeError> {
     let checked = model::check(bytes.as_bytes(), None).unwrap();
-    let manifest = Manifest {
-        digest: sha256(bytes.as_bytes()),
-        bytes: Bytes::copy_from_slice(bytes.as_bytes()),
-        media_type: checked.media_type.as_str().into(),
-    };
     let tags: Vec<Tag> = tags.iter().map(|name| tag(name)).collect();
-    store.accept_manifest(repo, manifest, &checked, &tags, rules)
+    store.accept_manifest(repo, manifest(bytes), &checked, &tags, rules)
 }
 
 fn never_changing(tags: &str) -> Rules {
@@ -464,7 +468,7 @@ pub(crate) fn what_was_committed_outlives_a_crash(place: &Place) {
     let large = content(1_100_000, 8);
     let process = place.start();
     let (config, layer) = (process.push_blob(&a, b"config"), process.push_blob(&a, &large));
-    let manifest = process.put(&a, &image(&config, std::slice::from_ref(&layer)), &["v1", "v2"]);
+    let manifest = process.put(&a, &image("image", &config, std::slice::from_ref(&layer)), &["v1", "v2"]);
     process.store.mount_blob(&a, &b, &layer).unwrap().unwrap();
     process.remove(&a, Some(by_tag("v2")));
     drop(process);
@@ -545,7 +549,7 @@ pub(crate) fn a_manifest_is_refused_without_what_it_refers_to(place: &Place) {
         assert_eq!(process.tagged(&r, "v1"), None);
         assert!(!process.has_manifest(&r, &sha256(bytes.as_bytes())));
     };
-    let bytes = image(&there, std::slice::from_ref(&absent));
+    let bytes = image("image", &there, std::slice::from_ref(&absent));
     refused(&bytes, std::slice::from_ref(&absent));
     let above = json!({
         "schemaVersion": 2, "mediaType": model::OCI_INDEX,
@@ -564,7 +568,7 @@ pub(crate) fn a_sparse_manifest_is_taken_where_that_is_allowed(place: &Place) {
     let there = process.push_blob(&repo("mirror/a"), b"there");
     process.push_blob(&repo("other"), b"there");
     let absent = sha256(b"absent");
-    let bytes = image(&there, std::slice::from_ref(&absent));
+    let bytes = image("image", &there, std::slice::from_ref(&absent));
     let missing = accept(&*process.store, &repo("mirror/a"), &bytes, &["v1"], &rules).unwrap();
     assert_eq!(missing, [absent]);
     assert_eq!(process.tagged(&repo("mirror/a"), "v1"), Some(sha256(bytes.as_bytes())));
@@ -725,8 +729,13 @@ pub(crate) fn referrers_come_in_the_order_of_their_digests(place: &Place) {
     assert_eq!(list(None, usize::MAX), all);
 }
 
+/// How garbage is collected, as fast as it goes.
+pub(crate) fn collecting() -> Options {
+    Options { rules: Arc::default(), upload_age: LONG, dry_run: false, removals_per_second: u32::MAX }
+}
+
 fn collect(store: &dyn Store, dry_run: bool) -> Counts {
-    let options = Options { rules: Arc::default(), upload_age: LONG, dry_run, removals_per_second: u32::MAX };
+    let options = Options { dry_run, ..collecting() };
     let counts = Counts::default();
     store.collect(&options, &counts, &AtomicBool::new(false)).unwrap().expect("no other runs");
     counts
@@ -736,7 +745,7 @@ pub(crate) fn garbage_goes_when_it_is_old_and_nothing_else_does(place: &Place) {
     let process = place.start();
     let (a, b) = (repo("a"), repo("b"));
     let (config, layer) = (process.push_blob(&a, b"config"), process.push_blob(&a, b"layer"));
-    let manifest = process.put(&a, &image(&config, std::slice::from_ref(&layer)), &["v1"]);
+    let manifest = process.put(&a, &image("image", &config, std::slice::from_ref(&layer)), &["v1"]);
     let loose = process.push_blob(&a, b"loose");
     process.store.mount_blob(&a, &b, &loose).unwrap().unwrap();
     let upload = process.acknowledged(&a, b"some");
@@ -791,7 +800,7 @@ pub(crate) fn pushes_beside_collections_lose_nothing(place: &Place) {
                         // Both push the same, and the blobs of the one before are garbage by and by.
                         let layer = content(2000, n / 4);
                         let digest = sha256(&layer);
-                        let bytes = image(&digest, std::slice::from_ref(&digest));
+                        let bytes = image("image", &digest, std::slice::from_ref(&digest));
                         if process.store.claim_blob(repo, &digest).unwrap().is_none() {
                             process.push_blob(repo, &layer);
                         }

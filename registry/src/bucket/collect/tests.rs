@@ -20,23 +20,12 @@ use crate::model;
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
 use crate::s3::Put;
+use crate::store::Result;
 use crate::store::collect::{Counts, Options};
-use crate::store::{Manifest, Result};
+use crate::store::conformance::{collecting, image, manifest, repo, sha256, tag};
 
 /// How long something may take that is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
-
-fn repo(name: &str) -> RepoName {
-    RepoName::parse(name).unwrap()
-}
-
-fn tag(name: &str) -> Tag {
-    Tag::parse(name).unwrap()
-}
-
-fn sha256(content: &[u8]) -> Digest {
-    Digest::of(Algorithm::Sha256, content)
-}
 
 fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
@@ -64,13 +53,10 @@ impl Bucket {
     }
 
     async fn put_manifest(&self, repo: &RepoName, content: String, tags: &[&str]) -> Result<Digest> {
-        let checked = model::check(content.as_bytes(), None).unwrap();
-        let digest = sha256(content.as_bytes());
-        let media_type = checked.media_type.as_str().into();
-        let manifest = Manifest { digest: digest.clone(), bytes: content.into(), media_type };
+        let (manifest, checked) = (manifest(&content), model::check(content.as_bytes(), None).unwrap());
         let tags: Vec<Tag> = tags.iter().map(|name| tag(name)).collect();
         match self.accept_manifest(repo, &manifest, &checked, &tags, &Rules::default()).await {
-            Ok(_) => Ok(digest),
+            Ok(_) => Ok(manifest.digest),
             Err(crate::store::ChangeError::Store(error)) => Err(error),
             Err(error) => panic!("{error:?}"),
         }
@@ -109,25 +95,6 @@ impl Bucket {
     }
 }
 
-fn options() -> Options {
-    Options {
-        rules: Arc::default(),
-        upload_age: Duration::from_secs(3600),
-        dry_run: false,
-        removals_per_second: u32::MAX,
-    }
-}
-
-fn image(config: &Digest, layers: &[&Digest], name: &str) -> String {
-    let descriptor = |digest: &Digest| json!({"mediaType": "x/y", "digest": digest.as_str(), "size": 1});
-    let layers: Vec<_> = layers.iter().map(|digest| descriptor(digest)).collect();
-    json!({
-        "schemaVersion": 2, "mediaType": model::OCI_MANIFEST, "config": descriptor(config), "layers": layers,
-        "annotations": {"name": name}
-    })
-    .to_string()
-}
-
 #[tokio::test]
 async fn what_no_manifest_needs_goes_and_so_does_what_the_run_has_written() {
     for server in Opened::servers().await {
@@ -136,13 +103,16 @@ async fn what_no_manifest_needs_goes_and_so_does_what_the_run_has_written() {
         let config = bucket.put_blob(&a, "config").await;
         let (shared, loose) = (bucket.put_blob(&a, "shared").await, bucket.put_blob(&b, "loose").await);
         bucket.put_layer(&b, &shared).await;
-        let manifest = bucket.put_manifest(&a, image(&config, &[&shared], "a"), &["v1"]).await.unwrap();
+        let manifest = bucket
+            .put_manifest(&a, image("a", &config, std::slice::from_ref(&shared)), &["v1"])
+            .await
+            .unwrap();
         // What a run has left that died, and what somebody does not know to be over.
         bucket.put_key("dvcr/gc/7c0bd4a2-1fb8-4fbc-a5d9-9fd4f16bb9a1/claims/sha256-ab", "").await;
         bucket.grow_old().await;
-        let dry = bucket.collect_all(&Options { dry_run: true, ..options() }).await;
+        let dry = bucket.collect_all(&Options { dry_run: true, ..collecting() }).await;
         assert!(bucket.has_blob_of(&b, &loose).await && bucket.has_blob_of(&b, &shared).await);
-        let counts = bucket.collect_all(&options()).await;
+        let counts = bucket.collect_all(&collecting()).await;
         for counts in [&dry, &counts] {
             assert_eq!([&counts.repositories, &counts.manifests, &counts.blobs].map(get), [2, 1, 4]);
             let removed = [&counts.removed_links, &counts.removed_blobs, &counts.removed_repositories];
@@ -155,7 +125,7 @@ async fn what_no_manifest_needs_goes_and_so_does_what_the_run_has_written() {
         assert_eq!(bucket.below(&bucket.keys.repo(&b)).await, BTreeSet::new());
         let left = bucket.below("dvcr/gc/").await;
         assert!(left.iter().eq(["dvcr/gc/lease", "dvcr/gc/run"]), "{left:?}");
-        assert_eq!(get(&bucket.collect_all(&options()).await.removed_blobs), 0);
+        assert_eq!(get(&bucket.collect_all(&collecting()).await.removed_blobs), 0);
     }
 }
 
@@ -165,7 +135,7 @@ async fn what_is_claimed_while_a_run_is_on_is_spared() {
     let (bucket, a, b) = (&opened.bucket, repo("a"), repo("b"));
     let (claimed, loose) = (bucket.put_blob(&a, "claimed").await, bucket.put_blob(&a, "loose").await);
     bucket.grow_old().await;
-    let options = options();
+    let options = collecting();
     let collection = bucket.collect_all(&options);
     let mount = async {
         until(async || bucket.read_run().await.unwrap().phase != Phase::None).await;
@@ -182,7 +152,7 @@ async fn repositories_with_very_many_blobs_are_collected_as_others_are() {
     let opened = bucket(Opened::minio().await).await;
     let (bucket, a) = (&opened.bucket, repo("a"));
     let config = bucket.put_blob(&a, "config").await;
-    bucket.put_manifest(&a, image(&config, &[], "a"), &["v1"]).await.unwrap();
+    bucket.put_manifest(&a, image("a", &config, &[]), &["v1"]).await.unwrap();
     let garbage: Vec<String> = (0..2100).map(|n| format!("blob {n}")).collect();
     for several in garbage.chunks(32) {
         let puts = several.iter().map(|content| bucket.put_blob(&a, content));
@@ -190,11 +160,11 @@ async fn repositories_with_very_many_blobs_are_collected_as_others_are() {
     }
     for n in 0..40 {
         let config = bucket.put_blob(&repo(&format!("b{n}/c")), "config").await;
-        let content = image(&config, &[], &n.to_string());
+        let content = image(&n.to_string(), &config, &[]);
         bucket.put_manifest(&repo(&format!("b{n}/c")), content, &["v1"]).await.unwrap();
     }
     bucket.grow_old().await;
-    let counts = bucket.collect_all(&options()).await;
+    let counts = bucket.collect_all(&collecting()).await;
     assert_eq!([&counts.repositories, &counts.manifests, &counts.blobs].map(get), [41, 41, 2142]);
     assert_eq!([&counts.removed_links, &counts.removed_blobs].map(get), [2100, 2100]);
     assert!(bucket.has_blob_of(&a, &config).await && bucket.has_blob_of(&repo("b7/c"), &config).await);
@@ -216,7 +186,7 @@ async fn a_manifest_that_cannot_be_read_keeps_the_blobs_of_its_repository() {
     bucket.put_layer(&b, &config).await;
     bucket.put_key(&bucket.keys.revision_link(&b, &lost), lost.to_string()).await;
     bucket.grow_old().await;
-    let counts = bucket.collect_all(&options()).await;
+    let counts = bucket.collect_all(&collecting()).await;
     assert_eq!([&counts.removed_links, &counts.removed_blobs].map(get), [1, 0]);
     for repo in ["damaged", "unknown", "b"].map(repo) {
         assert!(bucket.has_blob_of(&repo, &config).await, "{repo}");
@@ -231,13 +201,13 @@ async fn a_collection_is_the_only_one_and_can_be_stopped() {
         let loose = bucket.put_blob(&repo("a"), "loose").await;
         let lease = bucket.take_lease().await.unwrap().unwrap();
         for dry_run in [false, true] {
-            let options = Options { dry_run, ..options() };
+            let options = Options { dry_run, ..collecting() };
             let done = bucket.collect(&options, &Counts::default(), &AtomicBool::default()).await;
             assert!(done.unwrap().is_none());
         }
         lease.give_back().await;
         let (stop, begun) = (AtomicBool::default(), Instant::now());
-        let (options, counts) = (options(), Counts::default());
+        let (options, counts) = (collecting(), Counts::default());
         let collection = bucket.collect(&options, &counts, &stop);
         let (done, ()) = tokio::join!(collection, async {
             until(async || bucket.read_run().await.unwrap().phase != Phase::None).await;
@@ -294,7 +264,7 @@ async fn a_round_does_not_end_before_a_removal_whose_answer_was_lost_is_over() {
     };
     let proxy = S3Proxy::start(opened.server.address(), decide).unwrap();
     let through = opened.through(&proxy).await;
-    let options = options();
+    let options = collecting();
     let watch = async {
         until(async || !direct.has(&direct.keys.layer_link(&a, &loose)).await).await;
         let gone = Instant::now();
@@ -318,7 +288,7 @@ async fn rules_take_tags_that_are_too_many_and_what_only_they_named() {
     let mut digests = Vec::new();
     for name in tags {
         let layer = bucket.put_blob(&a, name).await;
-        digests.push(bucket.put_manifest(&a, image(&config, &[&layer], name), &[name]).await.unwrap());
+        digests.push(bucket.put_manifest(&a, image(name, &config, &[layer]), &[name]).await.unwrap());
         // A second apart, so that it is known which is older.
         bucket.grow_old().await;
     }
@@ -330,7 +300,7 @@ async fn rules_take_tags_that_are_too_many_and_what_only_they_named() {
         "pinned": [{"repositories": "ci/app", "tags": "gold"}],
     }))
     .unwrap();
-    let with_rules = Options { rules: Arc::new(rules), ..options() };
+    let with_rules = Options { rules: Arc::new(rules), ..collecting() };
     let dry = bucket.collect_all(&Options { dry_run: true, ..with_rules.clone() }).await;
     let counts = bucket.collect_all(&with_rules).await;
     for counts in [&dry, &counts] {
@@ -351,7 +321,7 @@ async fn untagged_manifests_go_but_for_children_and_signatures_of_what_stays() {
     let (bucket, a) = (&opened.bucket, repo("a"));
     let config = bucket.put_blob(&a, "config").await;
     let with = async |name: &str, subject: Option<&Digest>| {
-        let mut manifest: serde_json::Value = serde_json::from_str(&image(&config, &[], name)).unwrap();
+        let mut manifest: serde_json::Value = serde_json::from_str(&image(name, &config, &[])).unwrap();
         if let Some(subject) = subject {
             manifest["subject"] = json!({"mediaType": "x/y", "digest": subject.as_str(), "size": 1});
         }
@@ -368,7 +338,7 @@ async fn untagged_manifests_go_but_for_children_and_signatures_of_what_stays() {
     let (signed, of_loose) = (with("s", Some(&kept_index)).await, with("t", Some(&loose_index)).await);
     bucket.grow_old().await;
     let rules = json!({"retention": [{"repositories": "a", "untagged-after": "1s"}]});
-    let with_rules = Options { rules: Arc::new(serde_json::from_value(rules).unwrap()), ..options() };
+    let with_rules = Options { rules: Arc::new(serde_json::from_value(rules).unwrap()), ..collecting() };
     let dry = bucket.collect_all(&Options { dry_run: true, ..with_rules.clone() }).await;
     bucket.grow_old().await;
     let counts = bucket.collect_all(&with_rules).await;
@@ -397,10 +367,10 @@ async fn uploads_that_rest_for_long_are_given_up_and_multipart_uploads_that_nobo
         let orphan = bucket.client.create_upload(&bucket.keys.blob(&sha256(b"x")), None).await.unwrap();
         bucket.grow_old().await;
         let young = bucket.begin_upload(&a, Algorithm::Sha256).await.unwrap();
-        let at_once = Options { upload_age: Duration::ZERO, ..options() };
+        let at_once = Options { upload_age: Duration::ZERO, ..collecting() };
         // By moto all multipart uploads began in 2010, and MinIO tells of none.
         let orphans = u64::from(lists_uploads);
-        for (options, given_up) in [(&options(), orphans), (&at_once, 1 + orphans)] {
+        for (options, given_up) in [(&collecting(), orphans), (&at_once, 1 + orphans)] {
             let dry = bucket.collect_all(&Options { dry_run: true, ..options.clone() }).await;
             assert_eq!(get(&dry.removed_uploads), given_up);
         }

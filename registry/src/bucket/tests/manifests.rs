@@ -6,38 +6,19 @@ use std::ops::ControlFlow;
 use bytes::Bytes;
 use dvcr_tests::{Chaos, Fault};
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use serde_json::json;
 
 use super::*;
 use crate::digest::{Algorithm, Digest};
 use crate::model;
-use crate::names::{Reference, RepoName, Tag};
+use crate::names::{Reference, RepoName};
 use crate::rules::{Rules, Tags};
 use crate::s3::Put;
+use crate::store::conformance::{self, by_tag, manifest, repo, tag};
 use crate::store::{ChangeError, Manifest};
 
-fn repo(name: &str) -> RepoName {
-    RepoName::parse(name).unwrap()
-}
-
-fn tag(name: &str) -> Tag {
-    Tag::parse(name).unwrap()
-}
-
-fn by_tag(name: &str) -> Reference {
-    Reference::Tag(tag(name))
-}
-
-/// An index without manifests, whose bytes differ by `name`.
+/// An index without manifests, as it is pushed.
 fn index(name: &str, subject: Option<&Digest>) -> Manifest {
-    let mut index = json!({
-        "schemaVersion": 2, "mediaType": model::OCI_INDEX, "manifests": [], "annotations": {"name": name}
-    });
-    if let Some(subject) = subject {
-        index["subject"] = json!({"mediaType": model::OCI_INDEX, "digest": subject.as_str(), "size": 1});
-    }
-    let bytes = Bytes::from(index.to_string());
-    Manifest { digest: Digest::of(Algorithm::Sha256, &bytes), bytes, media_type: model::OCI_INDEX.into() }
+    manifest(&conformance::index(name, subject))
 }
 
 impl Opened {

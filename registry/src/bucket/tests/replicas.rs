@@ -21,7 +21,8 @@ use crate::lock;
 use crate::model;
 use crate::names::{Reference, RepoName};
 use crate::rules::Rules;
-use crate::store::collect::{Counts, Options};
+use crate::store::collect::Counts;
+use crate::store::conformance::collecting;
 use crate::store::{ChangeError, Manifest, Store};
 
 /// Replicas that push, and those that collect.
@@ -70,7 +71,11 @@ fn replicas_that_die_and_networks_that_are_late_lose_nothing_beside_collections(
         check_all(bucket).await;
         // One whose network is good does what was left.
         let begun = Instant::now();
-        while bucket.collect(&options(), &Counts::default(), &AtomicBool::default()).await.unwrap().is_none()
+        while bucket
+            .collect(&collecting(), &Counts::default(), &AtomicBool::default())
+            .await
+            .unwrap()
+            .is_none()
         {
             assert!(begun.elapsed() < PATIENCE, "nobody gives the lease back");
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -96,15 +101,6 @@ impl Drop for Stop<'_> {
 
 fn runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
-}
-
-fn options() -> Options {
-    Options {
-        rules: Arc::default(),
-        upload_age: Duration::from_secs(3600),
-        dry_run: false,
-        removals_per_second: u32::MAX,
-    }
 }
 
 /// A network for one life of a replica, which treats of a thousand requests so many in each bad way, and some more are slow.
@@ -174,7 +170,7 @@ fn collect(
         let counts = Counts::default();
         let done = runtime.block_on(async {
             let replica = opened.hastily_through(&proxy, REQUEST_TIMEOUT).await;
-            let options = options();
+            let options = collecting();
             let done = replica.bucket.collect(&options, &counts, stop);
             tokio::time::timeout(life, done).await
         });
