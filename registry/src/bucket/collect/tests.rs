@@ -370,11 +370,11 @@ async fn uploads_that_rest_for_long_are_given_up_and_multipart_uploads_that_nobo
         let at_once = Options { upload_age: Duration::ZERO, ..collecting() };
         // By moto all multipart uploads began in 2010, and MinIO tells of none.
         let orphans = u64::from(lists_uploads);
-        for (options, given_up) in [(&collecting(), orphans), (&at_once, 1 + orphans)] {
-            let dry = bucket.collect_all(&Options { dry_run: true, ..options.clone() }).await;
-            assert_eq!(get(&dry.removed_uploads), given_up);
-        }
-        // The time counts from when the collection begins.
+        let dry = bucket.collect_all(&Options { dry_run: true, ..collecting() }).await;
+        assert_eq!(get(&dry.removed_uploads), orphans);
+        let dry = bucket.collect_all(&Options { dry_run: true, ..at_once.clone() }).await;
+        assert!(get(&dry.removed_uploads) > orphans);
+        // The time counts from when the collection begins: on a slow day the young one is old by then.
         let counts = bucket.collect_all(&at_once).await;
         assert!(get(&counts.removed_uploads) > orphans);
         assert_eq!(bucket.below(&bucket.keys.upload(&a, id)).await, BTreeSet::new());

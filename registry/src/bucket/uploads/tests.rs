@@ -414,7 +414,8 @@ async fn what_nobody_can_go_on_with_is_not_kept() {
     let multipart = upload.progress.multipart.clone().unwrap();
     bucket.client.abort_upload(&multipart.upload).await.unwrap();
     let mut receiving = Receiving::begin(upload, 0, None).await.unwrap();
-    let _ = receiving.push(content.clone()).await;
+    // One part: of several that fail at once, the second may find the session gone, and take it for another replica's.
+    let _ = receiving.push(content.slice(..6 * MIB)).await;
     assert!(is_unavailable(receiving.finish(Ending::Acknowledged).await.map(drop)));
     assert!(opened(&bucket, id).await.is_none(), "it has to begin anew");
 }
