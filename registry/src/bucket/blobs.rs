@@ -3,7 +3,7 @@
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
@@ -46,8 +46,7 @@ impl Bucket {
     /// A link that was placed within half of the grace period is young enough. An older one is placed anew, unless it is condemned.
     pub(super) async fn claim_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<u64>> {
         let Some(found) = self.look_for(repo, digest).await? else { return Ok(None) };
-        let age = self.client.server_now().await?.latest.duration_since(found.link.modified);
-        if age.unwrap_or_default() < self.options.grace / 2 {
+        if self.is_young(found.link.modified).await? {
             return Ok(Some(found.bytes));
         }
         // Only what was found is claimed: most of what clients ask for is not there.
@@ -72,24 +71,29 @@ impl Bucket {
         repo: &RepoName,
         digest: &Digest,
     ) -> Result<Option<Blob>> {
-        let start = async |key| found(self.client.get_start(key, START_BYTES).await);
-        let (link, key) = (self.keys.layer_link(repo, digest), self.keys.blob(digest));
-        let (link, started) = tokio::try_join!(self.read_link(&link), start(&key))?;
+        let link = self.keys.layer_link(repo, digest);
+        let (link, started) = tokio::try_join!(self.read_link_together(&link), self.start(digest))?;
         let Some(link) = link else { return Ok(None) };
-        let (started, key) = match link.target == *digest {
-            true => (started, key),
-            false => {
-                let key = self.keys.blob(&link.target);
-                (start(&key).await?, key)
-            }
+        match link.target == *digest {
+            true => Ok(started),
+            false => Ok(self.start(&link.target).await?),
+        }
+    }
+
+    /// Begins to read a blob, whoever has it.
+    async fn start(&self, digest: &Digest) -> s3::Result<Option<Blob>> {
+        let (client, key, asked) = (self.client.clone(), self.keys.blob(digest), Instant::now());
+        let Some((head, start)) = found(client.get_start(&key, START_BYTES).await)? else {
+            self.lengths.forget(digest);
+            return Ok(None);
         };
-        let client = self.client.clone();
-        Ok(started.map(|(head, start)| Blob { client, key, head, start }))
+        self.lengths.put(digest, head.bytes, asked);
+        Ok(Some(Blob { client, key, head, start }))
     }
 
     /// Tells whether a repository has a blob that is stored under the digest it is called by.
     pub(super) async fn has_as_it_is_called(&self, repo: &RepoName, digest: &Digest) -> Result<bool> {
-        let link = self.read_link(&self.keys.layer_link(repo, digest)).await?;
+        let link = self.read_link_together(&self.keys.layer_link(repo, digest)).await?;
         Ok(link.is_some_and(|link| link.target == *digest))
     }
 
@@ -169,17 +173,37 @@ impl Bucket {
         Ok(found.is_some_and(|found| !view.is_condemned(repo, &found.link.target)))
     }
 
+    /// Whether what was placed at that time, by the server's clock, stays for half of the grace period whoever needs it.
+    pub(super) async fn is_young(&self, modified: SystemTime) -> s3::Result<bool> {
+        let age = self.client.server_now().await?.latest.duration_since(modified);
+        Ok(age.unwrap_or_default() < self.options.grace / 2)
+    }
+
+    /// Looks for a repository's link to a blob. A blob whose link is there is there itself, as long as nothing is lost; so its data may
+    /// have been looked at some seconds ago.
     async fn look_for(&self, repo: &RepoName, digest: &Digest) -> s3::Result<Option<Found>> {
-        let head = async |key| found(self.client.head(key).await);
-        let (link, data) = (self.keys.layer_link(repo, digest), self.keys.blob(digest));
-        let (link, data) = tokio::try_join!(self.read_link(&link), head(&data))?;
+        let link = self.keys.layer_link(repo, digest);
+        let (link, bytes) = tokio::try_join!(self.read_link_together(&link), self.length(digest))?;
         let Some(link) = link else { return Ok(None) };
         // Distribution lets the digest of one algorithm name a blob that is stored under another.
-        let data = match link.target == *digest {
-            true => data,
-            false => head(&self.keys.blob(&link.target)).await?,
+        let bytes = match link.target == *digest {
+            true => bytes,
+            false => self.length(&link.target).await?,
         };
-        Ok(data.map(|head| Found { link, bytes: head.bytes }))
+        Ok(bytes.map(|bytes| Found { link, bytes }))
+    }
+
+    /// Tells the length of a blob, if it is there, or was some seconds ago.
+    pub(super) async fn length(&self, digest: &Digest) -> s3::Result<Option<u64>> {
+        if let Some(bytes) = self.lengths.get(digest) {
+            return Ok(Some(bytes));
+        }
+        let asked = Instant::now();
+        let head = self.look_together(&self.keys.blob(digest)).await?;
+        if let Some(head) = &head {
+            self.lengths.put(digest, head.bytes, asked);
+        }
+        Ok(head.map(|head| head.bytes))
     }
 }
 

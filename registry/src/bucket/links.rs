@@ -6,7 +6,7 @@ use bytes::Bytes;
 
 use super::{Bucket, found};
 use crate::digest::Digest;
-use crate::s3::{self, Condition, Put, Validity};
+use crate::s3::{self, Condition, Head, Put, Validity};
 
 /// Longest link that is read; a sha512 digest takes 135 bytes.
 const LINK_BYTES_MAX: u64 = 256;
@@ -31,6 +31,16 @@ impl Bucket {
                 Ok(None)
             }
         }
+    }
+
+    /// Reads a link, together with others who ask for it at the same time.
+    pub(super) async fn read_link_together(&self, key: &str) -> s3::Result<Option<Link>> {
+        self.links.read(key, self.read_link(key)).await
+    }
+
+    /// Looks at an object, if it is there, together with others who ask for it at the same time.
+    pub(super) async fn look_together(&self, key: &str) -> s3::Result<Option<Head>> {
+        self.heads.read(key, async { found(self.client.head(key).await) }).await
     }
 
     /// Places a link, in place of the one that was there.

@@ -1,23 +1,31 @@
 //! Manifests: found, and accepted with the tags that name them.
 
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Instant;
+
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use uuid::Uuid;
 
 use super::condemned::claim_of;
+use super::links::Link;
 use super::tags::Immutable;
 use super::view::View;
 use super::{Bucket, found};
 use crate::digest::Digest;
+use crate::lock;
 use crate::model::{self, Checked};
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
-use crate::s3::{self, Put};
+use crate::s3::{self, Put, Validity};
 use crate::store::{ChangeError, Error, Kind, MANIFEST_BYTES_MAX, Manifest, Result};
 
 /// Blobs and manifests of one manifest that are looked for at a time.
 const LOOKS_AT_ONCE_MAX: usize = 32;
 /// How often the end of a collection is waited for that is about to remove the same manifest.
 const WAITS_MAX: u32 = 4;
+/// Tags of which is remembered what they named, about 500 bytes each; when there are more, all are forgotten.
+const NAMED_MAX: usize = 10_000;
 
 /// What is asked to be accepted.
 struct Push<'a> {
@@ -53,8 +61,28 @@ pub(super) enum Found {
     Damaged,
 }
 
+/// What tags named when they were last read, by their keys.
+#[derive(Debug, Default)]
+pub(super) struct Named(Mutex<HashMap<String, Digest>>);
+
+impl Named {
+    fn get(&self, key: &str) -> Option<Digest> {
+        lock(&self.0).get(key).cloned()
+    }
+
+    fn put(&self, key: String, digest: Digest) {
+        let mut all = lock(&self.0);
+        if all.len() >= NAMED_MAX && !all.contains_key(&key) {
+            all.clear();
+        }
+        all.insert(key, digest);
+    }
+}
+
 impl Bucket {
     /// Reads the manifest that a reference names in a repository.
+    ///
+    /// Of a tag that named something in memory, it is looked for at the same time as the tag is read.
     pub(super) async fn find_manifest(
         &self,
         repo: &RepoName,
@@ -62,10 +90,26 @@ impl Bucket {
     ) -> Result<Option<Manifest>> {
         let digest = match reference {
             Reference::Digest(digest) => digest.clone(),
-            Reference::Tag(tag) => match self.tag_link(repo, tag).await? {
-                Some(link) => link.target,
-                None => return Ok(None),
-            },
+            Reference::Tag(tag) => {
+                let key = self.keys.tag_current_link(repo, tag);
+                let guess = self.named.get(&key).and_then(|digest| self.manifests.get(&digest));
+                let has = async {
+                    match &guess {
+                        Some(manifest) => self.has_revision(repo, &manifest.digest).await,
+                        None => Ok(false),
+                    }
+                };
+                let (link, has) = tokio::join!(self.read_link_together(&key), has);
+                let Some(Link { target, .. }) = link? else { return Ok(None) };
+                // One that was not there may have come before the tag was read.
+                if let (Some(manifest), Ok(true)) = (guess, has)
+                    && manifest.digest == target
+                {
+                    return Ok(Some(manifest));
+                }
+                self.named.put(key, target.clone());
+                target
+            }
         };
         match self.read_manifest(repo, &digest).await? {
             Some(Found::Whole(manifest)) => Ok(Some(manifest)),
@@ -86,16 +130,21 @@ impl Bucket {
         if let Some(manifest) = self.manifests.get(digest) {
             return Ok(has.await?.then_some(Found::Whole(manifest)));
         }
-        let key = self.keys.blob(digest);
+        let (key, asked) = (self.keys.blob(digest), Instant::now());
         let (has, content) = tokio::join!(has, self.client.get(&key, MANIFEST_BYTES_MAX as u64));
         // What is no manifest may be of any length.
         if !has? {
             return Ok(None);
         }
-        let Some(bytes) = found(content)?.map(|object| object.content) else { return Ok(None) };
+        let Some(bytes) = found(content)?.map(|object| object.content) else {
+            self.sound.forget(digest);
+            return Ok(None);
+        };
         if Digest::of(digest.algorithm(), &bytes) != *digest {
+            self.sound.forget(digest);
             return Ok(Some(Found::Damaged));
         }
+        self.sound.put(digest, (), asked);
         let media_type = model::media_type_of(&bytes).into();
         let manifest = Manifest { digest: digest.clone(), bytes, media_type };
         self.manifests.put(manifest.clone());
@@ -168,13 +217,19 @@ impl Bucket {
         if let Some(condemned) = own.into_iter().find(|own| view.is_condemned(repo, own)) {
             return Ok(Placed::Condemned(condemned));
         }
-        let key = self.keys.blob(digest);
-        let put = Put::default().valid(view.validity());
-        // Without a link the content is nobody's, so it need not wait.
-        let (missing, immutable, _) = tokio::try_join!(
+        // Without a link the content is nobody's, so it need not wait. It is there already if it was some seconds ago and has a link.
+        let was_there = self.sound.get(digest).is_some();
+        let put = || self.put_content(manifest, view.validity());
+        let there = async {
+            match was_there {
+                true => self.revision(repo, digest).await,
+                false => put().await.map(|()| None),
+            }
+        };
+        let (missing, immutable, there) = tokio::try_join!(
             self.missing(repo, checked, view),
             self.find_immutable(repo, tags, digest, rules),
-            self.client.put(&key, manifest.bytes.clone(), put),
+            there,
         )?;
         if let Some(immutable) = immutable {
             return Ok(Placed::Immutable(immutable));
@@ -182,14 +237,31 @@ impl Bucket {
         if !missing.is_empty() && !rules.may_be_sparse(repo) {
             return Ok(Placed::Missing(missing));
         }
-        if let Some(subject) = &checked.subject {
-            self.place_referrer(repo, subject, digest).await?;
+        if was_there && there.is_none() {
+            put().await?;
         }
-        self.place_link(&self.keys.revision_link(repo, digest), digest, view.validity()).await?;
+        // The tags keep it. Without one, it is kept for as long as it is new.
+        let is_placed = match there {
+            Some(head) => !tags.is_empty() && self.is_young(head.modified).await?,
+            None => false,
+        };
+        if !is_placed {
+            if let Some(subject) = &checked.subject {
+                self.place_referrer(repo, subject, digest).await?;
+            }
+            self.place_link(&self.keys.revision_link(repo, digest), digest, view.validity()).await?;
+        }
         match self.place_tags(repo, tags, digest, rules, view.validity()).await? {
             Some(immutable) => Ok(Placed::Immutable(immutable)),
             None => Ok(Placed::Done(missing)),
         }
+    }
+
+    async fn put_content(&self, manifest: &Manifest, validity: Validity) -> s3::Result<()> {
+        let (key, put) = (self.keys.blob(&manifest.digest), Put::default().valid(validity));
+        self.client.put(&key, manifest.bytes.clone(), put).await?;
+        self.sound.put(&manifest.digest, (), Instant::now());
+        Ok(())
     }
 
     /// Finds what a manifest refers to and its repository lacks, or is about to lose.
@@ -201,10 +273,9 @@ impl Bucket {
                 _ if view.is_condemned(repo, digest) => false,
                 false => self.has_blob(repo, digest, view).await?,
                 true => {
-                    let data = self.keys.blob(digest);
-                    let head = async { found(self.client.head(&data).await) };
-                    let (link, data) = tokio::try_join!(self.has_revision(repo, digest), head)?;
-                    link && data.is_some()
+                    let (has, length) =
+                        tokio::try_join!(self.has_revision(repo, digest), self.length(digest))?;
+                    has && length.is_some()
                 }
             };
             Ok((!has).then(|| digest.clone()))

@@ -8,12 +8,14 @@
 //!           ├── lists      tags, catalogue; order
 //!           ├── quota      bytes by prefix
 //!           ├── kept       blobs on this replica's disk
+//!           ├── shared, recent   one reading for all who ask at once; what was seen some seconds ago
 //!           └── collect    garbage, by one replica at a time
 //!                └── lease   which one;  run, condemned, claims   what it and those who push say to each other
 //! ```
 //!
 //! `store` makes of this the [`Store`](crate::store::Store) that the API sees. All is async inside; the methods of the trait block
-//! on it. Nothing here is kept in memory that another replica would have to know.
+//! on it. Nothing here is kept in memory that another replica would have to know: contents are, which never change under their digest,
+//! but not who has them.
 //!
 //! How replicas keep out of each other's way is in `docs/decisions/0004-a-registry-in-a-bucket.md`; `interleavings` is a model
 //! of it.
@@ -33,9 +35,11 @@ mod manifests;
 mod order;
 mod parts;
 mod quota;
+mod recent;
 mod referrers;
 mod remove;
 mod run;
+mod shared;
 mod store;
 mod tags;
 #[cfg(test)]
@@ -49,14 +53,18 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use crate::s3::{self, Client, Settings};
+use crate::s3::{self, Client, Head, Settings};
 use crate::storage::manifests::Cache;
 use crate::storage::quota::Quota;
 use crate::store::{ChangeError, Error, Kind, Result};
 use claims::Claims;
 use kept::Kept;
 use keys::Keys;
+use links::Link;
+use manifests::Named;
 use quota::Quotas;
+use recent::Recent;
+use shared::Shared;
 use view::Views;
 
 /// How long requests and leases are good for.
@@ -121,6 +129,15 @@ pub(crate) struct Bucket {
     claims: Claims,
     uploads: uploads::Held,
     manifests: Cache,
+    /// Links that are being read, and objects that are being looked at.
+    links: Shared<Option<Link>>,
+    heads: Shared<Option<Head>>,
+    /// Lengths of blobs.
+    lengths: Recent<u64>,
+    /// Manifests whose content was read or written as it should be.
+    sound: Recent<()>,
+    /// What tags named when they were last read: where to look first.
+    named: Named,
     referrers: referrers::Complete,
     quotas: Quotas,
     /// `None` if this replica keeps nothing.
@@ -164,6 +181,11 @@ impl Bucket {
             claims: Claims::default(),
             uploads,
             manifests: Cache::default(),
+            links: Shared::default(),
+            heads: Shared::default(),
+            lengths: Recent::default(),
+            sound: Recent::default(),
+            named: Named::default(),
             referrers: referrers::Complete::default(),
             runtime,
         }))

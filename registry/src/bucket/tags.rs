@@ -2,12 +2,12 @@
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
+use super::Bucket;
 use super::links::Link;
-use super::{Bucket, found};
 use crate::digest::Digest;
 use crate::names::{RepoName, Tag};
 use crate::rules::Rules;
-use crate::s3::{self, Condition, Kind, Validity};
+use crate::s3::{self, Condition, Head, Kind, Validity};
 
 /// Tags that are placed or looked at by one request of a client at a time.
 pub(super) const TAGS_AT_ONCE_MAX: usize = 32;
@@ -118,8 +118,13 @@ impl Bucket {
 
     /// Whether a repository has a manifest, by its link.
     pub(super) async fn has_revision(&self, repo: &RepoName, digest: &Digest) -> s3::Result<bool> {
-        let link = found(self.client.head(&self.keys.revision_link(repo, digest)).await)?;
+        Ok(self.revision(repo, digest).await?.is_some())
+    }
+
+    /// Looks at a repository's link to a manifest.
+    pub(super) async fn revision(&self, repo: &RepoName, digest: &Digest) -> s3::Result<Option<Head>> {
+        let link = self.look_together(&self.keys.revision_link(repo, digest)).await?;
         // A link is written whole or not at all, so its content need not be read.
-        Ok(link.is_some_and(|link| link.bytes > 0))
+        Ok(link.filter(|link| link.bytes > 0))
     }
 }

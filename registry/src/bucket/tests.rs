@@ -1,8 +1,8 @@
 //! A bucket on real servers, MinIO and moto, held to what every store promises.
 
-mod replicas;
-
 mod manifests;
+mod replicas;
+mod requests;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -34,7 +34,7 @@ impl Opened {
         self.bucket.accept_manifest(repo, manifest, &checked, &tags, rules).await.map(drop)
     }
 
-    async fn put(&self, repo: &RepoName, manifest: &Manifest, tags: &[&str]) {
+    pub(super) async fn put(&self, repo: &RepoName, manifest: &Manifest, tags: &[&str]) {
         self.accept(repo, manifest, tags, &Rules::default()).await.unwrap();
     }
 
@@ -46,17 +46,17 @@ impl Opened {
         self.object(&link, manifest.digest.as_str().as_bytes()).await;
     }
 
-    async fn object(&self, key: &str, content: &[u8]) {
+    pub(super) async fn object(&self, key: &str, content: &[u8]) {
         let content = Bytes::copy_from_slice(content);
         self.bucket.client.put(key, content, Put::default()).await.unwrap();
     }
 
-    async fn tagged(&self, repo: &RepoName, name: &str) -> Option<Digest> {
+    pub(super) async fn tagged(&self, repo: &RepoName, name: &str) -> Option<Digest> {
         let found = self.bucket.find_manifest(repo, &by_tag(name)).await.unwrap();
         found.map(|manifest| manifest.digest)
     }
 
-    async fn remove(&self, repo: &RepoName, reference: Option<Reference>) -> u64 {
+    pub(super) async fn remove(&self, repo: &RepoName, reference: Option<Reference>) -> u64 {
         self.bucket.remove(repo, reference.as_ref(), &Rules::default()).await.unwrap().count
     }
 
@@ -76,17 +76,18 @@ impl Opened {
     }
 
     /// The same bucket behind a proxy that does nothing but count.
-    async fn counted(&self) -> (Self, S3Proxy) {
+    pub(super) async fn counted(&self) -> (Self, S3Proxy) {
         let proxy = S3Proxy::start(self.server.address(), |_| Fault::None).unwrap();
         (self.through(&proxy).await, proxy)
     }
 }
 
-/// How many requests something takes.
-async fn requests<T>(proxy: &S3Proxy, work: impl Future<Output = T>) -> (usize, T) {
-    let before = proxy.seen().len();
+/// How many requests something takes, but for looks at whether a collection is on, which there are every so often.
+pub(super) async fn requests<T>(proxy: &S3Proxy, work: impl Future<Output = T>) -> (usize, T) {
+    let count = || proxy.seen().iter().filter(|(asked, _)| !asked.path.contains("/dvcr/gc/run")).count();
+    let before = count();
     let done = work.await;
-    (proxy.seen().len() - before, done)
+    (count() - before, done)
 }
 
 #[tokio::test]
@@ -258,24 +259,6 @@ async fn repositories_are_listed_by_few_requests_whatever_they_have() {
         }
     }
     assert!(listed.into_iter().eq(names));
-}
-
-#[tokio::test]
-async fn a_manifest_takes_no_request_too_many() {
-    let opened = Opened::new(Opened::minio().await).await;
-    let (opened, proxy) = opened.counted().await;
-    let (r, one) = (repo("r"), index("one", None));
-    opened.bucket.view().await.unwrap();
-    // The content, the link, and two of the tag.
-    let (count, ()) = requests(&proxy, opened.put(&r, &one, &["v1"])).await;
-    assert_eq!(count, 4);
-    // What the tag names, and whether it is there.
-    let (count, found) = requests(&proxy, opened.tagged(&r, "v1")).await;
-    assert_eq!((count, found.as_ref()), (2, Some(&one.digest)));
-    // And the content.
-    let (opened, proxy) = opened.counted().await;
-    let (count, found) = requests(&proxy, opened.tagged(&r, "v1")).await;
-    assert_eq!((count, found), (3, Some(one.digest)));
 }
 
 #[tokio::test]

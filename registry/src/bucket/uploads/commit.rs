@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::mem;
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -137,6 +138,7 @@ impl Upload {
             });
             match placed.await? {
                 Placed::Done => {
+                    bucket.lengths.put(expected, *length, Instant::now());
                     tokio::join!(remove(), room.placed());
                     return Ok(());
                 }
