@@ -17,6 +17,7 @@
 //!                       ├── collect, scrub     garbage; damage
 //!                       └── sync, layout      durable placement; who lies where
 //!            bucket/ ── s3/             an S3 bucket, which many replicas share; its client
+//!            migrate/                   from one store into another, while it is served
 //!            cache/                     what upstream registries have, fetched by way of dvcr-client
 //!            inventory                  what a directory holds, for people
 //!            rules                      what is kept, what never changes
@@ -37,9 +38,11 @@ mod digest;
 mod events;
 pub mod inventory;
 mod metrics;
+mod migrate;
 mod model;
 mod names;
 mod patience;
+mod place;
 mod reload;
 mod rules;
 mod s3;
@@ -52,7 +55,7 @@ mod units;
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -61,11 +64,12 @@ use axum::Router;
 pub use auth::{Auth, Bearer, ExternalUrl, UrlError};
 pub use cache::{Cache, Upstream, UpstreamAddress};
 pub use events::{Events, Ignore, Webhook};
+pub use place::{MirrorTo, Place};
 pub use rules::{Pattern, Retention, Rules, Tags};
 pub use s3::{Encryption, Settings as BucketSettings};
 pub use server::serve;
 pub use storage::quota::{Prefix, Quota};
-pub use tasks::{Collected, Outcome, Schedule, Scrubbed, Task, Watch};
+pub use tasks::{Collected, Migrated, Outcome, Schedule, Scrubbed, Task, Watch};
 pub use tls::Tls;
 pub use units::{OrOff, Size, Time};
 
@@ -73,8 +77,8 @@ use api::App;
 use auth::Guard;
 use cache::Sources;
 use events::Recorder;
+use migrate::{Mirror, Served};
 use storage::Storage;
-use storage::collect::Grace;
 use storage::layout::Layout;
 use store::Store;
 use tls::Acceptors;
@@ -90,6 +94,10 @@ pub enum Error {
     Open { path: PathBuf, source: io::Error },
     #[error("cannot serve a registry from the bucket {name:?}")]
     Bucket { name: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error(
+        "the registry in {from} has moved to {to}; use the settings of that, or move it back by `dvcr registry migrate`"
+    )]
+    Moved { from: String, to: String },
     #[error("cannot read {path}")]
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write {path}")]
@@ -145,6 +153,8 @@ pub struct Config {
     pub cache: Cache,
     /// What is recorded of requests, and who is told.
     pub events: Events,
+    /// What is kept like this one.
+    pub mirror: Option<MirrorTo>,
 }
 
 /// What clients may take of the machine.
@@ -237,6 +247,7 @@ impl Config {
             limits: Limits::default(),
             cache: Cache::default(),
             events: Events::default(),
+            mirror: None,
         }
     }
 }
@@ -245,6 +256,8 @@ impl Config {
 #[derive(Clone, Debug)]
 pub struct Registry {
     app: Arc<App>,
+    /// What the API sees of what keeps the bytes.
+    served: Arc<Served>,
     /// What keeps the bytes, where something is done that is of a directory alone; `None` is a bucket.
     directory: Option<Arc<Storage>>,
     root: PathBuf,
@@ -253,6 +266,8 @@ pub struct Registry {
     uploads_max: usize,
     connections_max: usize,
     collection: Collection,
+    limits: Limits,
+    mirror: Option<Arc<Mirror>>,
     tls: Option<Arc<Acceptors>>,
     scrub: Scrub,
     idle_timeout: Duration,
@@ -284,34 +299,40 @@ impl Registry {
             limits,
             cache,
             events,
+            mirror,
         } = config;
+        let place = Place { root: root.clone(), bucket: bucket.clone(), single_replica };
         let bearer = auth.as_ref().and_then(|auth| auth.bearer.clone());
         let guard = auth.map(|auth| Guard::open(auth, tls.is_some())).transpose()?;
         let tls = tls.map(Acceptors::open).transpose()?.map(Arc::new);
         let rules = Arc::new(rules);
-        let (store, directory, lock): (Arc<dyn Store>, _, _) = match bucket {
-            None => {
-                let storage = Storage::open(&root, Grace::new(collection.grace))
-                    .map_err(|source| Error::Open { path: root.clone(), source })?
-                    .bounded(limits.quotas.clone(), limits.reserve_bytes);
-                let directory = Arc::new(storage);
-                (Arc::<Storage>::clone(&directory), Some(directory), None)
-            }
-            Some(settings) => {
+        let lock = match bucket {
+            Some(_) => {
                 let (_, lock) =
                     storage::take(&root).map_err(|source| Error::Open { path: root.clone(), source })?;
-                let bucket = open_bucket(settings, &root, collection.grace, single_replica, &limits)?;
-                (bucket, None, Some(Arc::new(lock)))
+                Some(Arc::new(lock))
             }
+            None => None,
         };
+        let (store, directory) = place.open(collection.grace, &limits)?;
+        let failed = |source| Error::Task { source: Box::new(source) };
+        if let Some(to) = store.moved().map_err(failed)? {
+            return Err(Error::Moved { from: place.to_string(), to });
+        }
+        let served = Arc::new(Served::new(store));
+        let mirror = mirror.map(|mirror| mirror.open(&served, collection.grace)).transpose()?.map(Arc::new);
         let cache = Sources::open(cache, directory.as_ref(), &rules)?;
         let bounded = |permits: usize| permits.clamp(1, tokio::sync::Semaphore::MAX_PERMITS);
         let (uploads_max, connections_max) = (bounded(uploads_max), bounded(connections_max));
         let queues = Layout::new(&root).events();
         let events = Recorder::open(&events, &queues, bearer, tls.is_some())?.map(Arc::new);
-        let app = Arc::new(App::new(store, guard, rules, cache, uploads_max, &limits, events));
+        let store: Arc<dyn Store> = Arc::<Served>::clone(&served);
+        let app = App::new(store, guard, rules, cache, uploads_max, &limits, events, mirror.clone());
+        let app = Arc::new(app);
         Ok(Self {
             app,
+            served,
+            mirror,
             directory,
             root,
             _lock: lock,
@@ -321,6 +342,7 @@ impl Registry {
             tls,
             scrub,
             idle_timeout: limits.idle_timeout,
+            limits,
             scrubbing: Arc::default(),
             background: Watch::default(),
         })
@@ -352,32 +374,6 @@ impl Registry {
     pub fn router(&self) -> Router {
         api::router(Arc::clone(&self.app))
     }
-}
-
-/// Opens a bucket, and sees whether it can be shared.
-fn open_bucket(
-    settings: BucketSettings,
-    root: &Path,
-    grace: Duration,
-    single_replica: bool,
-    limits: &Limits,
-) -> Result<Arc<dyn Store>> {
-    let name = settings.bucket.clone();
-    let options = bucket::Options { grace, timing: bucket::Timing::default() };
-    let kept = limits.read_cache_bytes.map(|bytes| (Layout::new(root).read_cache(), bytes));
-    let extras = bucket::Extras { quotas: limits.quotas.clone(), kept };
-    let runtime = tokio::runtime::Handle::current();
-    let open = move || {
-        runtime.block_on(async {
-            let bucket = bucket::Bucket::open_with(settings, options, extras).await?;
-            bucket.find_out(single_replica).await?;
-            Ok(bucket as Arc<dyn Store>)
-        })
-    };
-    // The caller may be on a thread of the runtime, which must not wait for it.
-    let opened: store::Result<_> = std::thread::scope(|scope| scope.spawn(open).join())
-        .unwrap_or_else(|_| Err(store::Error::other("the thread that opened the bucket panicked")));
-    opened.map_err(|source| Error::Bucket { name, source: Box::new(source) })
 }
 
 /// Locks what stays sound when a thread that held it panicked.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::cache::{Source, Sources};
+use crate::migrate::{Mirror, Seen};
 use crate::storage::quota::Usage;
 use crate::store::{Kept, Stats};
 use crate::tasks::Collected;
@@ -116,13 +117,14 @@ impl Metrics {
     }
 
     /// Writes everything as text.
-    pub(crate) fn render(&self, stats: &Stats, cache: Option<&Sources>) -> String {
+    pub(crate) fn render(&self, stats: &Stats, cache: Option<&Sources>, mirror: Option<&Mirror>) -> String {
         let mut out = String::new();
         // Writing to a string does not fail.
         let _ = self
             .write(&mut out)
             .and_then(|()| write_stats(&mut out, stats))
-            .and_then(|()| cache.map_or(Ok(()), |sources| write_cache(&mut out, sources)));
+            .and_then(|()| cache.map_or(Ok(()), |sources| write_cache(&mut out, sources)))
+            .and_then(|()| mirror.map_or(Ok(()), |mirror| write_mirror(&mut out, mirror.seen())));
         out
     }
 
@@ -273,6 +275,27 @@ fn write_stats(out: &mut String, stats: &Stats) -> std::fmt::Result {
     Ok(())
 }
 
+fn write_mirror(out: &mut String, seen: Seen) -> std::fmt::Result {
+    let Seen { lag_seconds, pending, complete_seconds, blobs, bytes, failures, damaged } = seen;
+    let lag = "How long the oldest change waits that the mirror lacks; 0 if it lacks none.";
+    single(out, "mirror_lag_seconds", "gauge", lag, lag_seconds)?;
+    let pending_help = "Changes that are not in the mirror yet.";
+    single(out, "mirror_pending_changes", "gauge", pending_help, pending)?;
+    if let Some(seconds) = complete_seconds {
+        let complete = "Since all was last compared with the mirror.";
+        single(out, "mirror_compared_seconds", "gauge", complete, seconds)?;
+    }
+    for (name, kind, help, value) in [
+        ("mirror_blobs_total", "counter", "Blobs copied to the mirror.", blobs),
+        ("mirror_bytes_total", "counter", "Bytes of blobs copied to the mirror.", bytes),
+        ("mirror_failures_total", "counter", "Attempts to copy to the mirror that failed.", failures),
+        ("mirror_damaged_blobs", "gauge", "Damaged blobs that the mirror lacks.", damaged),
+    ] {
+        single(out, name, kind, help, value)?;
+    }
+    Ok(())
+}
+
 /// Writes a metric that has one value.
 fn single(out: &mut String, name: &str, kind: &str, help: &str, value: impl Display) -> std::fmt::Result {
     let name = format!("dvcr_registry_{name}");
@@ -334,7 +357,7 @@ mod tests {
         for ms in [0, 2, 2, 1_000_000] {
             metrics.record(RouteLabel::Blob, "GET", 200, Duration::from_millis(ms));
         }
-        let text = metrics.render(&Stats::default(), None);
+        let text = metrics.render(&Stats::default(), None, None);
         assert!(text.contains("requests_total{route=\"blob\",method=\"GET\",status=\"2xx\"} 4\n"), "{text}");
         assert!(text.contains("_bucket{route=\"blob\",le=\"0.001\"} 1\n"), "{text}");
         assert!(text.contains("_bucket{route=\"blob\",le=\"100\"} 3\n"), "{text}");

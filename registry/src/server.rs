@@ -63,6 +63,7 @@ pub async fn serve(
     beside.spawn(registry.clone().keep_files());
     beside.spawn(registry.clone().keep_scrubbing());
     beside.spawn(registry.clone().keep_cache());
+    beside.spawn(registry.clone().keep_mirror());
     if let Some(events) = &registry.app.events {
         if let Ok(address) = listener.local_addr() {
             events.listens(address);

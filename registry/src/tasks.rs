@@ -21,7 +21,7 @@ use crate::storage::Storage;
 use crate::storage::scrub::{self, Pass};
 use crate::store::ChangeError;
 use crate::store::collect::{Counts, Options};
-use crate::{Error, Registry, Result};
+use crate::{Error, Place, Registry, Result, migrate};
 
 /// Pause before a schedule is looked at again that has no next time.
 const NEVER_PAUSE: Duration = Duration::from_secs(86_400);
@@ -41,6 +41,16 @@ pub enum Task {
     },
     /// Deletes a tag, a manifest by its digest, or, without a reference, all of a repository.
     Remove { repository: String, reference: Option<String> },
+    /// Copies all into another place, and has that served.
+    Migrate {
+        to: Place,
+        /// Whether what is there alone is removed.
+        #[serde(default)]
+        prune: bool,
+        /// Whether this place is served all the same.
+        #[serde(default)]
+        copy_only: bool,
+    },
     /// Reads all blobs, and puts those aside that are damaged.
     Scrub {
         /// Bytes per second, at most.
@@ -57,6 +67,28 @@ pub enum Outcome {
     /// So many tags or manifests are gone.
     Removed(u64),
     Scrubbed(Scrubbed),
+    Migrated(Migrated),
+}
+
+/// What a registry that was moved has copied.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Migrated {
+    /// Where it is now, or was only copied to.
+    pub to: String,
+    /// Whether it is served from there.
+    pub switched: bool,
+    /// What was not there before.
+    pub manifests: u64,
+    pub tags: u64,
+    pub blobs: u64,
+    /// Bytes that were read, also of blobs that were copied by pieces.
+    pub bytes: u64,
+    /// Tags and manifests that only the target had.
+    pub removed: u64,
+    /// How long changes had to wait.
+    pub paused_seconds: f64,
+    pub seconds: f64,
 }
 
 /// What a search for damage has found.
@@ -105,6 +137,8 @@ struct Watched {
     task: OnceLock<Task>,
     counts: Counts,
     scrubbed: scrub::Counts,
+    moved: migrate::Counts,
+    begun: OnceLock<Instant>,
 }
 
 impl Watch {
@@ -124,11 +158,25 @@ impl Watch {
 
     /// Tells in a few words how far the task is.
     pub fn progress(&self) -> String {
-        let Watched { counts, scrubbed, task, .. } = &*self.0;
+        let Watched { counts, scrubbed, moved, begun, task, .. } = &*self.0;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         if let Some(Task::Scrub { .. }) = task.get() {
             let [blobs, bytes, damaged] = [&scrubbed.blobs, &scrubbed.bytes, &scrubbed.damaged].map(get);
             return format!("{blobs} blobs, {bytes} bytes; {damaged} are damaged");
+        }
+        if let Some(Task::Migrate { .. }) = task.get() {
+            let copied = &moved.copied;
+            let mib = get(&copied.bytes) as f64 / f64::from(1 << 20);
+            let seconds = begun.get().map_or(0.0, |begun| begun.elapsed().as_secs_f64());
+            return format!(
+                "{}: looked at {} repositories; copied {} manifests, {} tags, {} blobs, {mib:.1} MiB, {:.1} MiB/s",
+                moved.phase(),
+                get(&copied.repositories),
+                get(&copied.manifests),
+                get(&copied.tags),
+                get(&copied.blobs),
+                mib / seconds.max(0.001),
+            );
         }
         format!(
             "{} repositories, {} manifests, {} blobs; {} blobs and {} bytes are garbage",
@@ -180,13 +228,66 @@ impl Registry {
     /// When the task is running already, is stopped, or the filesystem fails.
     pub fn perform(&self, task: &Task, watch: &Watch) -> Result<Outcome> {
         let _ = watch.0.task.set(task.clone());
+        let _ = watch.0.begun.set(Instant::now());
         match task {
             Task::Collect { dry_run } => self.collect(*dry_run, watch).map(Outcome::Collected),
+            Task::Migrate { to, prune, copy_only } => {
+                self.migrate(to, *prune, *copy_only, watch).map(Outcome::Migrated)
+            }
             Task::Scrub { rate } => self.scrub(*rate, watch).map(Outcome::Scrubbed),
             Task::Remove { repository, reference } => {
                 self.remove(repository, reference.as_deref()).map(Outcome::Removed)
             }
         }
+    }
+
+    fn migrate(&self, to: &Place, prunes: bool, copy_only: bool, watch: &Watch) -> Result<Migrated> {
+        let invalid = |why: &str| Error::Invalid { why: why.to_owned() };
+        if self.app.cache.is_some() && !copy_only {
+            return Err(invalid(
+                "what is fetched from upstreams belongs to this directory: end without `upstream` and `cache`, or say --copy-only",
+            ));
+        }
+        let begun = Instant::now();
+        let Watched { stop, moved, .. } = &*watch.0;
+        let failed = |source| Error::Task { source: Box::new(source) };
+        let (store, _) = to.open(self.collection.grace, &self.limits)?;
+        let place = to.to_string();
+        let options = migrate::Options { prunes, switches: !copy_only };
+        migrate::migrate(&self.served, &store, &place, options, moved, stop).map_err(failed)?;
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let copied = &moved.copied;
+        let done = Migrated {
+            to: place,
+            switched: !copy_only,
+            manifests: get(&copied.manifests),
+            tags: get(&copied.tags),
+            blobs: get(&copied.blobs),
+            bytes: get(&copied.bytes),
+            removed: get(&copied.removed),
+            paused_seconds: get(&moved.paused_ms) as f64 / 1000.0,
+            seconds: begun.elapsed().as_secs_f64(),
+        };
+        tracing::info!(
+            to = done.to,
+            switched = done.switched,
+            blobs = done.blobs,
+            bytes = done.bytes,
+            paused_seconds = done.paused_seconds,
+            seconds = done.seconds,
+            "the registry is copied"
+        );
+        Ok(done)
+    }
+
+    /// Keeps the mirror like what is served; never ends.
+    pub(crate) async fn keep_mirror(self) {
+        if let Some(mirror) = self.mirror.clone() {
+            let (served, stop) = (Arc::clone(&self.served), Arc::clone(&self.background.0.stop));
+            // Should it panic, the log tells, and its metrics stand still.
+            let _ = tokio::task::spawn_blocking(move || mirror.run(&served, &stop)).await;
+        }
+        std::future::pending().await
     }
 
     fn remove(&self, repository: &str, reference: Option<&str>) -> Result<u64> {
@@ -209,6 +310,7 @@ impl Registry {
             let why = "a bucket's content is not read for damage: its store does that, and each blob is checked as it is read";
             return Err(Error::Invalid { why: why.to_owned() });
         };
+        self.refuse_moved()?;
         let begun = Instant::now();
         let Watched { stop, scrubbed, .. } = &*watch.0;
         let done = directory.scrub(&Pass { rate, counts: scrubbed, stop });
@@ -216,6 +318,16 @@ impl Registry {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (blobs, bytes, damaged) = (get(&scrubbed.blobs), get(&scrubbed.bytes), get(&scrubbed.damaged));
         Ok(Scrubbed { blobs, bytes, damaged, seconds: begun.elapsed().as_secs_f64() })
+    }
+
+    /// Fails when the directory is not what is served any more.
+    fn refuse_moved(&self) -> Result<()> {
+        match self.served.has_moved() {
+            true => Err(Error::Invalid {
+                why: "the registry was moved: start it with its new settings".to_owned(),
+            }),
+            false => Ok(()),
+        }
     }
 
     fn collect(&self, dry_run: bool, watch: &Watch) -> Result<Collected> {
@@ -301,6 +413,9 @@ impl Registry {
 
     /// Goes on with the search for damage and returns how long it is until the next.
     fn scrub_and_log(&self, directory: &Storage, rate: u64) -> Duration {
+        if self.served.has_moved() {
+            return NEVER_PAUSE;
+        }
         let watch = self.background.another();
         let Watched { stop, scrubbed, .. } = &*watch.0;
         let pass = Pass { rate: Some(rate), counts: scrubbed, stop };

@@ -5,6 +5,7 @@ mod settings;
 use std::fmt;
 use std::io::{self, BufWriter, IsTerminal, Write};
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use indicatif::ProgressBar;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::settings::{Given, Home};
+use self::settings::{Given, Home, Settings};
 use super::Output;
 use crate::size::Human;
 use crate::work::{self, Signals};
@@ -48,6 +49,7 @@ enum Command {
     Rm(Rm),
     Gc(Gc),
     Scrub(Scrub),
+    Migrate(Migrate),
 }
 
 /// Where a command looks.
@@ -167,6 +169,35 @@ struct Scrub {
     output: Output,
 }
 
+/// Copies a registry into another directory or bucket, while it goes on, and has it served from there
+///
+/// Works by way of the registry that serves --from on this machine, or, if there is none, itself. When all is copied and
+/// compared, pushes and deletions wait for the moment that the last changes take, and the registry goes on with --to. Interrupted,
+/// it changes nothing of what is served; the same again goes on where it was. --from is kept as it is, and not served any more;
+/// start the registry with the settings of --to next time. docs/registry-migrate.md tells all.
+#[derive(Debug, clap::Args)]
+struct Migrate {
+    /// Where the registry is: its file of settings, or its directory
+    #[arg(long, value_name = "PLACE")]
+    from: PathBuf,
+
+    /// Where it goes: a file of settings, of which `root`, `bucket` and `single-replica` count, or a directory
+    #[arg(long, value_name = "PLACE")]
+    to: PathBuf,
+
+    /// Copy and compare, but serve --from all the same
+    #[arg(long)]
+    copy_only: bool,
+
+    /// Remove tags and manifests that --to has and --from has not
+    #[arg(long)]
+    prune: bool,
+
+    /// How to print the answer
+    #[arg(long, value_enum, default_value_t = Output::Human)]
+    output: Output,
+}
+
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
@@ -176,6 +207,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
         Some(Command::Rm(args)) => remove(&args),
         Some(Command::Gc(args)) => collect(&args),
         Some(Command::Scrub(args)) => return search(&args),
+        Some(Command::Migrate(args)) => migrate(&args),
         None => serve(args.serve),
     }
     .map(|()| ExitCode::SUCCESS)
@@ -333,6 +365,47 @@ fn search(args: &Scrub) -> anyhow::Result<ExitCode> {
         Output::Json => println!("{}", serde_json::to_string_pretty(&done)?),
     }
     Ok(if done.damaged == 0 { ExitCode::SUCCESS } else { ExitCode::from(2) })
+}
+
+/// Moves a registry.
+fn migrate(args: &Migrate) -> anyhow::Result<()> {
+    let mut from = Settings::of_place(&args.from)?;
+    let to =
+        Settings::of_place(&args.to)?.place().with_context(|| format!("of --to {}", args.to.display()))?;
+    if from.root.is_none() && from.bucket.is_some() {
+        // It is not served on this machine; what a replica has for itself is needed for as long as this takes.
+        from.root = Some(std::env::temp_dir().join(format!("dvcr-migrate-{}", std::process::id())));
+    }
+    if from.clone().place()? == to {
+        bail!("--from and --to are the same");
+    }
+    let task = Task::Migrate { to, prune: args.prune, copy_only: args.copy_only };
+    let done = match perform(from.upkeep()?, &task)? {
+        Outcome::Migrated(done) => done,
+        other => bail!("the registry gave the answer to another question: {other:?}"),
+    };
+    match args.output {
+        Output::Human => {
+            println!(
+                "copied {} manifests, {} tags and {} blobs, {}, in {:.1} s, and removed {}",
+                done.manifests,
+                done.tags,
+                done.blobs,
+                Human(done.bytes),
+                done.seconds,
+                done.removed
+            );
+            match done.switched {
+                true => println!(
+                    "the registry is in {} now; changes waited for {:.1} s. Start it with the settings of that from now on",
+                    done.to, done.paused_seconds
+                ),
+                false => println!("{} is like the registry, which is served as before", done.to),
+            }
+        }
+        Output::Json => println!("{}", serde_json::to_string_pretty(&done)?),
+    }
+    Ok(())
 }
 
 /// Does a task, and shows on standard error how far it is.

@@ -47,6 +47,7 @@ use crate::auth::{Guard, Identity, TOKEN_PATH};
 use crate::cache::Sources;
 use crate::events::Recorder;
 use crate::metrics::{Metrics, RouteLabel};
+use crate::migrate::Mirror;
 use crate::rules::Rules;
 use crate::store::Store;
 
@@ -84,6 +85,8 @@ pub(crate) struct App {
     pub(crate) metrics: Metrics,
     /// Whether the end has been asked for.
     pub(crate) is_ending: AtomicBool,
+    /// What is kept like what is served; `None` if nothing.
+    pub(crate) mirror: Option<Arc<Mirror>>,
     /// Who is told of each request; `None` if nobody.
     pub(crate) events: Option<Arc<Recorder>>,
     /// Requests that stream content in.
@@ -103,6 +106,7 @@ impl App {
         uploads_max: usize,
         limits: &Limits,
         events: Option<Arc<Recorder>>,
+        mirror: Option<Arc<Mirror>>,
     ) -> Self {
         Self {
             store,
@@ -115,6 +119,7 @@ impl App {
             metrics: Metrics::default(),
             is_ending: AtomicBool::new(false),
             events,
+            mirror,
             uploads: Arc::new(Semaphore::new(uploads_max)),
             small_bodies: Arc::new(Semaphore::new(SMALL_BODIES_MAX)),
             manifests: Arc::new(Semaphore::new(MANIFESTS_MAX)),
@@ -278,7 +283,7 @@ async fn probe(app: &Arc<App>, parts: &Parts) -> Option<Answer> {
     }
     Some(match path {
         "/metrics" => {
-            let mut text = app.metrics.render(&app.store.stats(), app.cache.as_ref());
+            let mut text = app.metrics.render(&app.store.stats(), app.cache.as_ref(), app.mirror.as_deref());
             if let Some(events) = &app.events {
                 // Writing to a string does not fail.
                 let _ = events.write_metrics(&mut text);

@@ -158,6 +158,11 @@ impl Keys {
         self.claims(run) + &name_of(digest)
     }
 
+    /// The note that the content goes elsewhere.
+    pub(super) fn moved(&self) -> String {
+        "dvcr/moved".to_owned()
+    }
+
     /// What is written to see whether the bucket can be.
     pub(super) fn probe(&self) -> String {
         "dvcr/ready".to_owned()

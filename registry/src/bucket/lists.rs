@@ -1,12 +1,13 @@
-//! Pages of tags and of repositories.
+//! Pages of tags, of digests and of repositories.
 
 use std::cell::Cell;
 
 use super::order::{Listed, Names};
 use super::{Bucket, found};
+use crate::digest::Digest;
 use crate::names::{RepoName, Tag};
 use crate::s3::{self, Listing};
-use crate::store::{Page, Result};
+use crate::store::{Content, Page, Result};
 
 /// Entries of one page of a list, at most (S3).
 const ENTRIES_MAX: u16 = 1000;
@@ -59,6 +60,45 @@ impl Bucket {
         match page.names.is_empty() && !page.more && !self.is_repo(repo).await? {
             true => Ok(None),
             false => Ok(Some(page)),
+        }
+    }
+
+    /// Lists up to `limit` digests of what a repository has of one kind, behind `after`.
+    pub(super) async fn digests(
+        &self,
+        repo: &RepoName,
+        of: Content,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>> {
+        let (prefix, after) = match of {
+            Content::Blobs => (self.keys.layers(repo), after.map(|after| self.keys.layer_link(repo, after))),
+            Content::Manifests => {
+                (self.keys.revisions(repo), after.map(|after| self.keys.revision_link(repo, after)))
+            }
+        };
+        let (mut found, mut next) = (Vec::new(), None);
+        loop {
+            let left = limit.saturating_sub(found.len());
+            let listing = Listing {
+                prefix: &prefix,
+                start_after: after.as_deref(),
+                page_entries_max: Some(
+                    u16::try_from(left).map_or(ENTRIES_MAX, |left| left.clamp(1, ENTRIES_MAX)),
+                ),
+                ..Listing::default()
+            };
+            let page = self.client.list(listing, next.as_deref()).await?;
+            // Old versions of distribution have signatures beside a link.
+            found.extend(page.objects.iter().filter_map(|(key, _)| {
+                let (algorithm, rest) = key.strip_prefix(&prefix)?.split_once('/')?;
+                format!("{algorithm}:{}", rest.strip_suffix("/link")?).parse::<Digest>().ok()
+            }));
+            next = page.next;
+            if next.is_none() || found.len() >= limit {
+                found.truncate(limit);
+                return Ok(found);
+            }
         }
     }
 

@@ -9,6 +9,7 @@
 //!           ├── quota      bytes by prefix
 //!           ├── kept       blobs on this replica's disk
 //!           ├── shared, recent   one reading for all who ask at once; what was seen some seconds ago
+//!           ├── moved      that all goes elsewhere, said to all replicas
 //!           └── collect    garbage, by one replica at a time
 //!                └── lease   which one;  run, condemned, claims   what it and those who push say to each other
 //! ```
@@ -32,6 +33,7 @@ mod lease;
 mod links;
 mod lists;
 mod manifests;
+mod moved;
 mod order;
 mod parts;
 mod quota;
@@ -142,6 +144,7 @@ pub(crate) struct Bucket {
     quotas: Quotas,
     /// `None` if this replica keeps nothing.
     kept: Option<Kept>,
+    frozen: moved::Frozen,
     /// Where the blocking methods have their work done.
     runtime: Handle,
 }
@@ -187,6 +190,7 @@ impl Bucket {
             sound: Recent::default(),
             named: Named::default(),
             referrers: referrers::Complete::default(),
+            frozen: moved::Frozen::default(),
             runtime,
         }))
     }

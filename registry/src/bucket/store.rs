@@ -9,12 +9,13 @@ use uuid::Uuid;
 
 use super::Bucket;
 use super::kept::Kept;
+use super::moved::Note;
 use crate::digest::{Algorithm, Digest};
 use crate::model::Checked;
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
 use crate::store::{
-    Blob, ChangeError, Manifest, Page, Removed, Result, Session, Stats, Store, UploadError, collect,
+    Blob, ChangeError, Content, Manifest, Page, Removed, Result, Session, Stats, Store, UploadError, collect,
 };
 
 /// Each method waits for one of [`Bucket`]'s own, which is preferred where both have the same name.
@@ -52,6 +53,10 @@ impl Store for Bucket {
 
     fn begin_upload(&self, repo: &RepoName, algorithm: Algorithm) -> Result<Uuid> {
         self.wait(self.begin_upload(repo, algorithm))
+    }
+
+    fn begin_upload_as(&self, repo: &RepoName, id: Uuid, algorithm: Algorithm) -> Result<()> {
+        self.wait(self.begin_upload_as(repo, id, algorithm))
     }
 
     fn start_upload(
@@ -120,6 +125,16 @@ impl Store for Bucket {
         self.wait(self.repositories(after, limit))
     }
 
+    fn digests(
+        &self,
+        repo: &RepoName,
+        of: Content,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>> {
+        self.wait(self.digests(repo, of, after, limit))
+    }
+
     fn referrers(
         &self,
         repo: &RepoName,
@@ -137,6 +152,18 @@ impl Store for Bucket {
         stop: &AtomicBool,
     ) -> Result<Option<()>> {
         self.wait(self.collect(options, counts, stop))
+    }
+
+    fn freeze(&self, lasts: Duration) -> Result<()> {
+        Ok(self.wait(self.freeze(lasts))?)
+    }
+
+    fn note_moved(&self, to: Option<&str>) -> Result<()> {
+        Ok(self.wait(self.note_moved(to))?)
+    }
+
+    fn moved(&self) -> Result<Option<String>> {
+        Ok(self.wait(self.read_moved())?.and_then(Note::gone_to))
     }
 
     fn probe(&self) -> Result<()> {

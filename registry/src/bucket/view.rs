@@ -45,6 +45,8 @@ pub(super) struct View {
     begun: Instant,
     phase: Phase,
     list: Arc<List>,
+    /// Why nothing changes, if the registry moves.
+    forbidden: Option<Arc<str>>,
 }
 
 impl View {
@@ -127,6 +129,16 @@ impl Bucket {
     async fn view_to_place(&self, digests: &[Digest], since: Option<Instant>) -> s3::Result<View> {
         let mut view = self.view_since(since).await?;
         for _ in 0..LOOKS_MAX {
+            if let Some(why) = &view.forbidden
+                && !self.frozen.is_ours()
+            {
+                return Err(self.client.error(
+                    Kind::Unavailable,
+                    "change what goes by",
+                    &self.keys.moved(),
+                    &**why,
+                ));
+            }
             let Some(run) = view.phase.run() else { return Ok(view) };
             if self.claims.were_there(run, digests, view.begun) {
                 return Ok(view);
@@ -168,16 +180,21 @@ impl Bucket {
         let from = self.client.server_now().await?.earliest;
         let validity = Validity { from, lasts: self.options.timing.validity };
         for _ in 0..LOOKS_MAX {
-            let phase = self.read_run().await?.phase;
+            let (run, note) = futures_util::try_join!(self.read_run(), self.read_moved())?;
+            let forbidden: Option<Arc<str>> = note.and_then(|note| note.forbids(from)).map(Into::into);
+            let phase = run.phase;
             let Phase::Condemned { run, round } = phase else {
-                return Ok(View { validity, begun, phase, list: Arc::default() });
+                return Ok(View { validity, begun, phase, list: Arc::default(), forbidden });
             };
             // A round's list never changes.
             if let Some(last) = last.filter(|last| last.round() == Some((run, round))) {
-                return Ok(View { validity, begun, phase, list: Arc::clone(&last.list) });
+                return Ok(View { validity, begun, phase, list: Arc::clone(&last.list), forbidden });
             }
             match self.read_condemned(run, round).await {
-                Ok(all) => return Ok(View { validity, begun, phase, list: Arc::new(all.iter().collect()) }),
+                Ok(all) => {
+                    let list = Arc::new(all.iter().collect());
+                    return Ok(View { validity, begun, phase, list, forbidden });
+                }
                 // The round was over between the two.
                 Err(error) if error.is_not_found() => {}
                 Err(error) => return Err(error),

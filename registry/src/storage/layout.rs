@@ -10,12 +10,13 @@
 //!     _manifests/tags/<tag>/index/<alg>/<hex>/link  what it named before
 //!     _uploads/<uuid>/                         an upload session: data, startedat, hashstates/<alg>/<offset>,
 //!                                              and ours alone: boot
-//! dvcr/                                        ours alone; all but `lock` can be rebuilt or thrown away; with `events` go webhooks' events
+//! dvcr/                                        ours alone; all but `lock` and `moved` can be rebuilt or thrown away; with `events` go webhooks' events
 //!   lock                                       held by the process that serves the directory
 //!   tmp/                                       files on their way to their place; emptied at start
 //!   referrers/<name>/_subjects/<alg>/<hex>/<alg>-<hex>  empty files: subject / manifest that refers to it
 //!   quarantine/<alg>/<hex>                     damaged content, taken from its place
 //!   scrub                                      how far the search for damage is
+//!   moved                                      where the content has gone to, when it is not served from here any more
 //!   cached                                     prefixes of the repositories that are fetched from elsewhere
 //!   events/<name>/                             what a webhook is still to be told
 //! ```
@@ -61,6 +62,10 @@ impl Layout {
 
     pub(crate) fn cached(&self) -> PathBuf {
         self.root.join("dvcr/cached")
+    }
+
+    pub(crate) fn moved(&self) -> PathBuf {
+        self.root.join("dvcr/moved")
     }
 
     pub(crate) fn scrub_cursor(&self) -> PathBuf {

@@ -1,16 +1,17 @@
-//! Pages of tags and of repositories, in lexical order.
+//! Pages of tags, of digests and of repositories, in lexical order.
 //!
 //! A page takes memory for itself only, however many names there are. A page of repositories takes time for itself, and
 //! for the names of those directories that it goes through: what lies before and behind it is not opened.
 
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::fs;
 use std::path::Path;
 
 use super::blobs::found;
 use super::{Error, Result, Storage};
+use crate::digest::Digest;
 use crate::names::{RepoName, Tag};
-use crate::store::Page;
+use crate::store::{Content, Page};
 
 /// Names of one directory that are held at a time, while a page of repositories is made.
 const KEYS_MAX: usize = 2048;
@@ -47,6 +48,32 @@ impl Storage {
                 return Ok(Some(page));
             }
         }
+    }
+
+    /// Lists up to `limit` digests of what a repository has of one kind, behind `after`.
+    pub(crate) fn digests(
+        &self,
+        repo: &RepoName,
+        of: Content,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>> {
+        let mut found = BTreeSet::new();
+        let add = |digest: Digest| {
+            let is_due = after.is_none_or(|after| digest > *after);
+            if is_due && (found.len() < limit || found.last().is_some_and(|last| digest < *last)) {
+                found.insert(digest);
+                if found.len() > limit {
+                    found.pop_last();
+                }
+            }
+            Ok(())
+        };
+        match of {
+            Content::Blobs => self.each_layer(repo, add)?,
+            Content::Manifests => self.each_revision(repo, add)?,
+        }
+        Ok(found.into_iter().collect())
     }
 
     /// Lists up to `limit` repositories behind `after`.
@@ -156,12 +183,10 @@ impl Smallest {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
-
     use proptest::prelude::*;
 
     use super::*;
-    use crate::digest::{Algorithm, Digest};
+    use crate::digest::Algorithm;
     use crate::storage::testing::storage;
     use crate::store::Manifest;
 

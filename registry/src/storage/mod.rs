@@ -37,7 +37,7 @@ mod sync;
 pub(crate) mod uploads;
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -220,6 +220,36 @@ impl Storage {
 
     pub(crate) fn ingest_pool(&self) -> &Arc<Pool> {
         &self.ingest_pool
+    }
+
+    /// Notes where the content has gone to, so that nobody serves it from here any more; or that it is here.
+    pub(crate) fn note_moved(&self, to: Option<&str>) -> Result<()> {
+        let path = self.layout.moved();
+        let note = || match to {
+            Some(to) => {
+                let temp = self.dirs.temp_path();
+                let mut file = File::create(&temp)?;
+                file.write_all(to.as_bytes())?;
+                file.sync_all()?;
+                fs::rename(&temp, &path)
+            }
+            None => match fs::remove_file(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                removed => removed,
+            },
+        };
+        let noted = note().and_then(|()| path.parent().map_or(Ok(()), sync::sync_dir));
+        noted.map_err(Error::at("cannot note where the registry is, in", &path))
+    }
+
+    /// Tells where the content has gone to, if it has.
+    pub(crate) fn moved(&self) -> Result<Option<String>> {
+        let path = self.layout.moved();
+        match fs::read(&path) {
+            Ok(to) => Ok(Some(String::from_utf8_lossy(&to).into_owned())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::at("cannot read", &path)(error)),
+        }
     }
 
     /// Tells whether the root can still be written: the readiness probe.

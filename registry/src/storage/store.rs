@@ -19,8 +19,8 @@ use crate::model::Checked;
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
 use crate::store::{
-    Blob, ChangeError, Ending, Intake, Manifest, Page, Removed, Session, Stats, Stopped, Store, UploadError,
-    collect,
+    Blob, ChangeError, Content, Ending, Intake, Manifest, Page, Removed, Session, Stats, Stopped, Store,
+    UploadError, collect,
 };
 
 /// Each chunk costs a request and a state on disk.
@@ -53,6 +53,10 @@ impl Store for Storage {
 
     fn begin_upload(&self, repo: &RepoName, algorithm: Algorithm) -> Result<Uuid> {
         self.begin_upload(repo, algorithm)
+    }
+
+    fn begin_upload_as(&self, repo: &RepoName, id: Uuid, algorithm: Algorithm) -> Result<()> {
+        self.begin_upload_as(repo, id, algorithm)
     }
 
     fn start_upload(
@@ -122,6 +126,16 @@ impl Store for Storage {
         self.repositories(after, limit)
     }
 
+    fn digests(
+        &self,
+        repo: &RepoName,
+        of: Content,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>> {
+        self.digests(repo, of, after, limit)
+    }
+
     fn referrers(
         &self,
         repo: &RepoName,
@@ -147,6 +161,18 @@ impl Store for Storage {
         stop: &AtomicBool,
     ) -> Result<Option<()>> {
         self.collect(options, counts, stop)
+    }
+
+    fn freeze(&self, _: Duration) -> Result<()> {
+        Ok(())
+    }
+
+    fn note_moved(&self, to: Option<&str>) -> Result<()> {
+        self.note_moved(to)
+    }
+
+    fn moved(&self) -> Result<Option<String>> {
+        self.moved()
     }
 
     fn probe(&self) -> Result<()> {

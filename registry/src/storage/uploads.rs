@@ -173,6 +173,12 @@ impl Storage {
     /// Begins a session. `algorithm` is the hash its bytes will be run through.
     pub(crate) fn begin_upload(&self, repo: &RepoName, algorithm: Algorithm) -> Result<Uuid> {
         let id = Uuid::new_v4();
+        self.begin_upload_as(repo, id, algorithm)?;
+        Ok(id)
+    }
+
+    /// Begins a session of this id, which nobody else has.
+    pub(super) fn begin_upload_as(&self, repo: &RepoName, id: Uuid, algorithm: Algorithm) -> Result<()> {
         let fresh = Fresh { repo: repo.clone(), algorithm, started: SystemTime::now() };
         // One more in memory than allowed, while the oldest is put on disk.
         let surplus = {
@@ -188,7 +194,7 @@ impl Storage {
                 return Err(error);
             }
         }
-        Ok(id)
+        Ok(())
     }
 
     /// Puts all sessions that live in memory on disk, before the process ends.

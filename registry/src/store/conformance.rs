@@ -97,13 +97,17 @@ impl Place {
 }
 
 /// A process that has the store open. Dropped, it ends as one that is killed, but for what its threads are doing just then.
-struct Process {
+pub(crate) struct Process {
     // Dropped first: what it has begun on other threads has ended when the store is opened again.
     runtime: Runtime,
     store: Arc<dyn Store>,
 }
 
 impl Process {
+    pub(crate) fn new(runtime: Runtime, store: Arc<dyn Store>) -> Self {
+        Self { runtime, store }
+    }
+
     fn store(&self) -> Arc<dyn Store> {
         Arc::clone(&self.store)
     }
@@ -141,7 +145,7 @@ impl Process {
     }
 
     /// Begins a session that another request goes on with, and brings it so many bytes.
-    fn acknowledged(&self, repo: &RepoName, bytes: &[u8]) -> Uuid {
+    pub(crate) fn acknowledged(&self, repo: &RepoName, bytes: &[u8]) -> Uuid {
         let id = self.store.begin_upload(repo, Algorithm::Sha256).unwrap();
         let session = self.take(self.open(repo, id).unwrap(), bytes, None, Ending::Acknowledged);
         assert_eq!(session.offset(), bytes.len() as u64);
@@ -149,20 +153,22 @@ impl Process {
     }
 
     /// Goes on with a session from where it is, and makes the blob of it.
-    fn finish(&self, repo: &RepoName, id: Uuid, content: &[u8]) {
+    pub(crate) fn finish(&self, repo: &RepoName, id: Uuid, content: &[u8]) {
         let digest = sha256(content);
         let mut session = self.open(repo, id).unwrap();
         let rest = &content[usize::try_from(session.offset()).unwrap()..];
         if !rest.is_empty() {
             session = self.take(session, rest, Some(&digest), Ending::Committed);
         }
+        let entered = self.runtime.enter();
         session.commit(&digest).unwrap();
+        drop(entered);
         assert_eq!(self.read(repo, &digest).as_deref(), Some(content));
         assert!(self.open(repo, id).is_none(), "the session is still there");
     }
 
     /// Stores a blob by a session of one request.
-    fn push_blob(&self, repo: &RepoName, content: &[u8]) -> Digest {
+    pub(crate) fn push_blob(&self, repo: &RepoName, content: &[u8]) -> Digest {
         let digest = sha256(content);
         let session = self.store().start_upload(repo, Algorithm::Sha256).unwrap();
         match session.is_fresh() && content.len() < 1000 {
@@ -172,7 +178,7 @@ impl Process {
         digest
     }
 
-    fn read(&self, repo: &RepoName, digest: &Digest) -> Option<Vec<u8>> {
+    pub(crate) fn read(&self, repo: &RepoName, digest: &Digest) -> Option<Vec<u8>> {
         let blob = self.store().open_blob(repo, digest).unwrap()?;
         let length = blob.length();
         Some(self.part(blob, 0, length))
@@ -183,11 +189,11 @@ impl Process {
         pieces.concat()
     }
 
-    fn put(&self, repo: &RepoName, bytes: &str, tags: &[&str]) -> Digest {
+    pub(crate) fn put(&self, repo: &RepoName, bytes: &str, tags: &[&str]) -> Digest {
         put(&*self.store, repo, bytes, tags, &Rules::default()).unwrap()
     }
 
-    fn tagged(&self, repo: &RepoName, tag: &str) -> Option<Digest> {
+    pub(crate) fn tagged(&self, repo: &RepoName, tag: &str) -> Option<Digest> {
         let found = self.store.find_manifest(repo, &by_tag(tag)).unwrap();
         found.map(|manifest| manifest.digest)
     }
@@ -222,7 +228,7 @@ pub(crate) fn sha256(content: &[u8]) -> Digest {
 }
 
 /// Makes bytes that differ from place to place.
-fn content(length: usize, seed: u32) -> Vec<u8> {
+pub(crate) fn content(length: usize, seed: u32) -> Vec<u8> {
     let mut state = seed.wrapping_mul(2_654_435_761).max(1);
     let mut next = || {
         state ^= state << 13;

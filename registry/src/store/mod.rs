@@ -84,6 +84,9 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// A session without bytes may be forgotten with the process, unless that ends by [`Store::close`].
     fn begin_upload(&self, repo: &RepoName, algorithm: Algorithm) -> Result<Uuid>;
 
+    /// Begins a session of this id, which nobody else has, for one who must find it again without a note.
+    fn begin_upload_as(&self, repo: &RepoName, id: Uuid, algorithm: Algorithm) -> Result<()>;
+
     /// Begins a session that the same request ends. Quick.
     fn start_upload(
         self: Arc<Self>,
@@ -161,6 +164,16 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// Lists up to `limit` repositories behind `after`, in lexical order. One that has upload sessions alone is none yet.
     fn repositories(&self, after: Option<&str>, limit: usize) -> Result<Page>;
 
+    /// Lists up to `limit` digests of what a repository has of one kind, behind `after`, in their order. There are more if it is
+    /// so many.
+    fn digests(
+        &self,
+        repo: &RepoName,
+        of: Content,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>>;
+
     /// Visits the manifests whose subject is `subject`, in the order of their digests and behind `after`, until it is told to stop.
     /// One that is damaged is left out, so that it does not hide the others; the log tells.
     fn referrers(
@@ -181,6 +194,22 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
         counts: &collect::Counts,
         stop: &AtomicBool,
     ) -> Result<Option<()>>;
+
+    /// Lets nobody place or remove a link for so long, in whatever process. When it returns, all that was placed before can be seen.
+    /// Said again before that is over, it lasts on.
+    ///
+    /// Where one process alone has the store open, that one sees to it, and nothing is done here.
+    fn freeze(&self, lasts: Duration) -> Result<()>;
+
+    /// Notes where the content has gone to, while it is frozen, so that nobody serves it from here any more; or, by `None`, that it
+    /// is to be served from here.
+    ///
+    /// # Errors
+    /// When the freeze was over before the note was there: then it is not there.
+    fn note_moved(&self, to: Option<&str>) -> Result<()>;
+
+    /// Tells where the content has gone to, if it has.
+    fn moved(&self) -> Result<Option<String>>;
 
     /// Tells whether the store can be written just now: the readiness probe.
     fn probe(&self) -> Result<()>;
@@ -282,6 +311,13 @@ pub(crate) struct Manifest {
     pub(crate) digest: Digest,
     pub(crate) bytes: Bytes,
     pub(crate) media_type: Arc<str>,
+}
+
+/// What a repository has links to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    Blobs,
+    Manifests,
 }
 
 /// What was removed of a repository.

@@ -20,8 +20,8 @@ use anyhow::{Context, anyhow, bail, ensure};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, FromArgMatches, Id};
 use dvcr_registry::{
-    Auth, Bearer, BucketSettings, Cache, Collection, Config, Events, ExternalUrl, OrOff, Pattern, Quota,
-    Rules, Schedule, Size, Time, Tls, UpstreamAddress, Webhook,
+    Auth, Bearer, BucketSettings, Cache, Collection, Config, Events, ExternalUrl, MirrorTo, OrOff, Pattern,
+    Place, Quota, Rules, Schedule, Size, Time, Tls, UpstreamAddress, Webhook,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -34,8 +34,9 @@ const ENV_PREFIX: &str = "DVCR_REGISTRY_";
 const ACCESS: &str = "Who may do what";
 
 /// The sections of the file, each with an example that has all of its keys.
-const SECTIONS: [(&str, &str); 4] = [
+const SECTIONS: [(&str, &str); 5] = [
     ("bucket", BucketSettings::EXAMPLE),
+    ("mirror", MirrorTo::EXAMPLE),
     ("rules", Rules::EXAMPLE),
     ("cache", Cache::EXAMPLE),
     ("webhooks", Webhook::EXAMPLE),
@@ -192,6 +193,9 @@ pub struct Settings {
 
     #[arg(skip)]
     pub bucket: Option<BucketSettings>,
+
+    #[arg(skip)]
+    pub mirror: Option<MirrorTo>,
 
     #[arg(skip)]
     pub rules: Rules,
@@ -383,6 +387,7 @@ impl Settings {
         config.limits.quotas = self.quota;
         config.cache = self.cache;
         config.cache.upstreams.extend(self.upstream.into_iter().map(Into::into));
+        config.mirror = self.mirror;
         config.events = Events { audit_log: self.audit_log, webhooks: self.webhooks };
         Ok(config)
     }
@@ -400,6 +405,28 @@ impl Settings {
         config.bucket.clone_from(&self.bucket);
         config.single_replica = self.single_replica;
         Ok(config)
+    }
+
+    /// Tells where the content of a registry is, by its file of settings, or by its directory.
+    ///
+    /// # Errors
+    /// When the file cannot be used, or names neither a directory nor a bucket.
+    pub fn of_place(path: &Path) -> anyhow::Result<Self> {
+        match path.is_file() {
+            true => Self::read(path),
+            false => Ok(Self { root: Some(path.to_owned()), ..Self::default() }),
+        }
+    }
+
+    /// Tells where the content is.
+    pub fn place(self) -> anyhow::Result<Place> {
+        let root = match &self.bucket {
+            // A bucket's replica has a directory for itself, but nothing in it is content.
+            Some(_) => self.root.unwrap_or_default(),
+            None => self.root()?,
+        };
+        let place = Place { root, bucket: self.bucket, single_replica: self.single_replica };
+        place.absolute().context("cannot tell where this directory is")
     }
 
     /// Returns the rules, the patterns of sparse manifests among them.
@@ -445,6 +472,9 @@ impl Settings {
         );
         if let Some(bucket) = &self.bucket {
             bucket.check().map_err(|why| anyhow!("in `bucket`: {why}"))?;
+        }
+        if let Some(mirror) = &self.mirror {
+            mirror.check().map_err(|why| anyhow!("in `mirror`: {why}"))?;
         }
         for (name, is_set) in [("single-replica", self.single_replica), ("redirect", self.redirect.is_some())]
         {

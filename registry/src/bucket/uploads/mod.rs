@@ -107,9 +107,20 @@ pub(super) struct Upload {
 
 impl Bucket {
     pub(super) async fn begin_upload(&self, repo: &RepoName, algorithm: Algorithm) -> Result<Uuid> {
-        let home = Home::new(self, repo, Uuid::new_v4());
-        match home.put_state(&Progress::new(algorithm), None).await {
-            Ok(_) => Ok(home.id),
+        let id = Uuid::new_v4();
+        self.begin_upload_as(repo, id, algorithm).await?;
+        Ok(id)
+    }
+
+    /// Begins a session of this id, which nobody else has.
+    pub(super) async fn begin_upload_as(
+        &self,
+        repo: &RepoName,
+        id: Uuid,
+        algorithm: Algorithm,
+    ) -> Result<()> {
+        match Home::new(self, repo, id).put_state(&Progress::new(algorithm), None).await {
+            Ok(_) => Ok(()),
             Err(UploadError::Store(error)) => Err(error),
             Err(_) => Err(Error::other("an upload of the same id is there already")),
         }
