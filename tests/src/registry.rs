@@ -38,11 +38,17 @@ impl Registry {
     }
 
     /// Starts a replica that serves a directory of a bucket, with what is its own in `root`.
-    pub fn start_in_bucket(
+    pub fn start_in_bucket(root: &Path, place: (&S3Server, &str, &str), args: &[&str]) -> Result<Self> {
+        let config = Self::bucket_settings(root, place)?;
+        let config = config.to_str().context("a path that is no UTF-8")?;
+        Self::start_with(root, &[&["--config", config], args].concat())
+    }
+
+    /// Writes the file of settings of such a replica.
+    pub fn bucket_settings(
         root: &Path,
         (server, bucket, directory): (&S3Server, &str, &str),
-        args: &[&str],
-    ) -> Result<Self> {
+    ) -> Result<PathBuf> {
         std::fs::create_dir_all(root).with_context(|| format!("cannot make {}", root.display()))?;
         let file = |name: &str, text: &str| {
             let path = root.join(name);
@@ -51,13 +57,11 @@ impl Registry {
         };
         let (access, secret) =
             (file("access-key", S3Server::ACCESS_KEY)?, file("secret-key", S3Server::SECRET_KEY)?);
-        let config = serde_json::json!({"bucket": {
+        let config = serde_json::json!({"root": root, "bucket": {
             "bucket": bucket, "endpoint": server.endpoint(), "region": S3Server::REGION,
             "root-directory": directory, "access-key-file": access, "secret-key-file": secret,
         }});
-        let config = file("config.yml", &config.to_string())?;
-        let config = config.to_str().context("a path that is no UTF-8")?;
-        Self::start_with(root, &[&["--config", config], args].concat())
+        file("config.yml", &config.to_string())
     }
 
     /// Starts it again, after [`Registry::kill9`] or [`Registry::terminate`], on the same port and data.

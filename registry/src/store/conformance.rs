@@ -267,7 +267,7 @@ pub(crate) fn manifest(bytes: &str) -> Manifest {
     Manifest { digest: sha256(bytes.as_bytes()), bytes: Bytes::copy_from_slice(bytes.as_bytes()), media_type }
 }
 
-fn put(
+pub(crate) fn put(
     store: &dyn Store,
     repo: &RepoName,
     bytes: &str,

@@ -1,10 +1,11 @@
-//! The registry as a program: conformance, a directory shared with other registries, kill -9, an orderly end.
+//! The registry as a program: conformance, a directory shared with other registries, kill -9, an orderly end, a move elsewhere.
 
 mod bucket;
 mod conformance;
 mod crash;
 mod events;
 mod interchange;
+mod migrate;
 mod replicas;
 mod support;
 mod takeover;
