@@ -64,8 +64,12 @@ pub fn perform(config: Config, task: &Task, mut progress: impl FnMut(&str)) -> R
     }
     let registry = Registry::open(config)?;
     let watch = Watch::default();
+    let runtime = tokio::runtime::Handle::try_current();
     std::thread::scope(|scope| {
-        let work = scope.spawn(|| registry.perform(task, &watch));
+        let work = scope.spawn(|| {
+            let _entered = runtime.as_ref().ok().map(tokio::runtime::Handle::enter);
+            registry.perform(task, &watch)
+        });
         while !work.is_finished() {
             std::thread::sleep(POLL_INTERVAL);
             progress(&watch.progress());

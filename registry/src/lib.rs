@@ -315,8 +315,7 @@ impl Registry {
             None => None,
         };
         let (store, directory) = place.open(collection.grace, &limits)?;
-        let failed = |source| Error::Task { source: Box::new(source) };
-        if let Some(to) = store.moved().map_err(failed)? {
+        if let Some(to) = place.moved(&*store)? {
             return Err(Error::Moved { from: place.to_string(), to });
         }
         let served = Arc::new(Served::new(store));

@@ -80,6 +80,17 @@ impl Place {
             }
         }
     }
+
+    /// Tells where the content has gone to, if it has.
+    pub(crate) fn moved(&self, store: &dyn Store) -> Result<Option<String>> {
+        aside(|| store.moved()).map_err(|source| Error::Task { source: Box::new(source) })
+    }
+}
+
+/// Does what blocks on a thread of its own: the caller may be on one of the runtime, which must not wait for it.
+fn aside<T: Send>(work: impl FnOnce() -> store::Result<T> + Send) -> store::Result<T> {
+    std::thread::scope(|scope| scope.spawn(work).join())
+        .unwrap_or_else(|_| Err(store::Error::other("the thread that asked the store panicked")))
 }
 
 /// What is kept like the registry.
@@ -154,8 +165,5 @@ fn open_bucket(
             Ok(bucket as Arc<dyn Store>)
         })
     };
-    // The caller may be on a thread of the runtime, which must not wait for it.
-    let opened: store::Result<_> = std::thread::scope(|scope| scope.spawn(open).join())
-        .unwrap_or_else(|_| Err(store::Error::other("the thread that opened the bucket panicked")));
-    opened.map_err(|source| Error::Bucket { name, source: Box::new(source) })
+    aside(open).map_err(|source| Error::Bucket { name, source: Box::new(source) })
 }

@@ -21,7 +21,7 @@ use crate::storage::Storage;
 use crate::storage::scrub::{self, Pass};
 use crate::store::ChangeError;
 use crate::store::collect::{Counts, Options};
-use crate::{Error, Place, Registry, Result, migrate};
+use crate::{Error, Limits, Place, Registry, Result, migrate};
 
 /// Pause before a schedule is looked at again that has no next time.
 const NEVER_PAUSE: Duration = Duration::from_secs(86_400);
@@ -251,7 +251,9 @@ impl Registry {
         let begun = Instant::now();
         let Watched { stop, moved, .. } = &*watch.0;
         let failed = |source| Error::Task { source: Box::new(source) };
-        let (store, _) = to.open(self.collection.grace, &self.limits)?;
+        // What a replica of the target keeps on its disk belongs to where that is started.
+        let limits = Limits { read_cache_bytes: None, ..self.limits.clone() };
+        let (store, _) = to.open(self.collection.grace, &limits)?;
         let place = to.to_string();
         let options = migrate::Options { prunes, switches: !copy_only };
         migrate::migrate(&self.served, &store, &place, options, moved, stop).map_err(failed)?;
