@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 use uuid::Uuid;
 
 use super::collect::{Counts, Options};
-use super::{ChangeError, Ending, Intake, Manifest, Page, Removed, Session, Store, UploadError};
+use super::{ChangeError, Content, Ending, Intake, Manifest, Page, Removed, Session, Store, UploadError};
 use crate::digest::{Algorithm, Digest};
 use crate::model;
 use crate::names::{Reference, RepoName, Tag};
@@ -51,7 +51,10 @@ macro_rules! conformance {
             of_many_who_put_a_tag_that_never_changes_one_does
             tags_come_in_pages_in_lexical_order
             repositories_come_in_pages_in_lexical_order
+            what_a_repository_has_comes_in_pages_in_the_order_of_digests
             referrers_come_in_the_order_of_their_digests
+            a_session_of_a_known_id_is_found_without_a_note
+            where_all_has_gone_outlives_the_process
             garbage_goes_when_it_is_old_and_nothing_else_does
             pushes_beside_collections_lose_nothing
             a_store_that_works_says_so
@@ -708,6 +711,60 @@ pub(crate) fn repositories_come_in_pages_in_lexical_order(place: &Place) {
     process.acknowledged(&repo("only-uploads"), b"some");
     let names = names.into_iter().map(str::to_owned).collect();
     assert_pages(&names, |after, limit| process.store.repositories(after, limit).unwrap());
+}
+
+pub(crate) fn what_a_repository_has_comes_in_pages_in_the_order_of_digests(place: &Place) {
+    let process = place.start();
+    let (r, store) = (repo("r"), &process.store);
+    let mut blobs: Vec<_> = (0..23_u32).map(|n| process.push_blob(&r, &n.to_le_bytes())).collect();
+    let mut manifests: Vec<_> = (0..7).map(|n| process.put(&r, &index(&n.to_string(), None), &[])).collect();
+    process.push_blob(&repo("r/s"), b"another's");
+    process.remove(&r, Some(Reference::Digest(manifests.swap_remove(3))));
+    assert!(store.delete_blob(&r, &blobs.swap_remove(5)).unwrap());
+    for (of, all) in [(Content::Blobs, &mut blobs), (Content::Manifests, &mut manifests)] {
+        all.sort();
+        for limit in [1, 4, all.len(), 1000] {
+            let mut listed: Vec<Digest> = Vec::new();
+            loop {
+                let page = store.digests(&r, of, listed.last(), limit).unwrap();
+                assert!(page.len() <= limit);
+                let is_last = page.len() < limit;
+                listed.extend(page);
+                if is_last {
+                    break;
+                }
+            }
+            assert_eq!(listed, *all, "{of:?} by {limit}");
+        }
+        assert!(store.digests(&repo("none"), of, None, 10).unwrap().is_empty());
+    }
+}
+
+pub(crate) fn a_session_of_a_known_id_is_found_without_a_note(place: &Place) {
+    let (r, id, whole) = (repo("r"), Uuid::from_u128(7 << 100), content(5000, 1));
+    {
+        let process = place.start();
+        assert!(process.open(&r, id).is_none());
+        process.store.begin_upload_as(&r, id, Algorithm::Sha256).unwrap();
+        process.take(process.open(&r, id).unwrap(), &whole[..3000], None, Ending::Acknowledged);
+    }
+    place.start().finish(&r, id, &whole);
+}
+
+pub(crate) fn where_all_has_gone_outlives_the_process(place: &Place) {
+    {
+        let process = place.start();
+        assert_eq!(process.store.moved().unwrap(), None);
+        process.store.freeze(Duration::from_secs(60)).unwrap();
+        assert_eq!(process.store.moved().unwrap(), None);
+        process.store.note_moved(Some("the moon")).unwrap();
+    }
+    let process = place.start();
+    assert_eq!(process.store.moved().unwrap().as_deref(), Some("the moon"));
+    process.store.note_moved(None).unwrap();
+    process.store.note_moved(None).unwrap();
+    assert_eq!(process.store.moved().unwrap(), None);
+    process.push_blob(&repo("r"), b"back");
 }
 
 pub(crate) fn referrers_come_in_the_order_of_their_digests(place: &Place) {

@@ -43,6 +43,7 @@ const CHANGES: &[(&str, &str)] = &[
     ("client-ca", "/ca.crt"),
     ("plain-http", "true"),
     ("bucket", "{bucket: images}"),
+    ("mirror", "{root: /mnt/second}"),
     ("rules", "{pinned: [{repositories: golden/*}]}"),
     ("cache", "{upstreams: [{prefix: a/, url: 'https://a.example', bytes-max: 10G}]}"),
     ("webhooks", "[{name: ci, url: 'http://ci'}]"),
@@ -122,7 +123,10 @@ fn every_key_of_a_section_is_in_its_example() {
     for (key, example) in SECTIONS {
         let settings = parse(example).unwrap();
         let value = values(&settings).unwrap().remove(key).unwrap();
-        assert_eq!(unset(&value, key), [""; 0], "these keys are not shown");
+        let mut unset = unset(&value, key);
+        // It refers to the example of that section.
+        unset.retain(|key| !key.starts_with("mirror.bucket."));
+        assert_eq!(unset, [""; 0], "these keys are not shown");
     }
     let rules = parse(Rules::EXAMPLE).unwrap().rules;
     let pattern = |text: &str| -> Pattern { text.parse().unwrap() };
