@@ -17,6 +17,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -50,12 +51,18 @@ enum Line {
 }
 
 /// Does `task` on a directory, or a bucket: by way of the registry that serves the directory, or, if there is none, in this
-/// process, which for a bucket needs a runtime of several threads around it. Calls `progress` now and then. Blocks.
+/// process, which for a bucket needs a runtime of several threads around it. Calls `progress` now and then, and has the task end
+/// when `stop` is set. Blocks.
 ///
 /// # Errors
-/// When the task fails, or the directory cannot be opened.
-pub fn perform(config: Config, task: &Task, mut progress: impl FnMut(&str)) -> Result<Outcome> {
-    if let Some(outcome) = ask(&config.root, task, &mut progress)? {
+/// When the task fails or is stopped, or the directory cannot be opened.
+pub fn perform(
+    config: Config,
+    task: &Task,
+    stop: &AtomicBool,
+    mut progress: impl FnMut(&str),
+) -> Result<Outcome> {
+    if let Some(outcome) = ask(&config.root, task, stop, &mut progress)? {
         return Ok(outcome);
     }
     if config.bucket.is_none() && !config.root.is_dir() {
@@ -72,6 +79,9 @@ pub fn perform(config: Config, task: &Task, mut progress: impl FnMut(&str)) -> R
         });
         while !work.is_finished() {
             std::thread::sleep(POLL_INTERVAL);
+            if stop.load(Ordering::Relaxed) {
+                watch.stop();
+            }
             progress(&watch.progress());
         }
         work.join().unwrap_or_else(|_| Err(Error::Task { source: "its thread panicked".into() }))
@@ -83,7 +93,12 @@ pub fn perform(config: Config, task: &Task, mut progress: impl FnMut(&str)) -> R
 ///
 /// # Errors
 /// When the task fails, or the registry goes away.
-fn ask(root: &Path, task: &Task, progress: &mut impl FnMut(&str)) -> Result<Option<Outcome>> {
+fn ask(
+    root: &Path,
+    task: &Task,
+    stop: &AtomicBool,
+    progress: &mut impl FnMut(&str),
+) -> Result<Option<Outcome>> {
     let gone = |source| Error::Control { source };
     let connect = || {
         let dir = File::open(root.join("dvcr"))?;
@@ -106,6 +121,8 @@ fn ask(root: &Path, task: &Task, progress: &mut impl FnMut(&str)) -> Result<Opti
             return Err(gone(io::Error::new(ErrorKind::UnexpectedEof, "it went away before the end")));
         }
         match serde_json::from_str(&text).map_err(|error| gone(error.into()))? {
+            // It stops when nobody listens any more.
+            Line::Progress(_) if stop.load(Ordering::Relaxed) => return Err(Error::Stopped),
             Line::Progress(text) => progress(&text),
             Line::Done(outcome) => return Ok(Some(outcome)),
             Line::Failed(why) => return Err(Error::Refused { why }),

@@ -114,6 +114,8 @@ pub enum Error {
     Invalid { why: String },
     #[error("the work is not done")]
     Task { source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("stopped before the end; the same again goes on")]
+    Stopped,
     #[error("cannot talk to the registry that serves the directory")]
     Control { source: io::Error },
     #[error("the registry that serves the directory says: {why}")]

@@ -7,6 +7,8 @@ use std::io::{self, BufWriter, IsTerminal, Write};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -414,7 +416,16 @@ fn perform(config: Config, task: &Task) -> anyhow::Result<Outcome> {
     let mut told = Instant::now();
     let runtime = work::runtime()?;
     let _entered = runtime.enter();
-    let outcome = control::perform(config, task, |progress| {
+    let stop = Arc::<AtomicBool>::default();
+    let (mut signals, stopped) = (Signals::listen()?, Arc::clone(&stop));
+    runtime.spawn(async move {
+        signals.next().await;
+        stopped.store(true, Ordering::Relaxed);
+        // Whoever says so twice does not want to wait.
+        signals.next().await;
+        std::process::exit(130);
+    });
+    let outcome = control::perform(config, task, &stop, |progress| {
         bar.set_message(progress.to_owned());
         bar.tick();
         if bar.is_hidden() && told.elapsed() >= LINE_INTERVAL {

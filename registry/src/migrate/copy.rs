@@ -130,14 +130,10 @@ impl<'a> Copier<'a> {
     /// Fails if all is to stop.
     pub(crate) fn check(&self) -> Result<()> {
         if lock(&self.halted).is_some() {
-            return Err(Error::other("stopped before the end"));
+            return Err(interrupted());
         }
         match self.stop.load(Ordering::Relaxed) {
-            true => Err(Error::of(
-                Kind::Other,
-                "stopped before the end; the same again goes on",
-                io::Error::from(io::ErrorKind::Interrupted),
-            )),
+            true => Err(interrupted()),
             false => Ok(()),
         }
     }
@@ -180,6 +176,8 @@ impl<'a> Copier<'a> {
         let Some(manifest) = self.from.find_manifest(repo, &reference)? else { return Ok(false) };
         let there = self.to.find_manifest(repo, &reference)?;
         if there.is_none_or(|there| there.digest != manifest.digest) {
+            // By itself, so that it is counted once.
+            self.manifest(repo, &manifest.digest, 0)?;
             self.place(repo, manifest, std::slice::from_ref(tag), 0)?;
             count(&self.counts.tags, 1);
         }
@@ -194,6 +192,7 @@ impl<'a> Copier<'a> {
         }
         let Some(manifest) = self.from.find_manifest(repo, &reference)? else { return Ok(false) };
         self.place(repo, manifest, &[], depth)?;
+        count(&self.counts.manifests, 1);
         Ok(true)
     }
 
@@ -216,7 +215,6 @@ impl<'a> Copier<'a> {
             }
         }
         self.to.accept_manifest(repo, manifest, &checked, tags, &self.rules).map_err(of_change)?;
-        count(&self.counts.manifests, 1);
         Ok(())
     }
 
@@ -346,6 +344,10 @@ impl<'a> Copier<'a> {
     fn open(&self, repo: &RepoName, id: Uuid) -> Result<Option<Box<dyn Session>>, UploadError> {
         Arc::clone(self.to).open_upload(repo, id)
     }
+}
+
+fn interrupted() -> Error {
+    Error::new("stopped before the end; the same again goes on", io::ErrorKind::Interrupted.into())
 }
 
 fn unreadable(repo: &RepoName, digest: &Digest, error: io::Error) -> Error {

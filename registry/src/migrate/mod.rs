@@ -99,7 +99,7 @@ pub(crate) fn migrate(
     stop: &AtomicBool,
 ) -> Result<()> {
     if served.has_moved() {
-        return Err(Error::other("it was moved since it was started; start it with its new settings first"));
+        return Err(moved_before());
     }
     let from = served.current();
     let changes = served.observe();
@@ -123,6 +123,11 @@ pub(crate) fn migrate(
     let paused = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     counts.paused_ms.store(paused, Ordering::Relaxed);
     switched
+}
+
+fn moved_before() -> Error {
+    let what = "the registry was moved since it was started";
+    Error::of(Kind::Other, what, "start it with its new settings first")
 }
 
 /// Copies what has changed, until what is left takes a moment; returns what the target has and the source has not.

@@ -212,9 +212,7 @@ impl Served {
     /// # Errors
     /// When that was done before.
     pub(crate) fn switch(&self, _: &Closed<'_>, next: Arc<dyn Store>) -> Result<()> {
-        self.next
-            .set(next)
-            .map_err(|_| Error::other("the registry was moved before; start it with its new settings first"))
+        self.next.set(next).map_err(|_| super::moved_before())
     }
 
     fn note(&self, changes: impl IntoIterator<Item = Change>) {

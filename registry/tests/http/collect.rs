@@ -23,7 +23,7 @@ fn grace(config: &mut Config) {
 async fn collect(served: &Served, dry_run: bool) -> Result<Collected, dvcr_registry::Error> {
     let mut config = Config::new(served.dir().join("root"));
     grace(&mut config);
-    let work = move || control::perform(config, &Task::Collect { dry_run }, |_| ());
+    let work = move || control::perform(config, &Task::Collect { dry_run }, &AtomicBool::new(false), |_| ());
     tokio::task::spawn_blocking(work).await.unwrap().map(collected)
 }
 
@@ -59,7 +59,14 @@ async fn a_command_works_alone_where_nobody_serves() {
     served.push_image("a", "v1", 1).await;
     let dir = served.close().await;
     let root = dir.path().join("root");
-    let work = |root| control::perform(Config::new(root), &Task::Collect { dry_run: false }, |_| ());
+    let work = |root| {
+        control::perform(
+            Config::new(root),
+            &Task::Collect { dry_run: false },
+            &AtomicBool::new(false),
+            |_| (),
+        )
+    };
     let done = collected(work(root.clone()).unwrap());
     assert_eq!((done.repositories, done.manifests, done.blobs, done.removed_blobs), (1, 1, 3, 0));
     let error = work(root.join("elsewhere")).unwrap_err();

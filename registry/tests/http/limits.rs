@@ -1,6 +1,7 @@
 //! What clients may take of the machine: quotas, free space, requests, time.
 
 use std::process::Command;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -217,7 +218,9 @@ async fn usage_is_what_a_new_count_finds_after_changes_of_all_kinds() {
         tokio::time::sleep(Duration::from_millis(250)).await;
         let mut config = Config::new(served.dir().join("root"));
         limits(&mut config);
-        let work = move || control::perform(config, &Task::Collect { dry_run: false }, |_| ());
+        let work = move || {
+            control::perform(config, &Task::Collect { dry_run: false }, &AtomicBool::new(false), |_| ())
+        };
         let done = tokio::task::spawn_blocking(work).await.unwrap().unwrap();
         assert!(matches!(done, Outcome::Collected(done) if done.removed_links > 0));
         let kept = used(&served, "q/").await;
@@ -311,7 +314,8 @@ async fn a_full_disk_refuses_uploads_loses_nothing_and_can_be_cleaned() {
     tokio::time::sleep(Duration::from_millis(250)).await;
     let mut config = Config::new(served.dir().join("root"));
     limits(&mut config);
-    let work = move || control::perform(config, &Task::Collect { dry_run: false }, |_| ());
+    let work =
+        move || control::perform(config, &Task::Collect { dry_run: false }, &AtomicBool::new(false), |_| ());
     let done = tokio::task::spawn_blocking(work).await.unwrap().unwrap();
     assert!(
         matches!(&done, Outcome::Collected(done) if done.freed_bytes == content.len() as u64),

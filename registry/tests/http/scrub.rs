@@ -1,5 +1,6 @@
 //! Damage on disk: found, put aside, healed by the next push.
 
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use dvcr_registry::{Config, Outcome, Scrubbed, Task, control};
@@ -9,7 +10,7 @@ use crate::support::{OCI_MANIFEST, Served, blob_path, eventually, image, noise};
 /// Asks the registry by its control socket, or does it alone where nobody serves.
 async fn scrub(dir: &std::path::Path) -> Scrubbed {
     let config = Config::new(dir.join("root"));
-    let work = move || control::perform(config, &Task::Scrub { rate: None }, |_| ());
+    let work = move || control::perform(config, &Task::Scrub { rate: None }, &AtomicBool::new(false), |_| ());
     match tokio::task::spawn_blocking(work).await.unwrap().unwrap() {
         Outcome::Scrubbed(done) => done,
         other => panic!("{other:?}"),
