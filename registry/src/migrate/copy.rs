@@ -120,13 +120,6 @@ impl<'a> Copier<'a> {
         lock(&self.placed).get(digest) == Some(repo)
     }
 
-    /// Removes all tags and manifests of a repository that the source does not have.
-    pub(super) fn remove_all(&self, repo: &RepoName) -> Result<()> {
-        let removed = self.to.remove(repo, None, &self.rules).map_err(of_change)?;
-        count(&self.counts.removed, removed.count);
-        Ok(())
-    }
-
     /// Fails if all is to stop.
     pub(crate) fn check(&self) -> Result<()> {
         if lock(&self.halted).is_some() {

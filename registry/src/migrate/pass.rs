@@ -29,8 +29,6 @@ pub(super) struct Pass<'a> {
 
 enum Task {
     Repository(RepoName),
-    /// All that the target has of it.
-    Gone(RepoName),
     Change(Change),
     Remove(RepoName, Reference),
 }
@@ -51,8 +49,8 @@ impl Pass<'_> {
                     |after| repositories(&**from, after),
                     |after| repositories(&**to, after),
                     |repo, of| match of {
-                        Of::Target if self.prunes => tasks.put(Task::Gone(repo)),
-                        _ => {
+                        Of::Target => tasks.put(Task::Repository(repo)),
+                        Of::Source | Of::Both => {
                             counts.repositories.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                             tasks.put(Task::Repository(repo))
                         }
@@ -96,8 +94,11 @@ impl Pass<'_> {
         match task {
             Task::Repository(repo) => self.repository(tasks, &repo, extra),
             Task::Change(change) => self.copier.change(&change),
-            Task::Remove(repo, reference) => self.copier.remove(&repo, &reference),
-            Task::Gone(repo) => self.copier.remove_all(&repo),
+            // It may have come since the lists were read.
+            Task::Remove(repo, reference) => match self.copier.from.find_manifest(&repo, &reference)? {
+                Some(_) => Ok(()),
+                None => self.copier.remove(&repo, &reference),
+            },
         }
     }
 
