@@ -78,6 +78,7 @@ use auth::Guard;
 use cache::Sources;
 use events::Recorder;
 use migrate::{Mirror, Served};
+use place::Opened;
 use storage::Storage;
 use storage::layout::Layout;
 use store::Store;
@@ -316,7 +317,7 @@ impl Registry {
             }
             None => None,
         };
-        let (store, directory) = place.open(collection.grace, &limits)?;
+        let Opened { store, directory } = place.open(collection.grace, &limits)?;
         if let Some(to) = place.moved(&*store)? {
             return Err(Error::Moved { from: place.to_string(), to });
         }
@@ -328,7 +329,8 @@ impl Registry {
         let queues = Layout::new(&root).events();
         let events = Recorder::open(&events, &queues, bearer, tls.is_some())?.map(Arc::new);
         let store: Arc<dyn Store> = Arc::<Served>::clone(&served);
-        let app = App::new(store, guard, rules, cache, uploads_max, &limits, events, mirror.clone());
+        let mut app = App::new(store, guard, rules, cache, uploads_max, &limits, events);
+        app.mirror.clone_from(&mirror);
         let app = Arc::new(app);
         Ok(Self {
             app,

@@ -27,6 +27,13 @@ pub struct Place {
     pub single_replica: bool,
 }
 
+/// What was opened.
+pub(crate) struct Opened {
+    pub(crate) store: Arc<dyn Store>,
+    /// The store itself, where something is done that is of a directory alone.
+    pub(crate) directory: Option<Arc<Storage>>,
+}
+
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(bucket) = &self.bucket else { return write!(f, "{}", self.root.display()) };
@@ -61,22 +68,18 @@ impl Place {
     }
 
     /// Opens it for one who will serve it. Blocks; a bucket needs a runtime of several threads around it.
-    pub(crate) fn open(
-        &self,
-        grace: Duration,
-        limits: &Limits,
-    ) -> Result<(Arc<dyn Store>, Option<Arc<Storage>>)> {
+    pub(crate) fn open(&self, grace: Duration, limits: &Limits) -> Result<Opened> {
         match &self.bucket {
             None => {
                 let storage = Storage::open(&self.root, Grace::new(grace))
                     .map_err(|source| Error::Open { path: self.root.clone(), source })?
                     .bounded(limits.quotas.clone(), limits.reserve_bytes);
                 let directory = Arc::new(storage);
-                Ok((Arc::<Storage>::clone(&directory), Some(directory)))
+                Ok(Opened { store: Arc::<Storage>::clone(&directory), directory: Some(directory) })
             }
             Some(settings) => {
-                let bucket = open_bucket(settings.clone(), &self.root, grace, self.single_replica, limits)?;
-                Ok((bucket, None))
+                let store = open_bucket(settings.clone(), &self.root, grace, self.single_replica, limits)?;
+                Ok(Opened { store, directory: None })
             }
         }
     }
@@ -140,7 +143,7 @@ mirror:
             bucket: self.bucket,
             single_replica: self.single_replica,
         };
-        let (store, _) = place.open(grace, &Limits::default())?;
+        let Opened { store, .. } = place.open(grace, &Limits::default())?;
         Ok(Mirror::new(served, store, interval))
     }
 }

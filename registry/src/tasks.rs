@@ -17,6 +17,7 @@ use croner::Cron;
 use serde::{Deserialize, Serialize};
 
 use crate::names::{Reference, RepoName};
+use crate::place::Opened;
 use crate::storage::Storage;
 use crate::storage::scrub::{self, Pass};
 use crate::store::ChangeError;
@@ -43,7 +44,7 @@ pub enum Task {
     Remove { repository: String, reference: Option<String> },
     /// Copies all into another place, and has that served.
     Migrate {
-        to: Place,
+        to: Box<Place>,
         /// Whether what is there alone is removed.
         #[serde(default)]
         prune: bool,
@@ -253,7 +254,7 @@ impl Registry {
         let failed = |source| Error::Task { source: Box::new(source) };
         // What a replica of the target keeps on its disk belongs to where that is started.
         let limits = Limits { read_cache_bytes: None, ..self.limits.clone() };
-        let (store, _) = to.open(self.collection.grace, &limits)?;
+        let Opened { store, .. } = to.open(self.collection.grace, &limits)?;
         let place = to.to_string();
         let options = migrate::Options { prunes, switches: !copy_only };
         migrate::migrate(&self.served, &store, &place, options, moved, stop).map_err(failed)?;

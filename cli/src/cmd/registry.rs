@@ -381,7 +381,7 @@ fn migrate(args: &Migrate) -> anyhow::Result<()> {
     if from.clone().place()? == to {
         bail!("--from and --to are the same");
     }
-    let task = Task::Migrate { to, prune: args.prune, copy_only: args.copy_only };
+    let task = Task::Migrate { to: Box::new(to), prune: args.prune, copy_only: args.copy_only };
     let done = match perform(from.upkeep()?, &task)? {
         Outcome::Migrated(done) => done,
         other => bail!("the registry gave the answer to another question: {other:?}"),
@@ -421,9 +421,6 @@ fn perform(config: Config, task: &Task) -> anyhow::Result<Outcome> {
     runtime.spawn(async move {
         signals.next().await;
         stopped.store(true, Ordering::Relaxed);
-        // Whoever says so twice does not want to wait.
-        signals.next().await;
-        std::process::exit(130);
     });
     let outcome = control::perform(config, task, &stop, |progress| {
         bar.set_message(progress.to_owned());

@@ -106,7 +106,6 @@ impl App {
         uploads_max: usize,
         limits: &Limits,
         events: Option<Arc<Recorder>>,
-        mirror: Option<Arc<Mirror>>,
     ) -> Self {
         Self {
             store,
@@ -119,7 +118,7 @@ impl App {
             metrics: Metrics::default(),
             is_ending: AtomicBool::new(false),
             events,
-            mirror,
+            mirror: None,
             uploads: Arc::new(Semaphore::new(uploads_max)),
             small_bodies: Arc::new(Semaphore::new(SMALL_BODIES_MAX)),
             manifests: Arc::new(Semaphore::new(MANIFESTS_MAX)),

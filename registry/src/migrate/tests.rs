@@ -29,7 +29,7 @@ const COPY: Options = Options { prunes: false, switches: false };
 /// Where a store is opened from.
 enum Home {
     Directory(TempDir),
-    Bucket { settings: Settings, keys: TempDir, _lives: Arc<S3Server> },
+    Bucket { settings: Box<Settings>, keys: TempDir, _lives: Arc<S3Server> },
 }
 
 impl Home {
@@ -41,7 +41,7 @@ impl Home {
         let (server, keys) = (S3Server::shared_minio(), temp_dir());
         let mut settings = testing::settings(&server, &keys);
         settings.bucket = server.new_bucket().unwrap();
-        Self::Bucket { settings, keys, _lives: server }
+        Self::Bucket { settings: Box::new(settings), keys, _lives: server }
     }
 
     fn open(&self, handle: &Handle) -> Arc<dyn Store> {
@@ -50,7 +50,8 @@ impl Home {
             Self::Directory(root) => Arc::new(Storage::open(root.path(), Grace::default()).unwrap()),
             Self::Bucket { settings, .. } => {
                 let options = bucket::Options { grace: Duration::from_secs(3600), timing: TIMING };
-                let store: Arc<dyn Store> = handle.block_on(Bucket::open(settings.clone(), options)).unwrap();
+                let store: Arc<dyn Store> =
+                    handle.block_on(Bucket::open((**settings).clone(), options)).unwrap();
                 store
             }
         }
