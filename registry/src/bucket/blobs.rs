@@ -34,6 +34,15 @@ pub(super) struct Blob {
     start: RangeBody,
 }
 
+/// What is seen of a blob that a repository may have.
+pub(super) enum Seen {
+    Absent,
+    /// It stays for half of the grace period at least, and has so many bytes.
+    Young(u64),
+    /// It has to be claimed, under this digest, too.
+    Old(Digest),
+}
+
 /// What a repository has of a blob.
 struct Found {
     link: Link,
@@ -45,12 +54,31 @@ impl Bucket {
     ///
     /// A link that was placed within half of the grace period is young enough. An older one is placed anew, unless it is condemned.
     pub(super) async fn claim_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<u64>> {
-        let Some(found) = self.look_for(repo, digest).await? else { return Ok(None) };
-        if self.is_young(found.link.modified).await? {
-            return Ok(Some(found.bytes));
+        match self.see_blob(repo, digest).await? {
+            Seen::Absent => Ok(None),
+            Seen::Young(bytes) => Ok(Some(bytes)),
+            // Only what was found is claimed: most of what clients ask for is not there.
+            Seen::Old(target) => self.claim_old(repo, digest, target).await,
         }
-        // Only what was found is claimed: most of what clients ask for is not there.
-        let digests = [digest.clone(), found.link.target];
+    }
+
+    /// Looks for a blob of a repository. Also for async threads.
+    pub(super) async fn see_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Seen> {
+        match self.look_for(repo, digest).await? {
+            None => Ok(Seen::Absent),
+            Some(found) if self.is_young(found.link.modified).await? => Ok(Seen::Young(found.bytes)),
+            Some(found) => Ok(Seen::Old(found.link.target)),
+        }
+    }
+
+    /// Claims a blob whose link is old.
+    pub(super) async fn claim_old(
+        &self,
+        repo: &RepoName,
+        digest: &Digest,
+        target: Digest,
+    ) -> Result<Option<u64>> {
+        let digests = [digest.clone(), target];
         let claimed = self.place(distinct(&digests), async |view| {
             let Some(found) = self.look_for(repo, digest).await? else { return Ok(None) };
             if [digest, &found.link.target].iter().any(|digest| view.is_condemned(repo, digest)) {

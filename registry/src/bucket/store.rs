@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use uuid::Uuid;
 
 use super::Bucket;
+use super::blobs::Seen;
 use super::kept::Kept;
 use super::moved::Note;
 use crate::digest::{Algorithm, Digest};
@@ -15,7 +17,8 @@ use crate::model::Checked;
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
 use crate::store::{
-    Blob, ChangeError, Content, Manifest, Page, Removed, Result, Session, Stats, Store, UploadError, collect,
+    Blob, ChangeError, Content, Error, Manifest, Page, Removed, Result, Session, Stats, Store, UploadError,
+    collect,
 };
 
 /// Each method waits for one of [`Bucket`]'s own, which is preferred where both have the same name.
@@ -26,6 +29,23 @@ impl Store for Bucket {
 
     fn claim_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<u64>> {
         self.wait(self.claim_blob(repo, digest))
+    }
+
+    fn claim_without_blocking(
+        self: Arc<Self>,
+        repo: RepoName,
+        digest: Digest,
+    ) -> Option<BoxFuture<'static, Result<Option<u64>>>> {
+        Some(Box::pin(async move {
+            let target = match self.see_blob(&repo, &digest).await? {
+                Seen::Absent => return Ok(None),
+                Seen::Young(bytes) => return Ok(Some(bytes)),
+                Seen::Old(target) => target,
+            };
+            let claim = move || self.wait(self.claim_old(&repo, &digest, target));
+            let claimed = tokio::task::spawn_blocking(claim).await;
+            claimed.unwrap_or_else(|error| Err(Error::new("cannot claim a blob", error.into())))
+        }))
     }
 
     fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>> {

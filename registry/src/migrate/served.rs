@@ -258,6 +258,14 @@ impl Store for Served {
         self.current().claim_blob(repo, digest)
     }
 
+    fn claim_without_blocking(
+        self: Arc<Self>,
+        repo: RepoName,
+        digest: Digest,
+    ) -> Option<BoxFuture<'static, Result<Option<u64>>>> {
+        Arc::clone(self.current()).claim_without_blocking(repo, digest)
+    }
+
     fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>> {
         Arc::clone(self.current()).open_blob(repo, digest)
     }

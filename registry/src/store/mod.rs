@@ -66,6 +66,15 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
     /// refers to it can be pushed.
     fn claim_blob(&self, repo: &RepoName, digest: &Digest) -> Result<Option<u64>>;
 
+    /// Does as [`Store::claim_blob`] without blocking; `None` where that is to be called.
+    fn claim_without_blocking(
+        self: Arc<Self>,
+        _repo: RepoName,
+        _digest: Digest,
+    ) -> Option<BoxFuture<'static, Result<Option<u64>>>> {
+        None
+    }
+
     /// Opens a blob of a repository. Quick.
     fn open_blob(self: Arc<Self>, repo: &RepoName, digest: &Digest) -> Result<Option<Box<dyn Blob>>>;
 

@@ -39,7 +39,8 @@ impl Opened {
     }
 
     async fn claims(&self, repo: &RepoName, digest: &Digest) -> Option<u64> {
-        self.bucket.claim_blob(repo, digest).await.unwrap()
+        let claimed = Arc::clone(&self.bucket).claim_without_blocking(repo.clone(), digest.clone());
+        claimed.unwrap().await.unwrap()
     }
 
     async fn reads(&self, repo: &RepoName, digest: &Digest) -> Option<Vec<u8>> {
@@ -64,6 +65,20 @@ async fn a_head_of_a_blob_costs_one_request() {
     // Whether the repository has it is asked every time.
     assert_eq!(requests(&proxy, opened.claims(&r, &digest)).await, (1, Some(4)));
     assert_eq!(requests(&proxy, opened.claims(&repo("other"), &digest)).await, (1, None));
+}
+
+#[tokio::test]
+async fn a_head_of_a_blob_whose_link_is_old_claims_it() {
+    let opened = Opened::with_grace(Opened::minio().await, Duration::ZERO).await;
+    let (r, digest) = (repo("r"), opened.blob(&repo("r"), b"blob").await);
+    let link = async || opened.bucket.client.head(&opened.bucket.keys.layer_link(&r, &digest)).await.unwrap();
+    let placed = link().await;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+    while link().await.modified == placed.modified {
+        assert_eq!(opened.claims(&r, &digest).await, Some(4));
+        assert!(tokio::time::Instant::now() < deadline, "an old link is not placed anew");
+    }
+    assert_eq!(opened.claims(&repo("other"), &digest).await, None);
 }
 
 #[tokio::test]
