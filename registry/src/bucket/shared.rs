@@ -52,7 +52,11 @@ impl<T: Clone> Shared<T> {
             Ok(reader) => reader,
             Err(turn) => match tokio::time::timeout(WAIT, turn).await {
                 Ok(Ok(Turn::Answer(answer))) => return Ok(answer),
-                Ok(Ok(Turn::Read(reader))) => reader,
+                Ok(Ok(Turn::Read(reader))) => {
+                    // Those who just had their answer may be about to ask again, and then share this reading.
+                    tokio::task::yield_now().await;
+                    reader
+                }
                 // The reading failed, or takes too long.
                 Ok(Err(_)) | Err(_) => return read.await,
             },

@@ -82,9 +82,11 @@ impl Opened {
     }
 }
 
-/// How many requests something takes, but for looks at whether a collection is on, which there are every so often.
+/// How many requests something takes, but for looks at whether a collection is on or the bucket has moved, which there are every
+/// so often.
 pub(super) async fn requests<T>(proxy: &S3Proxy, work: impl Future<Output = T>) -> (usize, T) {
-    let count = || proxy.seen().iter().filter(|(asked, _)| !asked.path.contains("/dvcr/gc/run")).count();
+    let is_look = |path: &str| ["/dvcr/gc/run", "/dvcr/moved"].iter().any(|look| path.contains(look));
+    let count = || proxy.seen().iter().filter(|(asked, _)| !is_look(&asked.path)).count();
     let before = count();
     let done = work.await;
     (count() - before, done)
