@@ -58,22 +58,36 @@ impl Storage {
         after: Option<&Digest>,
         limit: usize,
     ) -> Result<Vec<Digest>> {
-        let mut found = BTreeSet::new();
-        let add = |digest: Digest| {
-            let is_due = after.is_none_or(|after| digest > *after);
-            if is_due && (found.len() < limit || found.last().is_some_and(|last| digest < *last)) {
-                found.insert(digest);
-                if found.len() > limit {
-                    found.pop_last();
+        let (mut listed, mut behind) = (Vec::new(), after.cloned());
+        loop {
+            let left = limit.saturating_sub(listed.len());
+            let mut found = BTreeSet::new();
+            let add = |digest: Digest| {
+                let is_due = behind.as_ref().is_none_or(|behind| digest > *behind);
+                if is_due && (found.len() < left || found.last().is_some_and(|last| digest < *last)) {
+                    found.insert(digest);
+                    if found.len() > left {
+                        found.pop_last();
+                    }
                 }
+                Ok(())
+            };
+            match of {
+                Content::Blobs => self.each_layer(repo, add)?,
+                Content::Manifests => self.each_revision(repo, add)?,
             }
-            Ok(())
-        };
-        match of {
-            Content::Blobs => self.each_layer(repo, add)?,
-            Content::Manifests => self.each_revision(repo, add)?,
+            let is_all = found.len() < left;
+            behind = found.last().cloned();
+            // A blob that was taken from the repository leaves a directory without a link.
+            listed.extend(
+                found.into_iter().filter(|digest| {
+                    of == Content::Manifests || self.layout.layer_link(repo, digest).exists()
+                }),
+            );
+            if is_all || listed.len() >= limit {
+                return Ok(listed);
+            }
         }
-        Ok(found.into_iter().collect())
     }
 
     /// Lists up to `limit` repositories behind `after`.
