@@ -374,12 +374,13 @@ fn migrate(args: &Migrate) -> anyhow::Result<()> {
     let mut from = Settings::of_place(&args.from)?;
     let to =
         Settings::of_place(&args.to)?.place().with_context(|| format!("of --to {}", args.to.display()))?;
-    if from.root.is_none() && from.bucket.is_some() {
-        // It is not served on this machine; what a replica has for itself is needed for as long as this takes.
-        from.root = Some(std::env::temp_dir().join(format!("dvcr-migrate-{}", std::process::id())));
+    if from.clone().place()?.to_string() == to.to_string() {
+        bail!("--from and --to are both {to}");
     }
-    if from.clone().place()? == to {
-        bail!("--from and --to are the same");
+    // Of a bucket that is not served on this machine: what a replica has for itself is needed for as long as this takes.
+    let own = tempfile::tempdir().context("cannot make a directory for what is needed meanwhile")?;
+    if from.bucket.is_some() {
+        from.root.get_or_insert_with(|| own.path().to_owned());
     }
     let task = Task::Migrate { to: Box::new(to), prune: args.prune, copy_only: args.copy_only };
     let done = match perform(from.upkeep()?, &task)? {

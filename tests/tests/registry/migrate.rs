@@ -50,6 +50,10 @@ async fn a_served_registry_moves_into_a_bucket_and_back_without_a_failed_push() 
     let bytes = noise(300_000, 9);
     client.patch(&session, 0, bytes.slice(..100_000)).await?.expect(202)?;
 
+    for place in [&first, &bucket] {
+        let refused = migrate(place, place).await?;
+        ensure!(!refused.status.success() && refused.stderr.contains("are both"), "{}", refused.stderr);
+    }
     let mut known = Vec::new();
     for (from, to) in [(&first, &bucket), (&bucket, &last)] {
         let stop = Arc::<AtomicBool>::default();
