@@ -273,7 +273,6 @@ pub struct Registry {
     mirror: Option<Arc<Mirror>>,
     tls: Option<Arc<Acceptors>>,
     scrub: Scrub,
-    idle_timeout: Duration,
     /// Held while damage is looked for in the background.
     scrubbing: Arc<tokio::sync::Mutex<()>>,
     /// What the tasks that nobody waits for are stopped by.
@@ -344,7 +343,6 @@ impl Registry {
             collection,
             tls,
             scrub,
-            idle_timeout: limits.idle_timeout,
             limits,
             scrubbing: Arc::default(),
             background: Watch::default(),

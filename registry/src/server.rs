@@ -88,7 +88,7 @@ pub async fn serve(
             true => router.clone().layer(Extension(Address(peer))),
             false => router.clone(),
         };
-        let stream = Patient::new(stream, registry.idle_timeout);
+        let stream = Patient::new(stream, registry.limits.idle_timeout);
         // Forgets those that have ended.
         while tasks.try_join_next().is_some() {}
         if let Some(acceptors) = &registry.tls {

@@ -27,6 +27,9 @@ use crate::work::{self, Signals};
 /// How often a line tells how far a task is, where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How long a registry that has ended waits for threads that do not end.
+const WIND_DOWN: Duration = Duration::from_secs(10);
+
 /// Serves an OCI registry from a directory or an S3 bucket, in the layout of CNCF distribution
 ///
 /// On a loopback address anybody is served over plain HTTP; elsewhere the registry wants to know who may use it, and a
@@ -225,7 +228,8 @@ fn serve(given: Given) -> anyhow::Result<()> {
     let listen = settings.listen;
     let config = settings.config()?;
     let root = config.root.clone();
-    work::runtime()?.block_on(async {
+    let runtime = work::runtime()?;
+    let served = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let mut wanted = signal(SignalKind::user_defined1()).context("cannot listen for SIGUSR1")?;
         let mut reread = signal(SignalKind::hangup()).context("cannot listen for SIGHUP")?;
@@ -252,7 +256,10 @@ fn serve(given: Given) -> anyhow::Result<()> {
             }
         };
         Ok(dvcr_registry::serve(listener, registry, ended).await?)
-    })
+    });
+    // What still waits for a disk or a bucket that does not answer has nothing to lose.
+    runtime.shutdown_timeout(WIND_DOWN);
+    served
 }
 
 fn list(args: &Ls) -> anyhow::Result<()> {
