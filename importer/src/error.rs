@@ -14,6 +14,8 @@ pub enum ErrorKind {
     Invalid,
     /// The source cannot be opened or read, or is not what it claims to be.
     Source,
+    /// The source is another version than the one that was begun; it has to be begun again.
+    Changed,
     /// The bytes received do not have the checksum that was demanded.
     Checksum,
     /// The source is not a disk image that can be taken.

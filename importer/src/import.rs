@@ -22,7 +22,7 @@ use uuid::Uuid;
 use crate::checksum::{Checksum, Checksums};
 use crate::chunks::{self, ChunkWriter};
 use crate::name::file_name;
-use crate::source::{Opened, Received, Source};
+use crate::source::{Opened, Received, Source, SourceOptions};
 use crate::{Error, ErrorKind, Result};
 
 /// How often a running import looks whether it was cancelled, milliseconds.
@@ -39,9 +39,9 @@ pub struct ImportRequest {
     pub destination: Reference,
     /// Checksums of the source's bytes as received; all must match before anything is published.
     pub checksums: Vec<Checksum>,
-    /// Accept any certificate of the source (and plain HTTP of a source in a registry).
-    pub insecure_source: bool,
-    /// How to talk to the destination; the credentials serve a source in a registry too.
+    /// How to reach the source.
+    pub source_options: SourceOptions,
+    /// How to talk to the destination.
     pub client: ClientOptions,
     /// Bounds for the image.
     pub limits: Limits,
@@ -137,10 +137,10 @@ struct Produced {
 impl Transfer<'_> {
     async fn run(&self) -> Result<ImportSummary> {
         let begun = Instant::now();
-        let ImportRequest { source, insecure_source, client, limits, .. } = self.request;
+        let ImportRequest { source, source_options, limits, .. } = self.request;
         let checksums = Checksums::new(&self.request.checksums)?;
         self.progress.set_phase("transfer");
-        let mut opened = source.open(*insecure_source, client, limits).await?;
+        let mut opened = source.open(source_options, limits, None).await?;
         // Lives as long as this future: when it is dropped, the source thread is not left waiting.
         let _pump = opened.pump.take();
         if opened.len == Some(0) {

@@ -27,4 +27,4 @@ pub mod source;
 pub use error::{Error, ErrorKind, Result};
 pub use import::{ImportRequest, ImportSummary, import};
 pub use populate::{PopulateRequest, PopulateSummary, TargetFormat, populate};
-pub use source::Source;
+pub use source::{Source, SourceOptions};

@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::checksum::Checksum;
-use dvcr_importer::{ImportRequest, Source, import};
+use dvcr_importer::{ImportRequest, Source, SourceOptions, import};
 
 use crate::size::Human;
 use crate::work::{self, Usage};
@@ -59,7 +59,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         source,
         destination,
         checksums: args.checksums,
-        insecure_source: args.insecure_source,
+        source_options: SourceOptions { insecure: args.insecure_source, auth: auth.clone() },
         client: ClientOptions { insecure: args.insecure, auth },
         limits: args.limits.limits(),
     };

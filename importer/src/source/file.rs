@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use crate::{Error, ErrorKind, Result};
@@ -15,6 +15,8 @@ pub struct FileSource {
     pub len: u64,
     /// The file's own name, without its folder.
     pub name: Option<String>,
+    /// Names this version of it; a block device has none.
+    pub version: Option<String>,
 }
 
 impl FileSource {
@@ -38,7 +40,12 @@ impl FileSource {
         let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
         file.rewind().map_err(failed)?;
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
-        Ok(Self { file, len, name })
+        let metadata = file.metadata().map_err(failed)?;
+        let version = metadata.is_file().then(|| {
+            let (dev, inode) = (metadata.dev(), metadata.ino());
+            format!("{dev:x}-{inode:x}-{len:x}-{:x}.{:x}", metadata.mtime(), metadata.mtime_nsec())
+        });
+        Ok(Self { file, len, name, version })
     }
 }
 

@@ -13,6 +13,7 @@ use reqwest::header::{
 use reqwest::redirect::Policy;
 use reqwest::{Client, Response, StatusCode, Url};
 
+use super::Place;
 use crate::{Error, ErrorKind, Result};
 
 /// Redirects followed for one request.
@@ -47,11 +48,13 @@ pub struct HttpSource {
 }
 
 impl HttpSource {
-    /// Requests `url` (http or https; `user:password@` becomes Basic authentication towards that host alone).
+    /// Requests `url` (http or https; `user:password@` becomes Basic authentication towards that host alone), from its
+    /// first byte or from a place in a version of it that was open before.
     ///
     /// `insecure` accepts any TLS certificate, and redirects from https to http. Fails with [`ErrorKind::Source`] when
-    /// the server cannot be reached, redirects without end, or answers anything but 200.
-    pub async fn open(url: &str, insecure: bool) -> Result<Self> {
+    /// the server cannot be reached, redirects without end, or answers anything but 200, and with
+    /// [`ErrorKind::Changed`] when what is there now is another version, or cannot be read from that place.
+    pub async fn open(url: &str, insecure: bool, at: Option<&Place>) -> Result<Self> {
         let mut url = Url::parse(url)
             .map_err(|error| Error::with(ErrorKind::Invalid, "the source is not a URL", error))?;
         if !matches!(url.scheme(), "http" | "https") {
@@ -88,6 +91,15 @@ impl HttpSource {
             body: None,
             attempts: 0,
         };
+        if let Some(at) = at.filter(|at| at.position > 0) {
+            let version = at.validator.split_once(' ').and_then(|(len, tag)| Some((len.parse().ok()?, tag)));
+            let Some((len, tag)) = version.filter(|(len, _)| at.position <= *len) else {
+                return Err(source.changed());
+            };
+            // A range behind the last byte is none: its own byte is asked for, and passed over.
+            (source.len, source.validator) = (Some(len), Some(tag.to_owned()));
+            source.position = at.position.min(len.saturating_sub(1));
+        }
         let response = loop {
             match source.request().await {
                 Ok(response) => break response,
@@ -96,12 +108,30 @@ impl HttpSource {
             }
         };
         let headers = response.headers();
+        source.ranges = text(headers, ACCEPT_RANGES).is_some_and(|units| units.eq_ignore_ascii_case("bytes"));
+        if source.position > 0 {
+            source.ranges = true;
+            source.body = Some(response);
+            let passed = at.is_some_and(|at| at.position > source.position);
+            if passed {
+                source.chunk().await?;
+            }
+            return Ok(source);
+        }
         source.len = text(headers, CONTENT_LENGTH).and_then(|len| len.parse().ok());
         source.is_html = text(headers, CONTENT_TYPE).is_some_and(|kind| kind.starts_with("text/html"));
         source.validator = validator(headers);
-        source.ranges = text(headers, ACCEPT_RANGES).is_some_and(|units| units.eq_ignore_ascii_case("bytes"));
         source.body = Some(response);
+        if at.is_some_and(|at| Some(&at.validator) != source.version().as_ref()) {
+            return Err(source.changed());
+        }
         Ok(source)
+    }
+
+    /// Names this version of the resource, if it can be read on from the middle.
+    pub fn version(&self) -> Option<String> {
+        let (len, tag) = (self.len?, self.validator.as_ref()?);
+        self.ranges.then(|| format!("{len} {tag}"))
     }
 
     /// The URL without credentials and query, fit for messages.
@@ -193,7 +223,7 @@ impl HttpSource {
             StatusCode::PARTIAL_CONTENT if self.position > 0 => {
                 // Not every server minds If-Range: what goes on must be what was begun.
                 if validator(response.headers()) != self.validator {
-                    return Err(self.changed());
+                    return Err(Failure::Final(self.changed()));
                 }
                 match self.continues(response.headers()) {
                     true => Ok(response),
@@ -203,7 +233,7 @@ impl HttpSource {
                     ))),
                 }
             }
-            StatusCode::OK => Err(self.changed()),
+            StatusCode::OK => Err(Failure::Final(self.changed())),
             StatusCode::TOO_MANY_REQUESTS
             | StatusCode::BAD_GATEWAY
             | StatusCode::SERVICE_UNAVAILABLE
@@ -226,15 +256,15 @@ impl HttpSource {
         first == Some(self.position) && (total == "*" || total.parse().ok() == self.len)
     }
 
-    fn changed(&self) -> Failure {
-        Failure::Final(Error::new(
-            ErrorKind::Source,
+    fn changed(&self) -> Error {
+        Error::new(
+            ErrorKind::Changed,
             format!(
                 "{} changed, or lost its ranges, after {} bytes were read; start again",
                 self.display_url(),
                 self.position
             ),
-        ))
+        )
     }
 
     /// Waits before the next attempt, or gives up with `error`.

@@ -4,15 +4,15 @@ pub mod file;
 pub mod http;
 
 use std::fmt;
-use std::io::{self, Read};
-use std::path::PathBuf;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::{Buf, Bytes};
 use dvcr_converter::limits::Limits;
 use dvcr_converter::progress::Progress;
-use dvcr_image::{ClientOptions, DiskImage, Reference, Repository};
+use dvcr_image::{AuthStore, ClientOptions, DiskImage, Reference, Repository};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
@@ -73,12 +73,33 @@ impl fmt::Debug for Source {
     }
 }
 
-/// A source at its first byte.
+/// How to reach a source, and what it may be.
+#[derive(Clone, Debug, Default)]
+pub struct SourceOptions {
+    /// Accept any TLS certificate, redirects from https to http, and plain HTTP of a source in a registry.
+    pub insecure: bool,
+    /// Credentials of a source in a registry.
+    pub auth: AuthStore,
+}
+
+/// A place in one version of a source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Bytes before it.
+    pub(crate) position: u64,
+    /// [`Opened::validator`] of that version.
+    pub(crate) validator: String,
+}
+
+/// A source that can be read on.
 pub(crate) struct Opened {
-    /// Blocking; must not be read on the runtime's async threads.
+    /// Blocking; must not be read on the runtime's async threads. Begins at the place that was asked for.
     pub(crate) reader: Box<dyn Read + Send>,
-    /// Bytes, if known beforehand.
+    /// Bytes of the whole source, if known beforehand.
     pub(crate) len: Option<u64>,
+    /// Names this version of the source: another process that finds the same can go on in the middle. `None` where nothing
+    /// tells versions apart, or nothing but the beginning can be asked for.
+    pub(crate) validator: Option<String>,
     /// What the source calls itself.
     pub(crate) name: Option<String>,
     /// The server says that this is a web page.
@@ -99,33 +120,55 @@ impl Drop for Pump {
 }
 
 impl Source {
-    /// Opens the source; `options` are for a source in a registry, `insecure` is its permission.
+    /// Opens the source at its first byte, or at a place in a version of it that was open before.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Changed`] when it is another version now, or does not let itself be read from there.
     pub(crate) async fn open(
         &self,
-        insecure: bool,
-        options: &ClientOptions,
+        options: &SourceOptions,
         limits: &Limits,
+        at: Option<&Place>,
     ) -> Result<Opened> {
         match self {
-            Self::Http(url) => open_http(url, insecure).await,
+            Self::Http(url) => open_http(url, options, at).await,
             Self::Image(reference) => {
-                let options = ClientOptions { insecure, ..options.clone() };
-                open_image(reference, &options, limits).await
+                let client = ClientOptions { insecure: options.insecure, auth: options.auth.clone() };
+                open_image(reference, &client, limits, at).await
             }
             Self::File(path) => {
-                let (path, shown) = (path.clone(), path.display().to_string());
-                let opened = tokio::task::spawn_blocking(move || FileSource::open(&path)).await;
-                let file = opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))??;
-                let reader = Box::new(file.file);
-                Ok(Opened { reader, len: Some(file.len), name: file.name, is_html: false, shown, pump: None })
+                let (path, at) = (path.clone(), at.cloned());
+                let opened = tokio::task::spawn_blocking(move || open_file(&path, at.as_ref())).await;
+                opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))?
             }
         }
     }
 }
 
-async fn open_http(url: &str, insecure: bool) -> Result<Opened> {
-    let mut source = HttpSource::open(url, insecure).await?;
+/// The error of a source that is not what was begun.
+fn changed(shown: &str) -> Error {
+    let text = format!("{shown} is another version than the one that was begun, or cannot be gone on with");
+    Error::new(ErrorKind::Changed, text)
+}
+
+fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
+    let FileSource { mut file, len, name, version } = FileSource::open(path)?;
+    let shown = path.display().to_string();
+    if let Some(at) = at {
+        if version.as_ref() != Some(&at.validator) || at.position > len {
+            return Err(changed(&shown));
+        }
+        let seek = file.seek(SeekFrom::Start(at.position));
+        seek.map_err(|e| Error::with(ErrorKind::Source, format!("cannot read {shown}"), e))?;
+    }
+    let reader = Box::new(file);
+    Ok(Opened { reader, len: Some(len), validator: version, name, is_html: false, shown, pump: None })
+}
+
+async fn open_http(url: &str, options: &SourceOptions, at: Option<&Place>) -> Result<Opened> {
+    let mut source = HttpSource::open(url, options.insecure, at).await?;
     let (len, name, is_html, shown) = (source.len, source.name.clone(), source.is_html, source.display_url());
+    let validator = source.version();
     let (sender, pieces) = mpsc::channel(PIECES_WAITING_MAX);
     let pump = tokio::spawn(async move {
         loop {
@@ -138,19 +181,28 @@ async fn open_http(url: &str, insecure: bool) -> Result<Opened> {
         }
     });
     let reader = Box::new(Pieces { pieces, piece: Bytes::new(), ended: false });
-    Ok(Opened { reader, len, name, is_html, shown, pump: Some(Pump(pump.abort_handle())) })
+    Ok(Opened { reader, len, validator, name, is_html, shown, pump: Some(Pump(pump.abort_handle())) })
 }
 
-async fn open_image(reference: &Reference, options: &ClientOptions, limits: &Limits) -> Result<Opened> {
+async fn open_image(
+    reference: &Reference,
+    options: &ClientOptions,
+    limits: &Limits,
+    at: Option<&Place>,
+) -> Result<Opened> {
     let shown = reference.to_string();
     let failed = |e| Error::with(ErrorKind::Source, format!("reading the source image {shown}"), e);
     let repository = Repository::open(reference, options).map_err(failed)?;
     let disk = DiskImage::locate(&repository, reference.target(), limits).await.map_err(failed)?;
+    if at.is_some() {
+        return Err(changed(&shown));
+    }
     let (len, name) = (Some(disk.size()), Some(disk.file_name().to_owned()));
     let opened = tokio::task::spawn_blocking(move || disk.stream()).await;
     let stream =
         opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))?.map_err(failed)?;
-    Ok(Opened { reader: Box::new(stream), len, name, is_html: false, shown, pump: None })
+    let reader = Box::new(stream);
+    Ok(Opened { reader, len, validator: None, name, is_html: false, shown, pump: None })
 }
 
 /// Pieces sent by a task, as a blocking reader. Only `Ok(None)` is the end; a task that vanished is a failure.

@@ -19,7 +19,8 @@ use dvcr_converter::limits::Limits;
 use dvcr_converter::progress::Progress;
 use dvcr_image::{ClientOptions, Repository};
 use dvcr_importer::{
-    Error, ImportRequest, ImportSummary, PopulateRequest, PopulateSummary, TargetFormat, import, populate,
+    Error, ImportRequest, ImportSummary, PopulateRequest, PopulateSummary, SourceOptions, TargetFormat,
+    import, populate,
 };
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -120,7 +121,7 @@ pub fn import_request(source: &str, destination: &str) -> ImportRequest {
         source: source.parse().unwrap(),
         destination: destination.parse().unwrap(),
         checksums: Vec::new(),
-        insecure_source: false,
+        source_options: SourceOptions::default(),
         client: ClientOptions::default(),
         limits: Limits::default(),
     }
