@@ -34,8 +34,10 @@ pub struct Interrupted {
 impl fmt::Display for Interrupted {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.dropped {
-            false => "interrupted; run the same command to start again",
-            true => "interrupted before everything was cleaned up; run the same command to start again",
+            false => "interrupted; run the same command to go on, or start again",
+            true => {
+                "interrupted before everything was cleaned up; run the same command to go on, or start again"
+            }
         })
     }
 }
@@ -220,7 +222,8 @@ fn write_lines(title: &str, progress: &Progress, stopped: &Receiver<bool>) {
 
 fn line(title: &str, progress: &Progress, elapsed: Duration) -> String {
     let (phase, done, total) = (progress.phase(), progress.done(), progress.total());
-    let per_second = done as f64 / elapsed.as_secs_f64().max(0.001);
+    let here = done.saturating_sub(progress.skipped());
+    let per_second = here as f64 / elapsed.as_secs_f64().max(0.001);
     let mut line = format!("{title}: {phase} {}", Human(done));
     if total > 0 {
         let share = 100.0 * done.min(total) as f64 / total as f64;

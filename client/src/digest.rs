@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 pub use oci_spec::image::Digest;
 use oci_spec::image::DigestAlgorithm;
+use sha2::digest::common::hazmat::{SerializableState, SerializedState};
 use sha2::{Digest as _, Sha256, Sha512};
 
 use crate::{Error, ErrorKind, Result};
@@ -41,6 +42,20 @@ impl Hasher {
             Self::Sha256(hasher) => hasher.update(bytes),
             Self::Sha512(hasher) => hasher.update(bytes),
         }
+    }
+
+    /// The state of a SHA-256, for [`Hasher::restore_sha256`]; nothing of others.
+    pub fn save_sha256(&self) -> Vec<u8> {
+        match self {
+            Self::Sha256(hasher) => hasher.serialize().to_vec(),
+            Self::Sha512(_) => Vec::new(),
+        }
+    }
+
+    /// Goes on with a SHA-256 that was saved; `None` if `state` is none.
+    pub fn restore_sha256(state: &[u8]) -> Option<Self> {
+        let state = SerializedState::<Sha256>::try_from(state).ok()?;
+        Sha256::deserialize(&state).ok().map(Self::Sha256)
     }
 
     /// Ends the digest.

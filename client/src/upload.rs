@@ -3,10 +3,14 @@
 //! ```text
 //!  start (POST) ──> open ──append (PATCH)──> open ──commit (PUT)──> blob
 //!                    │ a chunk breaks: ask what arrived (GET), send the rest
-//!                    └─ dropped: cancel (DELETE) in the background
+//!                    └─ dropped: cancel (DELETE) in the background, unless a note was left
 //! ```
+//!
+//! A session may have a name (docs/registry.md, "Named sessions"). A registry that knows such finds it again for whoever asks by
+//! that name, and gives back the note that came with the last chunk: by it another process goes on. Other registries begin a
+//! session like any other.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{CONTENT_RANGE, HeaderName, LOCATION, RANGE};
@@ -21,13 +25,18 @@ use crate::{Error, ErrorKind, Result};
 
 /// Size of the chunks that [`BlobWriter`] is best fed with, bytes.
 pub const CHUNK_BYTES: usize = 8 << 20;
+/// How long a chunk is tried that a registry does not take, from its first failure on, milliseconds: a registry that is
+/// started again, or moved to another machine, is back by then.
+const PATIENCE_MS: u64 = 10 * 60 * 1_000;
 /// Longest wait for the registry to make a blob of what was uploaded, milliseconds. Some copy all of it then.
 const COMMIT_TIMEOUT_MS: u64 = 30 * 60 * 1_000;
 
 const OCI_CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
+/// What whoever goes on with a named session needs to know; visible ASCII.
+const UPLOAD_NOTE: HeaderName = HeaderName::from_static("dvcr-upload-note");
 const OCTETS: &str = "application/octet-stream";
 
-/// An open upload session. Dropping it cancels the session in the background.
+/// An open upload session. Dropping it cancels the session in the background, unless a note was left with it.
 #[derive(Debug)]
 pub struct Upload {
     repository: Repository,
@@ -36,6 +45,12 @@ pub struct Upload {
     offset: u64,
     what: String,
     open: bool,
+    /// Whether the registry keeps notes with this session.
+    is_named: bool,
+    /// Sent with the next chunk.
+    note: Option<String>,
+    /// Whether it outlives us, for whoever asks for it by its name.
+    stays: bool,
 }
 
 impl Repository {
@@ -51,9 +66,42 @@ impl Repository {
         Upload::adopt(self.clone(), &response, what)
     }
 
+    /// Opens the upload session that goes by `name` (1 to 128 letters, digits, `-`, `_` and `.`), and returns the note that was
+    /// left with it: `None` if it is a new one, or the registry knows no names.
+    pub async fn return_to_upload(&self, name: &str) -> Result<(Upload, Option<String>)> {
+        let (upload, note) = self.open_named(name).await?;
+        if upload.offset == 0 || note.is_some() {
+            return Ok((upload, note));
+        }
+        // Nobody can tell what came of it.
+        upload.cancel().await;
+        self.open_named(name).await
+    }
+
+    async fn open_named(&self, name: &str) -> Result<(Upload, Option<String>)> {
+        let what = format!("pushing a blob to {}", self.name);
+        let mut url = self.url("blobs/uploads/").await?;
+        url.query_pairs_mut().append_pair("session", name);
+        let request = Outgoing::new(Method::POST, url, Access::Push, &self.name, &what);
+        let response = self.transport.send_retrying(&request).await?;
+        if response.status() != StatusCode::ACCEPTED {
+            return Err(self.transport.refused(response, &what).await);
+        }
+        let note = header(response.headers(), &UPLOAD_NOTE).map(str::to_owned);
+        let received = header(response.headers(), &RANGE).and_then(received_bytes);
+        let mut upload = Upload::adopt(self.clone(), &response, what)?;
+        if note.is_some() {
+            // `0-0` is also what registries say of an empty session.
+            (upload.is_named, upload.offset) = (true, received.filter(|bytes| *bytes > 1).unwrap_or(0));
+        }
+        let note = note.filter(|note| !note.is_empty());
+        upload.stays = note.is_some();
+        Ok((upload, note))
+    }
+
     /// Opens an upload session and hashes what goes into it.
     pub async fn start_blob(&self) -> Result<BlobWriter> {
-        Ok(BlobWriter { upload: self.start_upload().await?, hasher: Hasher::sha256() })
+        Ok(self.start_upload().await?.into())
     }
 
     /// Pushes a small blob, unless the repository has it.
@@ -76,7 +124,16 @@ impl Upload {
         })?;
         let location = repository.transport.resolve(response.url(), location)?;
         let minimum = header(response.headers(), &OCI_CHUNK_MIN_LENGTH).and_then(|v| v.parse::<u64>().ok());
-        let upload = Self { repository, location, offset: 0, what, open: true };
+        let upload = Self {
+            repository,
+            location,
+            offset: 0,
+            what,
+            open: true,
+            is_named: false,
+            note: None,
+            stays: false,
+        };
         match minimum.filter(|bytes| *bytes > CHUNK_BYTES as u64) {
             Some(bytes) => Err(Error::new(
                 ErrorKind::Unsupported,
@@ -91,12 +148,27 @@ impl Upload {
         self.offset
     }
 
+    /// Leaves a note with the next chunk, for whoever returns to this session: from then on it is not cancelled when this is
+    /// dropped. Does nothing where the registry keeps no notes.
+    pub fn leave_note(&mut self, note: String) {
+        if self.is_named {
+            (self.note, self.stays) = (Some(note), true);
+        }
+    }
+
+    /// Cancels the session, whatever was left with it, and returns when the registry has.
+    pub async fn cancel(mut self) {
+        self.open = false;
+        cancel(self.repository.clone(), self.location.clone()).await;
+    }
+
     /// Sends one chunk and returns when the registry acknowledged all of it. A chunk that breaks on the way is
-    /// continued from what arrived, a bounded number of times.
+    /// continued from what arrived, for [`PATIENCE_MS`] once something was acknowledged, a few times before that.
     pub async fn append(&mut self, chunk: Bytes) -> Result<()> {
         let start = self.offset;
         let end = start + chunk.len() as u64;
         let mut attempt = 1;
+        let mut failing: Option<Instant> = None;
         while self.offset < end {
             let before = self.offset;
             let rest = chunk.slice((before - start) as usize..);
@@ -106,15 +178,13 @@ impl Upload {
                 let text = format!("{}: the registry took nothing of a chunk at byte {before}", self.what);
                 outcome = Err(Error::new(ErrorKind::Unavailable, text));
             }
-            match outcome {
-                Ok(()) => {}
-                Err(error) if error.kind() == ErrorKind::Unavailable && attempt < ATTEMPTS_MAX => {
-                    tracing::debug!(offset = self.offset, attempt, %error, "a chunk broke off, going on");
-                    back_off(attempt, None).await;
-                    attempt += 1;
-                    self.offset = self.acknowledged().await?;
-                }
-                Err(error) => return Err(error),
+            if outcome.is_err() {
+                outcome = self.recover(outcome, attempt, &mut failing).await;
+                attempt += 1;
+            }
+            outcome?;
+            if self.offset > before {
+                (attempt, failing) = (1, None);
             }
             if self.offset < start || self.offset > end {
                 return Err(Error::new(
@@ -125,6 +195,32 @@ impl Upload {
                     ),
                 ));
             }
+        }
+        Ok(())
+    }
+
+    /// Waits after a failure that may pass, and asks what arrived; fails when it has lasted too long.
+    async fn recover(
+        &mut self,
+        failed: Result<()>,
+        attempt: u32,
+        failing: &mut Option<Instant>,
+    ) -> Result<()> {
+        let Err(error) = failed else { return Ok(()) };
+        let begun = *failing.get_or_insert_with(Instant::now);
+        let patient = self.offset > 0 && begun.elapsed() < Duration::from_millis(PATIENCE_MS);
+        if error.kind() != ErrorKind::Unavailable || (attempt >= ATTEMPTS_MAX && !patient) {
+            return Err(error);
+        }
+        match attempt {
+            ATTEMPTS_MAX => tracing::warn!(%error, "the registry takes no chunks, trying on"),
+            _ => tracing::debug!(offset = self.offset, attempt, %error, "a chunk broke off, going on"),
+        }
+        back_off(attempt, None).await;
+        match self.acknowledged().await {
+            Ok(offset) => self.offset = offset,
+            Err(error) if error.kind() == ErrorKind::Unavailable => {}
+            Err(error) => return Err(error),
         }
         Ok(())
     }
@@ -167,6 +263,10 @@ impl Upload {
             .request(Method::PATCH, self.location.clone())
             .header(CONTENT_RANGE, &format!("{}-{last}", self.offset))
             .body(fixed(bytes, OCTETS));
+        let request = match &self.note {
+            Some(note) => request.header(UPLOAD_NOTE, note),
+            None => request,
+        };
         let response = self.transport().send(&request).await?;
         let status = response.status();
         // 416 means that the registry has another offset in mind, which asking for it settles.
@@ -222,27 +322,22 @@ impl Upload {
 
 impl Drop for Upload {
     fn drop(&mut self) {
-        if !self.open {
-            return;
+        if self.open && !self.stays {
+            self.repository.clean_up(cancel(self.repository.clone(), self.location.clone()));
         }
-        let (repository, location) = (self.repository.clone(), self.location.clone());
-        self.repository.clean_up(async move {
-            let request = Outgoing::new(
-                Method::DELETE,
-                location,
-                Access::Push,
-                &repository.name,
-                "cancelling an upload",
-            );
-            // A session that cannot be cancelled is the registry's to expire.
-            for attempt in 1..ATTEMPTS_MAX {
-                match repository.transport.send(&request).await {
-                    // The registry is still busy with the chunk that was broken off.
-                    Ok(answer) if answer.status() == StatusCode::CONFLICT => back_off(attempt, None).await,
-                    _ => break,
-                }
-            }
-        });
+    }
+}
+
+/// Ends a session; one that cannot be cancelled is the registry's to expire.
+async fn cancel(repository: Repository, location: Url) {
+    let what = "cancelling an upload";
+    let request = Outgoing::new(Method::DELETE, location, Access::Push, &repository.name, what);
+    for attempt in 1..ATTEMPTS_MAX {
+        match repository.transport.send(&request).await {
+            // The registry is still busy with the chunk that was broken off.
+            Ok(answer) if answer.status() == StatusCode::CONFLICT => back_off(attempt, None).await,
+            _ => break,
+        }
     }
 }
 
@@ -250,25 +345,68 @@ impl Drop for Upload {
 #[derive(Debug)]
 pub struct BlobWriter {
     upload: Upload,
+    /// Has run over the bytes up to `position`.
     hasher: Hasher,
+    position: u64,
+}
+
+impl From<Upload> for BlobWriter {
+    /// Begins a blob in a session that has nothing yet.
+    fn from(upload: Upload) -> Self {
+        Self { upload, hasher: Hasher::sha256(), position: 0 }
+    }
 }
 
 impl BlobWriter {
-    /// Sends a chunk; chunks of [`CHUNK_BYTES`] serve best.
+    /// Goes on with a blob of which the registry has at least `position` bytes; `state` is what [`BlobWriter::state`] told there.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Mismatch`] when it has fewer, or the state is none. The session is cancelled then.
+    pub fn resume(mut upload: Upload, position: u64, state: &[u8]) -> Result<Self> {
+        let hasher = Hasher::restore_sha256(state).filter(|_| position <= upload.offset);
+        let Some(hasher) = hasher else {
+            let text = format!(
+                "{}: the registry has {} bytes of it, which do not fit a note made at byte {position}",
+                upload.what, upload.offset
+            );
+            upload.stays = false;
+            return Err(Error::new(ErrorKind::Mismatch, text));
+        };
+        Ok(Self { upload, hasher, position })
+    }
+
+    /// Bytes taken so far, and the state of their hash, for [`BlobWriter::resume`].
+    pub fn state(&self) -> (u64, Vec<u8>) {
+        (self.position, self.hasher.save_sha256())
+    }
+
+    /// See [`Upload::leave_note`].
+    pub fn leave_note(&mut self, note: String) {
+        self.upload.leave_note(note);
+    }
+
+    /// See [`Upload::cancel`].
+    pub async fn cancel(self) {
+        self.upload.cancel().await;
+    }
+
+    /// Sends a chunk, but for what the registry has of it already; chunks of [`CHUNK_BYTES`] serve best.
     pub async fn push(&mut self, chunk: Bytes) -> Result<()> {
+        let there = self.upload.offset.saturating_sub(self.position).min(chunk.len() as u64);
+        self.position += chunk.len() as u64;
         let mut hasher = std::mem::replace(&mut self.hasher, Hasher::sha256());
         let bytes = chunk.clone();
         let hashing = tokio::task::spawn_blocking(move || {
             hasher.update(&bytes);
             hasher
         });
-        let (sent, hashed) = tokio::join!(self.upload.append(chunk), hashing);
+        let (sent, hashed) = tokio::join!(self.upload.append(chunk.slice(there as usize..)), hashing);
         self.hasher =
             hashed.map_err(|e| Error::with(ErrorKind::Unavailable, "the hashing thread ended early", e))?;
         sent
     }
 
-    /// Bytes sent.
+    /// Bytes that the registry has.
     pub fn size(&self) -> u64 {
         self.upload.offset()
     }
@@ -276,6 +414,13 @@ impl BlobWriter {
     /// Makes the blob, and returns its digest and size.
     pub async fn finish(self) -> Result<(Digest, u64)> {
         let size = self.size();
+        if size != self.position {
+            let text = format!(
+                "{}: the registry has {size} bytes of a blob of {} bytes",
+                self.upload.what, self.position
+            );
+            return Err(Error::new(ErrorKind::Mismatch, text));
+        }
         let digest = self.hasher.finish()?;
         self.upload.commit(&digest).await?;
         Ok((digest, size))

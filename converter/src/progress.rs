@@ -15,6 +15,7 @@ use crate::{Error, ErrorKind, Result};
 pub struct Progress {
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
+    skipped_bytes: AtomicU64,
     stored_bytes: AtomicU64,
     cancelled: AtomicBool,
     phase: Mutex<&'static str>,
@@ -39,6 +40,22 @@ impl Progress {
     /// Adds `bytes` to what is done.
     pub fn advance(&self, bytes: u64) {
         self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// States that so many bytes are done in all; no fewer than before.
+    pub fn reach(&self, bytes: u64) {
+        self.done_bytes.fetch_max(bytes, Ordering::Relaxed);
+    }
+
+    /// States that so many bytes were done by somebody else before.
+    pub fn skip_to(&self, bytes: u64) {
+        let before = self.done_bytes.fetch_max(bytes, Ordering::Relaxed);
+        self.skipped_bytes.fetch_add(bytes.saturating_sub(before), Ordering::Relaxed);
+    }
+
+    /// Bytes of what is done that were not done here, and tell nothing of the rate.
+    pub fn skipped(&self) -> u64 {
+        self.skipped_bytes.load(Ordering::Relaxed)
     }
 
     /// States the size of the whole work, bytes.

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use digest::DynDigest;
+use digest::Digest as _;
+use digest::common::hazmat::{SerializableState, SerializedState};
 
 use crate::{Error, ErrorKind, Result};
 
@@ -32,14 +33,13 @@ impl Algorithm {
         ("streebog512", Algorithm::Streebog512),
     ];
 
-    fn hasher(self) -> Box<dyn DynDigest + Send> {
+    /// Bytes of a digest.
+    fn bytes(self) -> usize {
         match self {
-            Algorithm::Md5 => Box::<md5::Md5>::default(),
-            Algorithm::Sha1 => Box::<sha1::Sha1>::default(),
-            Algorithm::Sha256 => Box::<sha2::Sha256>::default(),
-            Algorithm::Sha512 => Box::<sha2::Sha512>::default(),
-            Algorithm::Streebog256 => Box::<streebog::Streebog256>::default(),
-            Algorithm::Streebog512 => Box::<streebog::Streebog512>::default(),
+            Algorithm::Md5 => 16,
+            Algorithm::Sha1 => 20,
+            Algorithm::Sha256 | Algorithm::Streebog256 => 32,
+            Algorithm::Sha512 | Algorithm::Streebog512 => 64,
         }
     }
 }
@@ -70,7 +70,7 @@ impl FromStr for Checksum {
             let known: Vec<_> = Algorithm::ALL.iter().map(|(name, _)| *name).collect();
             return Err(bad(format!("algorithm '{name}' is not one of {}", known.join(", "))));
         };
-        let wanted = algorithm.hasher().output_size() * 2;
+        let wanted = algorithm.bytes() * 2;
         if digits.len() != wanted || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {
             return Err(bad(format!(
                 "{algorithm} has {wanted} hexadecimal digits, these are {}",
@@ -87,9 +87,75 @@ impl fmt::Display for Checksum {
     }
 }
 
+/// One running checksum.
+#[derive(Clone)]
+enum Running {
+    Md5(md5::Md5),
+    Sha1(sha1::Sha1),
+    Sha256(sha2::Sha256),
+    Sha512(sha2::Sha512),
+    Streebog256(streebog::Streebog256),
+    Streebog512(streebog::Streebog512),
+}
+
+/// Does the same with the hasher of whatever algorithm.
+macro_rules! each {
+    ($running:expr, $hasher:ident => $done:expr) => {
+        match $running {
+            Running::Md5($hasher) => $done,
+            Running::Sha1($hasher) => $done,
+            Running::Sha256($hasher) => $done,
+            Running::Sha512($hasher) => $done,
+            Running::Streebog256($hasher) => $done,
+            Running::Streebog512($hasher) => $done,
+        }
+    };
+}
+
+impl Running {
+    fn new(algorithm: Algorithm) -> Self {
+        match algorithm {
+            Algorithm::Md5 => Self::Md5(Default::default()),
+            Algorithm::Sha1 => Self::Sha1(Default::default()),
+            Algorithm::Sha256 => Self::Sha256(Default::default()),
+            Algorithm::Sha512 => Self::Sha512(Default::default()),
+            Algorithm::Streebog256 => Self::Streebog256(Default::default()),
+            Algorithm::Streebog512 => Self::Streebog512(Default::default()),
+        }
+    }
+
+    fn update(&mut self, bytes: &[u8]) {
+        each!(self, hasher => hasher.update(bytes))
+    }
+
+    fn finish(self) -> Vec<u8> {
+        each!(self, hasher => hasher.finalize().to_vec())
+    }
+
+    fn save(&self) -> Vec<u8> {
+        each!(self, hasher => hasher.serialize().to_vec())
+    }
+
+    /// Takes over a state that [`Running::save`] told; false if it is none of this algorithm.
+    fn restore(&mut self, state: &[u8]) -> bool {
+        fn read<H: SerializableState>(state: &[u8]) -> Option<H> {
+            let state = SerializedState::<H>::try_from(state).ok()?;
+            H::deserialize(&state).ok()
+        }
+        each!(self, hasher => match read(state) {
+            Some(restored) => {
+                *hasher = restored;
+                true
+            }
+            None => false,
+        })
+    }
+}
+
 /// Running checksums of one source.
+#[derive(Clone)]
 pub struct Checksums {
-    running: Vec<(Checksum, Box<dyn DynDigest + Send>)>,
+    running: Vec<(Checksum, Running)>,
 }
 
 impl Checksums {
@@ -99,8 +165,21 @@ impl Checksums {
             let context = format!("{} checksums demanded, at most {CHECKSUMS_MAX} can be", demanded.len());
             return Err(Error::new(ErrorKind::Invalid, context));
         }
-        let running = demanded.iter().map(|one| (one.clone(), one.algorithm.hasher())).collect();
+        let running = demanded.iter().map(|one| (one.clone(), Running::new(one.algorithm))).collect();
         Ok(Self { running })
+    }
+
+    /// The checksums that are demanded, each with its state, for [`Checksums::restore`].
+    pub fn save(&self) -> Vec<(String, Vec<u8>)> {
+        self.running.iter().map(|(demanded, running)| (demanded.to_string(), running.save())).collect()
+    }
+
+    /// Goes on where [`Checksums::save`] was called; false, and nothing is of use, if other checksums were demanded there.
+    pub fn restore(&mut self, saved: &[(String, Vec<u8>)]) -> bool {
+        saved.len() == self.running.len()
+            && self.running.iter_mut().zip(saved).all(|((demanded, running), (name, state))| {
+                demanded.to_string() == *name && running.restore(state)
+            })
     }
 
     /// Adds bytes in the order they came.
@@ -113,7 +192,7 @@ impl Checksums {
     /// Ends; fails with [`ErrorKind::Checksum`] when any does not match.
     pub fn verify(self) -> Result<()> {
         for (demanded, hasher) in self.running {
-            let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+            let found: String = hasher.finish().iter().map(|byte| format!("{byte:02x}")).collect();
             if found != demanded.expected {
                 let algorithm = demanded.algorithm;
                 let context = format!(
@@ -153,9 +232,27 @@ mod tests {
             let mut checksums = Checksums::new(&[text.parse().unwrap()]).unwrap();
             let (first, second) = message.split_at(1);
             checksums.update(first);
+            // Another process goes on.
+            let saved = checksums.save();
+            let mut checksums = Checksums::new(&[text.parse().unwrap()]).unwrap();
+            assert!(checksums.restore(&saved), "{text}");
             checksums.update(second);
             checksums.verify().unwrap_or_else(|error| panic!("{error}"));
         }
+    }
+
+    #[test]
+    fn a_state_is_taken_over_for_the_same_checksums_only() {
+        let demanded =
+            ["md5:900150983cd24fb0d6963f7d28e17f72", "sha1:a9993e364706816aba3e25717850c26c9cd0d89d"];
+        let demanded: Vec<Checksum> = demanded.iter().map(|text| text.parse().unwrap()).collect();
+        let saved = Checksums::new(&demanded).unwrap().save();
+        assert!(Checksums::new(&demanded).unwrap().restore(&saved));
+        assert!(!Checksums::new(&demanded[..1]).unwrap().restore(&saved));
+        assert!(!Checksums::new(&demanded).unwrap().restore(&[]));
+        let mut torn = saved.clone();
+        torn[1].1.pop();
+        assert!(!Checksums::new(&demanded).unwrap().restore(&torn));
     }
 
     #[test]

@@ -6,6 +6,8 @@ use bytes::{Bytes, BytesMut};
 use dvcr_image::{BlobWriter, CHUNK_BYTES};
 use tokio::sync::mpsc;
 
+use crate::resume::Mark;
+
 /// Full chunks that wait for the upload.
 const CHUNKS_WAITING_MAX: usize = 1;
 /// Chunks that exist at once: filling, waiting, being sent. Bounds the memory of one transfer.
@@ -15,7 +17,8 @@ const CHUNKS_MAX: usize = CHUNKS_WAITING_MAX + 2;
 pub(crate) fn channel() -> (ChunkWriter, ChunkReader) {
     let (full, chunks) = mpsc::channel(CHUNKS_WAITING_MAX);
     let (empty, used) = std::sync::mpsc::sync_channel(CHUNKS_MAX);
-    let writer = ChunkWriter { buf: BytesMut::zeroed(CHUNK_BYTES), filled: 0, written: 0, full, used };
+    let buf = BytesMut::zeroed(CHUNK_BYTES);
+    let writer = ChunkWriter { buf, filled: 0, written: 0, mark: None, full, used };
     (writer, ChunkReader { chunks, empty })
 }
 
@@ -25,7 +28,9 @@ pub(crate) struct ChunkWriter {
     buf: BytesMut,
     filled: usize,
     written: u64,
-    full: mpsc::Sender<Bytes>,
+    /// Where the chunk begins in the source, if something goes on from there.
+    mark: Option<Mark>,
+    full: mpsc::Sender<(Bytes, Option<Mark>)>,
     used: std::sync::mpsc::Receiver<BytesMut>,
 }
 
@@ -35,10 +40,23 @@ impl ChunkWriter {
         self.written
     }
 
-    /// Takes everything that `reader` has, read right into the chunks; returns how much.
-    pub(crate) fn read_all(&mut self, reader: &mut dyn Read) -> io::Result<u64> {
+    /// Tells where in the source the chunk begins that is filled now.
+    pub(crate) fn mark(&mut self, mark: Mark) {
+        self.mark = Some(mark);
+    }
+
+    /// Takes everything that `reader` has, read right into the chunks; returns how much. `mark` tells, at the beginning of a
+    /// chunk, where in the source that is; it gets the bytes that were taken by then.
+    pub(crate) fn read_all(
+        &mut self,
+        reader: &mut dyn Read,
+        mark: &dyn Fn(u64) -> Option<Mark>,
+    ) -> io::Result<u64> {
         let before = self.written;
         loop {
+            if self.filled == 0 {
+                self.mark = mark(self.written - before);
+            }
             match reader.read(&mut self.buf[self.filled..]) {
                 Ok(0) => return Ok(self.written - before),
                 Ok(count) => self.add(count)?,
@@ -67,7 +85,9 @@ impl ChunkWriter {
         let mut chunk = std::mem::replace(&mut self.buf, next);
         chunk.truncate(self.filled);
         self.filled = 0;
-        self.full.blocking_send(chunk.freeze()).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        self.full
+            .blocking_send((chunk.freeze(), self.mark.take()))
+            .map_err(|_| io::ErrorKind::BrokenPipe.into())
     }
 }
 
@@ -86,18 +106,24 @@ impl Write for ChunkWriter {
 
 /// The chunks, in order.
 pub(crate) struct ChunkReader {
-    chunks: mpsc::Receiver<Bytes>,
+    chunks: mpsc::Receiver<(Bytes, Option<Mark>)>,
     empty: std::sync::mpsc::SyncSender<BytesMut>,
 }
 
 impl ChunkReader {
     /// Pushes all chunks; `pushed` learns of the bytes of each. Returns when the writer finished, or vanished.
+    ///
+    /// `note` makes of a mark, and of where the blob is then, what is left with the chunk that begins there.
     pub(crate) async fn push_to(
         &mut self,
         blob: &mut BlobWriter,
+        note: impl Fn(Mark, (u64, Vec<u8>)) -> Option<String>,
         mut pushed: impl FnMut(u64),
     ) -> dvcr_image::Result<()> {
-        while let Some(chunk) = self.chunks.recv().await {
+        while let Some((chunk, mark)) = self.chunks.recv().await {
+            if let Some(note) = mark.and_then(|mark| note(mark, blob.state())) {
+                blob.leave_note(note);
+            }
             blob.push(chunk.clone()).await?;
             pushed(chunk.len() as u64);
             // As good as always nobody else holds the chunk any more; then its memory serves again.

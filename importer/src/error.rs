@@ -60,6 +60,17 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
+
+    /// Whether the same may succeed later: somebody could not be reached, or was not available.
+    pub fn is_passing(&self) -> bool {
+        let first = self.cause.as_deref().map(|cause| cause as &(dyn std::error::Error + 'static));
+        std::iter::successors(first, |cause| cause.source()).any(|cause| {
+            let registry = cause.downcast_ref::<dvcr_image::Error>();
+            let http = cause.downcast_ref::<reqwest::Error>();
+            registry.is_some_and(|e| e.kind() == dvcr_image::ErrorKind::Unavailable)
+                || http.is_some_and(|e| e.is_connect() || e.is_timeout() || e.is_body() || e.is_request())
+        })
+    }
 }
 
 impl fmt::Display for Error {

@@ -1,6 +1,6 @@
 //! An image from a source into a registry; the crate's documentation has the picture.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,20 +13,23 @@ use dvcr_converter::sink::StreamTarget;
 use dvcr_converter::{qcow2, wrapper};
 use dvcr_image::digest::{self, Digest, Hasher};
 use dvcr_image::layout::DiskLabels;
-use dvcr_image::{ClientOptions, Reference, Repository, tar};
-use dvcr_image::{RangedBlob, Window};
+use dvcr_image::{BlobWriter, ClientOptions, RangedBlob, Reference, Repository, Window, tar};
 use serde::Serialize;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::checksum::{Checksum, Checksums};
-use crate::chunks::{self, ChunkWriter};
+use crate::chunks::{self, ChunkReader, ChunkWriter};
 use crate::name::file_name;
+use crate::resume::{self, Mark, Note, StoredFile};
 use crate::source::{Opened, Received, Source, SourceOptions};
 use crate::{Error, ErrorKind, Result};
 
 /// How often a running import looks whether it was cancelled, milliseconds.
 const CANCEL_POLL_MS: u64 = 50;
+/// Times that an import begins anew because its source, or the registry, has changed under it.
+const ATTEMPTS_MAX: u32 = 3;
 /// Length of the random bytes that a staged blob begins with.
 const STAGED_SALT_BYTES: usize = 32;
 
@@ -62,11 +65,13 @@ pub struct ImportSummary {
     pub virtual_size: u64,
     /// Bytes of the stored file.
     pub stored_size: u64,
-    /// Bytes that the source sent.
+    /// Bytes of the source.
     pub source_size: u64,
+    /// Bytes of it that an earlier import, which was broken off, had brought.
+    pub resumed_bytes: u64,
     /// From the first request to the tag.
     pub seconds: f64,
-    /// Source bytes per second.
+    /// Bytes received per second.
     pub bytes_per_second: u64,
 }
 
@@ -76,8 +81,9 @@ pub struct ImportSummary {
 /// with "assemble" the total is twice these and the second half counts the layer's bytes in proportion, so that the
 /// share never goes back. The total is zero while the source's length is unknown.
 ///
-/// When the future is dropped, or [`Progress::cancel`] is called, the transfer ends at once, and open uploads and
-/// staged blobs are cleaned up as far as the registry answers within a few seconds.
+/// When the future is dropped, or [`Progress::cancel`] is called, the transfer ends at once, and staged blobs are cleaned up as
+/// far as the registry answers within a few seconds. So are open uploads, but for one that the same request, from this process or
+/// another, goes on with: that of a source that is stored as it comes, and whose version can be told.
 pub async fn import(request: ImportRequest, progress: Arc<Progress>) -> Result<ImportSummary> {
     if let Some(digest) = request.destination.digest() {
         let text =
@@ -113,107 +119,204 @@ struct Transfer<'a> {
 }
 
 /// How the stored file reaches its layer; known once the first bytes are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Route {
-    /// The chunks are the layer.
-    Straight,
+    /// The chunks are the layer around this file.
+    Straight(StoredFile),
     /// The chunks are the file, or all of it but its first cluster.
     Staged,
 }
 
 /// What the source thread tells at its end.
 struct Produced {
-    /// Bytes of the stored file, and its format.
-    size: u64,
-    format: Format,
-    /// Bytes a guest sees; `None` if the beginning of the file does not tell.
-    virtual_size: Option<u64>,
-    file_name: String,
+    file: StoredFile,
     source_size: u64,
     /// The part of the file that goes before what was staged.
     header: Vec<u8>,
 }
 
+/// Where an import begins, or goes on.
+struct Start {
+    opened: Opened,
+    checksums: Checksums,
+    /// By the session that goes by the import's name; gone on with, or new.
+    blob: BlobWriter,
+    resumed: Option<Note>,
+}
+
+type SourceThread = JoinHandle<Result<Produced>>;
+
 impl Transfer<'_> {
+    /// Begins anew, a few times, when what was begun cannot be gone on with.
     async fn run(&self) -> Result<ImportSummary> {
         let begun = Instant::now();
-        let ImportRequest { source, source_options, limits, .. } = self.request;
-        let checksums = Checksums::new(&self.request.checksums)?;
+        let mut attempt = 1;
+        loop {
+            match self.attempt(begun).await {
+                Err(error) if error.kind() == ErrorKind::Changed && attempt < ATTEMPTS_MAX => {
+                    tracing::warn!(%error, attempt, "the import begins anew");
+                    attempt += 1;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn attempt(&self, begun: Instant) -> Result<ImportSummary> {
         self.progress.set_phase("transfer");
-        let mut opened = source.open(source_options, limits, None).await?;
+        let Start { mut opened, checksums, blob, resumed } = self.start().await?;
         // Lives as long as this future: when it is dropped, the source thread is not left waiting.
         let _pump = opened.pump.take();
         if opened.len == Some(0) {
             return Err(empty(&opened.shown));
         }
-
+        let validator = opened.validator.clone();
+        let position = resumed.as_ref().map_or(0, |note| note.mark.position);
+        let is_resumed = resumed.is_some();
         let (writer, mut chunks) = chunks::channel();
         let (tell_route, route) = oneshot::channel();
+        let begin = Mark::new(position, &checksums);
         let producer = Producer {
             len: opened.len,
             received: Received::new(
                 std::mem::replace(&mut opened.reader, Box::new(io::empty())),
+                position,
                 checksums,
                 self.progress.clone(),
             ),
             opened,
-            limits: limits.clone(),
+            resumed: resumed.map(|note| (note.layer, note.file)),
+            limits: self.request.limits.clone(),
             progress: self.progress.clone(),
+            begin,
             writer,
         };
         let thread = tokio::task::spawn_blocking(move || producer.run(tell_route));
-        let ended = |e| Error::with(ErrorKind::Source, "the source thread ended early", e);
 
         let (layer, produced) = match route.await {
             // The source thread failed before it knew.
-            Err(_) => (None, thread.await.map_err(ended)??),
-            Ok(Route::Straight) => {
-                let mut blob = self.repository.start_blob().await.map_err(|e| self.registry(e))?;
-                chunks.push_to(&mut blob, |_| {}).await.map_err(|e| self.registry(e))?;
-                let produced = thread.await.map_err(ended)??;
-                self.progress.set_phase("commit");
-                (Some(blob.finish().await.map_err(|e| self.registry(e))?), produced)
+            Err(_) => {
+                ended(thread).await?;
+                return Err(Error::new(ErrorKind::Source, "the source thread ended without a word"));
+            }
+            Ok(Route::Straight(file)) => {
+                let note =
+                    |mark: Mark, layer| Note::new(validator.as_deref()?, layer, mark, file.clone()).write();
+                self.push_layer(blob, &mut chunks, note, thread, is_resumed).await?
             }
             Ok(Route::Staged) => {
+                // Nothing goes on with what a decoder or an encoder has in its memory.
+                drop(blob);
                 let mut blob = self.repository.start_blob().await.map_err(|e| self.registry(e))?;
-                chunks.push_to(&mut blob, |_| {}).await.map_err(|e| self.registry(e))?;
-                let produced = thread.await.map_err(ended)??;
+                chunks.push_to(&mut blob, |_, _| None, |_| {}).await.map_err(|e| self.registry(e))?;
+                let produced = ended(thread).await?;
                 let (digest, size) = blob.finish().await.map_err(|e| self.registry(e))?;
                 let staged = Staged { repository: self.repository.clone(), digest, size };
                 self.progress.set_phase("assemble");
-                (Some(self.assemble(&staged, &produced).await?), produced)
+                (self.assemble(&staged, &produced).await?, produced)
             }
         };
-        let Some((digest, size)) = layer else {
-            return Err(Error::new(ErrorKind::Source, "the source thread ended without a word"));
-        };
         self.progress.set_phase("commit");
-        let virtual_size = match produced.virtual_size {
-            Some(virtual_size) => virtual_size,
-            None => self.look_inside(&digest, size, &produced).await?,
-        };
-        let labels = DiskLabels { size: produced.size, virtual_size, format: produced.format };
-        let target = self.request.destination.target();
-        let manifest = dvcr_image::publish(self.repository, target, &labels, (&digest, size));
-        let manifest = manifest.await.map_err(|e| self.registry(e))?;
+        let (digest, manifest, virtual_size) = self.publish(&layer, &produced.file).await?;
+        tracing::debug!(layer = %digest, %manifest, "the image is published");
         let seconds = begun.elapsed().as_secs_f64();
+        let received = produced.source_size - position;
         Ok(ImportSummary {
             reference: self.request.destination.to_string(),
             digest: manifest.to_string(),
-            file_name: produced.file_name,
-            format: produced.format.to_string(),
+            file_name: produced.file.name,
+            format: produced.file.format.to_string(),
             virtual_size,
-            stored_size: produced.size,
+            stored_size: produced.file.size,
             source_size: produced.source_size,
+            resumed_bytes: position,
             seconds,
-            bytes_per_second: (produced.source_size as f64 / seconds.max(1e-9)) as u64,
+            bytes_per_second: (received as f64 / seconds.max(1e-9)) as u64,
         })
+    }
+
+    /// Opens the session that goes by this import's name, and the source at the place that fits it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Changed`] when what an earlier process left is of no use; it is gone then.
+    async fn start(&self) -> Result<Start> {
+        let ImportRequest { source, source_options, limits, destination, .. } = self.request;
+        let checksums = Checksums::new(&self.request.checksums)?;
+        let name = resume::session_name(destination.target(), &source.identity());
+        let (upload, text) = self.repository.return_to_upload(&name).await.map_err(|e| self.registry(e))?;
+        let Some(text) = text else {
+            let opened = source.open(source_options, limits, None).await?;
+            return Ok(Start { opened, checksums, blob: upload.into(), resumed: None });
+        };
+        let there = upload.offset();
+        let mut restored = checksums;
+        let fits = |note: &Note| note.mark.position == note.layer.saturating_sub(tar::DATA_OFFSET);
+        let note = Note::read(&text).filter(|note| fits(note) && note.mark.restore(&mut restored));
+        let Some((note, hash)) = note.and_then(|note| note.hash().map(|hash| (note, hash))) else {
+            upload.cancel().await;
+            let text = "what was begun had other checksums demanded, or was begun by another version of this program";
+            return Err(Error::new(ErrorKind::Changed, text));
+        };
+        let opened = match source.open(source_options, limits, Some(&note.place())).await {
+            Err(error) if error.kind() == ErrorKind::Changed => {
+                upload.cancel().await;
+                return Err(error);
+            }
+            opened => opened?,
+        };
+        let blob = BlobWriter::resume(upload, note.layer, &hash).map_err(|e| self.lost(e, true))?;
+        let (position, read_again) = (note.mark.position, there.saturating_sub(note.layer));
+        tracing::info!(position, read_again, "the import goes on where it was");
+        Ok(Start { opened, checksums: restored, blob, resumed: Some(note) })
+    }
+
+    /// Pushes the layer as it is produced. What it had come to stays with the registry when this fails, unless it is of no use.
+    async fn push_layer(
+        &self,
+        mut blob: BlobWriter,
+        chunks: &mut ChunkReader,
+        note: impl Fn(Mark, (u64, Vec<u8>)) -> Option<String>,
+        thread: SourceThread,
+        resumed: bool,
+    ) -> Result<((Digest, u64), Produced)> {
+        let pushed = chunks.push_to(&mut blob, note, |_| {}).await.map_err(|e| self.lost(e, resumed));
+        // A source that failed explains why there were no more chunks.
+        let produced = match pushed {
+            Ok(()) => ended(thread).await,
+            Err(error) => Err(error),
+        };
+        let produced = match produced {
+            Ok(produced) => produced,
+            Err(error) => {
+                use ErrorKind::{Changed, Checksum, Image, Invalid};
+                if matches!(error.kind(), Changed | Checksum | Image | Invalid) {
+                    blob.cancel().await;
+                }
+                return Err(error);
+            }
+        };
+        self.progress.set_phase("commit");
+        let layer = blob.finish().await.map_err(|e| self.lost(e, resumed))?;
+        Ok((layer, produced))
+    }
+
+    /// Makes the image; returns the digests of the layer and of the manifest, and the bytes a guest sees.
+    async fn publish(&self, layer: &(Digest, u64), file: &StoredFile) -> Result<(Digest, Digest, u64)> {
+        let (digest, size) = layer;
+        let virtual_size = match file.virtual_size {
+            Some(virtual_size) => virtual_size,
+            None => self.look_inside(digest, *size, file).await?,
+        };
+        let labels = DiskLabels { size: file.size, virtual_size, format: file.format };
+        let target = self.request.destination.target();
+        let manifest = dvcr_image::publish(self.repository, target, &labels, (digest, *size)).await;
+        Ok((digest.clone(), manifest.map_err(|e| self.registry(e))?, virtual_size))
     }
 
     /// Reads the staged blob back into a layer, without its salt.
     async fn assemble(&self, staged: &Staged, produced: &Produced) -> Result<(Digest, u64)> {
-        let size = produced.size;
-        let mut begin = tar::prefix(&produced.file_name, size).map_err(|e| self.registry(e))?;
+        let size = produced.file.size;
+        let mut begin = tar::prefix(&produced.file.name, size).map_err(|e| self.registry(e))?;
         begin.extend(&produced.header);
         let end = tar::suffix(size);
         let whole = (begin.len() + end.len()) as u64 + staged.size.saturating_sub(STAGED_SALT_BYTES as u64);
@@ -239,7 +342,10 @@ impl Transfer<'_> {
         });
 
         let mut layer = self.repository.start_blob().await.map_err(|e| self.registry(e))?;
-        chunks.push_to(&mut layer, |bytes| share.advance(bytes)).await.map_err(|e| self.registry(e))?;
+        chunks
+            .push_to(&mut layer, |_, _| None, |bytes| share.advance(bytes))
+            .await
+            .map_err(|e| self.registry(e))?;
         let read = thread
             .await
             .map_err(|e| Error::with(ErrorKind::Registry, "the assembling thread ended early", e))?;
@@ -252,20 +358,31 @@ impl Transfer<'_> {
 
     /// Opens the image where it lies now, in a layer that nobody refers to yet, and returns the bytes a guest sees. A
     /// layer that is refused is left to the registry's garbage collection, for it may be in another image too.
-    async fn look_inside(&self, layer: &Digest, layer_bytes: u64, produced: &Produced) -> Result<u64> {
-        let begin = tar::prefix(&produced.file_name, produced.size).map_err(|e| self.registry(e))?;
+    async fn look_inside(&self, layer: &Digest, layer_bytes: u64, file: &StoredFile) -> Result<u64> {
+        let begin = tar::prefix(&file.name, file.size).map_err(|e| self.registry(e))?;
         let runtime = tokio::runtime::Handle::current();
         let blob = RangedBlob::new(self.repository.clone(), layer.clone(), layer_bytes, runtime);
-        let window = Window::new(blob, begin.len() as u64, produced.size).map_err(|e| self.registry(e))?;
+        let window = Window::new(blob, begin.len() as u64, file.size).map_err(|e| self.registry(e))?;
         let limits = self.request.limits.clone();
         let opened = tokio::task::spawn_blocking(move || format::open(Arc::new(window), &limits)).await;
         let opened = opened
             .map_err(|e| Error::with(ErrorKind::Registry, "the thread that looks inside ended early", e))?;
         let refused = |e| {
-            let text = format!("{} is not an image that can be imported", produced.file_name);
+            let text = format!("{} is not an image that can be imported", file.name);
             Error::with(ErrorKind::Image, text, e)
         };
         opened.map(|image| image.info.virtual_size).map_err(refused)
+    }
+
+    /// The error of a session that failed: [`ErrorKind::Changed`] if the registry does not have what it had.
+    fn lost(&self, error: dvcr_image::Error, resumed: bool) -> Error {
+        use dvcr_image::ErrorKind::{Mismatch, NotFound, Protocol};
+        let kind = error.kind();
+        if kind != NotFound && !(resumed && matches!(kind, Mismatch | Protocol)) {
+            return self.registry(error);
+        }
+        let text = format!("the registry lost what it had of {}", self.request.destination);
+        Error::with(ErrorKind::Changed, text, error)
     }
 
     fn registry(&self, error: dvcr_image::Error) -> Error {
@@ -289,29 +406,25 @@ impl Drop for Staged {
     }
 }
 
-/// Counts `part` bytes of progress while `whole` bytes of work are done.
+/// Counts `part` bytes of progress, behind as many of the source, while `whole` bytes of work are done.
 struct Share<'a> {
     progress: &'a Progress,
     part: u64,
     whole: u64,
     worked: u64,
-    counted: u64,
 }
 
 impl<'a> Share<'a> {
     fn new(progress: &'a Progress, part: u64, whole: u64) -> Self {
-        if progress.total() == 0 {
-            progress.set_total(progress.done().saturating_add(part));
-        }
-        Self { progress, part, whole, worked: 0, counted: 0 }
+        progress.set_total(part.saturating_mul(2));
+        Self { progress, part, whole, worked: 0 }
     }
 
     fn advance(&mut self, bytes: u64) {
         self.worked = (self.worked + bytes).min(self.whole);
         let due = u128::from(self.part) * u128::from(self.worked) / u128::from(self.whole.max(1));
         let due = u64::try_from(due).unwrap_or(self.part);
-        self.progress.advance(due - self.counted);
-        self.counted = due;
+        self.progress.reach(self.part.saturating_add(due));
     }
 }
 
@@ -320,8 +433,12 @@ struct Producer {
     received: Received,
     len: Option<u64>,
     opened: Opened,
+    /// Bytes of the layer that were produced before, and the file in it.
+    resumed: Option<(u64, StoredFile)>,
     limits: Limits,
     progress: Arc<Progress>,
+    /// The state of the source at its beginning.
+    begin: Mark,
     writer: ChunkWriter,
 }
 
@@ -329,19 +446,53 @@ impl Producer {
     fn run(self, tell_route: oneshot::Sender<Route>) -> Result<Produced> {
         let received = self.received.clone();
         // What went wrong at the source explains whatever failed after it.
-        self.produce(tell_route).map_err(|error| received.failure().unwrap_or(error))
+        let produced = match &self.resumed {
+            Some((layer, file)) => {
+                let (layer, file) = (*layer, file.clone());
+                self.go_on(tell_route, layer, file)
+            }
+            None => self.produce(tell_route),
+        };
+        produced.map_err(|error| received.failure().unwrap_or(error))
+    }
+
+    /// Produces what is behind so many bytes of a layer, from a source that begins there.
+    fn go_on(self, tell_route: oneshot::Sender<Route>, layer: u64, file: StoredFile) -> Result<Produced> {
+        self.progress.set_total(file.size);
+        tell(tell_route, Route::Straight(file.clone()))?;
+        let received = self.received.clone();
+        self.layer(Box::new(received), layer, file)
+    }
+
+    /// Hands over the layer around a file, from so many bytes on; `reader` begins where the file does, or goes on.
+    fn layer(
+        mut self,
+        mut reader: Box<dyn Read + Send>,
+        from: u64,
+        mut file: StoredFile,
+    ) -> Result<Produced> {
+        let position = from.saturating_sub(tar::DATA_OFFSET);
+        let received = self.received.clone();
+        if from == 0 {
+            let begin = tar::prefix(&file.name, file.size)
+                .map_err(|e| Error::with(ErrorKind::Image, "making the layer's header", e))?;
+            self.writer.mark(self.begin.clone());
+            self.writer.write_all(&begin).map_err(pushing)?;
+        }
+        let mark = |taken: u64| received.mark(position + taken);
+        let mut reader = self.progress.storing(&mut reader);
+        let read = self.writer.read_all(&mut reader, &mark).map_err(|e| self.reading(e))?;
+        file.size = position.saturating_add(read);
+        let source_size = self.received.clone().finish(self.len)?;
+        self.writer.write_all(&tar::suffix(file.size)).map_err(pushing)?;
+        self.writer.finish().map_err(pushing)?;
+        Ok(Produced { file, source_size, header: Vec::new() })
     }
 
     fn produce(mut self, tell_route: oneshot::Sender<Route>) -> Result<Produced> {
         let shown = self.opened.shown.clone();
-        let image = |e: dvcr_converter::Error| {
-            let kind = match e.kind() {
-                dvcr_converter::ErrorKind::Cancelled => ErrorKind::Cancelled,
-                _ => ErrorKind::Image,
-            };
-            Error::with(kind, format!("{shown} is not an image that can be imported"), e)
-        };
-        let unwrapped = wrapper::unwrap(Box::new(self.received.clone()), &self.limits).map_err(image)?;
+        let unwrapped = wrapper::unwrap(Box::new(self.received.clone()), &self.limits);
+        let unwrapped = unwrapped.map_err(|e| self.refused(e))?;
         if unwrapped.head.is_empty() {
             return Err(empty(&shown));
         }
@@ -350,28 +501,24 @@ impl Producer {
             return Err(Error::new(ErrorKind::Source, text));
         }
         let stored_len = self.len.filter(|_| unwrapped.wrappers.is_empty());
-        let probe = format::probe(&unwrapped.head, stored_len, &self.limits).map_err(image)?;
+        let probe = format::probe(&unwrapped.head, stored_len, &self.limits).map_err(|e| self.refused(e))?;
         let re_encoded = probe.format == Format::Raw;
-        let stored_format = if re_encoded { Format::Qcow2 } else { probe.format };
-        let file_name =
-            file_name(self.opened.name.as_deref(), &unwrapped.wrappers, stored_format, re_encoded);
+        let format = if re_encoded { Format::Qcow2 } else { probe.format };
+        let name = file_name(self.opened.name.as_deref(), &unwrapped.wrappers, format, re_encoded);
 
         let straight = stored_len.filter(|_| !re_encoded);
         if let Some(len) = self.len {
             let legs = if straight.is_some() { 1 } else { 2 };
             self.progress.set_total(len.saturating_mul(legs));
         }
-        let route = if straight.is_some() { Route::Straight } else { Route::Staged };
-        if tell_route.send(route).is_err() {
-            return Err(Error::new(ErrorKind::Cancelled, "the transfer was stopped"));
+        if let Some(size) = straight {
+            let file = StoredFile { name, format, size, virtual_size: probe.virtual_size };
+            tell(tell_route, Route::Straight(file.clone()))?;
+            return self.layer(unwrapped.reader, 0, file);
         }
+        tell(tell_route, Route::Staged)?;
         let mut reader = unwrapped.reader;
-        let pushing = |e| Error::with(ErrorKind::Registry, "handing bytes to the upload", e);
-        if route == Route::Staged {
-            self.writer.write_all(&staged_salt()).map_err(pushing)?;
-        }
-        let reading = |e: io::Error| image(dvcr_converter::Error::io("reading the image", e));
-
+        self.writer.write_all(&staged_salt()).map_err(pushing)?;
         let (size, virtual_size, header) = if re_encoded {
             // Cancelling stops the reader; the counts of the conversion are not the source's.
             let uncounted = Progress::default();
@@ -380,28 +527,49 @@ impl Producer {
             let mut target = StreamTarget::new(&mut self.writer, form.cluster_size as usize);
             let disk = Box::new(PlainReader::new(reader));
             let finished = stream_to_image(disk, None, &mut target, &form, &Options::default(), &uncounted);
-            let finished = finished.map_err(image)?;
-            (finished.file_bytes, Some(finished.virtual_size), target.finish().map_err(image)?)
+            let header = finished.and_then(|finished| Ok((finished, target.finish()?)));
+            let (finished, header) = header.map_err(|e| self.refused(e))?;
+            (finished.file_bytes, Some(finished.virtual_size), header)
         } else {
-            if let Some(len) = straight {
-                let begin = tar::prefix(&file_name, len)
-                    .map_err(|e| Error::with(ErrorKind::Image, "making the layer's header", e))?;
-                self.writer.write_all(&begin).map_err(pushing)?;
-            }
-            let size = self.writer.read_all(&mut self.progress.storing(&mut reader)).map_err(reading)?;
+            let stored = self.writer.read_all(&mut self.progress.storing(&mut reader), &|_| None);
+            let size = stored.map_err(|e| self.reading(e))?;
             drop(reader);
             // With its whole length known, the header is held against it.
-            let probe = format::probe(&unwrapped.head, Some(size), &self.limits).map_err(image)?;
+            let probe =
+                format::probe(&unwrapped.head, Some(size), &self.limits).map_err(|e| self.refused(e))?;
             (size, probe.virtual_size, Vec::new())
         };
         let source_size = self.received.clone().finish(self.len)?;
-        if straight.is_some() {
-            self.writer.write_all(&tar::suffix(size)).map_err(pushing)?;
-        }
-        tracing::debug!(bytes = self.writer.written(), ?route, "the source is read");
+        tracing::debug!(bytes = self.writer.written(), "the source is read");
         self.writer.finish().map_err(pushing)?;
-        Ok(Produced { size, format: stored_format, virtual_size, file_name, source_size, header })
+        Ok(Produced { file: StoredFile { name, format, size, virtual_size }, source_size, header })
     }
+
+    fn refused(&self, error: dvcr_converter::Error) -> Error {
+        let kind = match error.kind() {
+            dvcr_converter::ErrorKind::Cancelled => ErrorKind::Cancelled,
+            _ => ErrorKind::Image,
+        };
+        Error::with(kind, format!("{} is not an image that can be imported", self.opened.shown), error)
+    }
+
+    fn reading(&self, error: io::Error) -> Error {
+        self.refused(dvcr_converter::Error::io("reading the image", error))
+    }
+}
+
+fn pushing(error: io::Error) -> Error {
+    Error::with(ErrorKind::Registry, "handing bytes to the upload", error)
+}
+
+/// Tells the async side how the file reaches its layer.
+fn tell(tell_route: oneshot::Sender<Route>, route: Route) -> Result<()> {
+    tell_route.send(route).map_err(|_| Error::new(ErrorKind::Cancelled, "the transfer was stopped"))
+}
+
+/// Waits for what the source thread produced.
+async fn ended(thread: SourceThread) -> Result<Produced> {
+    thread.await.map_err(|e| Error::with(ErrorKind::Source, "the source thread ended early", e))?
 }
 
 /// 244 random bits, as two version 4 UUIDs have them.

@@ -22,6 +22,7 @@ mod error;
 mod import;
 mod name;
 mod populate;
+mod resume;
 pub mod source;
 
 pub use error::{Error, ErrorKind, Result};

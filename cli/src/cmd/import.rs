@@ -14,7 +14,7 @@ use crate::work::{self, Usage};
 /// Imports a disk image into an OCI registry.
 ///
 /// The image streams through: nothing is kept on the local disk, and nothing is published unless all of it is
-/// right. qcow2 and iso are stored byte for byte, out of gz, xz, zst, bz2 and lz4 if need be; a raw disk becomes
+/// right. One that was interrupted, or killed, is gone on with by the same command. qcow2 and iso are stored byte for byte, out of gz, xz, zst, bz2 and lz4 if need be; a raw disk becomes
 /// qcow2 with zstd clusters. The summary goes to standard output, progress to standard error.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -68,7 +68,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Output::Json => println!("{}", serde_json::to_string_pretty(&done).context("printing the summary")?),
         Output::Text => println!(
             "{}\n  digest        {}\n  file          {} ({})\n  virtual size  {}\n  stored size   {}\n  \
-             source size   {}\n  speed         {}/s, {:.1} s",
+             source size   {}{}\n  speed         {}/s, {:.1} s",
             done.reference,
             done.digest,
             done.file_name,
@@ -76,6 +76,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Human(done.virtual_size),
             Human(done.stored_size),
             Human(done.source_size),
+            match done.resumed_bytes {
+                0 => String::new(),
+                bytes => format!(", {} of it brought before", Human(bytes)),
+            },
             Human(done.bytes_per_second),
             done.seconds,
         ),

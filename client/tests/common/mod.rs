@@ -8,7 +8,7 @@
 )]
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -53,7 +53,7 @@ impl DebianRegistry {
         );
         let path = dir.path().join("config.yml");
         std::fs::write(&path, config).unwrap();
-        let mut child = Command::new("docker-registry")
+        let mut child = Command::new(docker_registry())
             .arg("serve")
             .arg(&path)
             .stdin(Stdio::null())
@@ -76,6 +76,12 @@ impl DebianRegistry {
     pub fn data(&self) -> std::path::PathBuf {
         self.dir.path().join("data")
     }
+}
+
+/// Debian's registry, where `make tools` puts it, or as it is installed.
+fn docker_registry() -> PathBuf {
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/tools/bin/docker-registry");
+    if unpacked.is_file() { unpacked } else { "docker-registry".into() }
 }
 
 impl Drop for DebianRegistry {

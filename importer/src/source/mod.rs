@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use crate::checksum::Checksums;
+use crate::resume::Mark;
 use crate::{Error, ErrorKind, Result};
 use file::FileSource;
 use http::HttpSource;
@@ -55,6 +56,14 @@ impl FromStr for Source {
             _ => Ok(Self::File(text.into())),
         }
     }
+}
+
+/// A URL without `user:password@`.
+fn without_user(url: &str) -> String {
+    let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    format!("{scheme}://{host}{path}")
 }
 
 /// What stands before `://` in a URL (RFC 3986, 3.1).
@@ -120,6 +129,15 @@ impl Drop for Pump {
 }
 
 impl Source {
+    /// What the source goes by, wherever it is asked for: without what proves who asks, and what changes with each asking.
+    pub(crate) fn identity(&self) -> String {
+        match self {
+            Self::Http(url) => url.split(['?', '#']).next().map(without_user).unwrap_or_default(),
+            Self::Image(reference) => format!("docker://{reference}"),
+            Self::File(path) => path.display().to_string(),
+        }
+    }
+
     /// Opens the source at its first byte, or at a place in a version of it that was open before.
     ///
     /// # Errors
@@ -243,9 +261,23 @@ struct State {
 }
 
 impl Received {
-    pub(crate) fn new(reader: Box<dyn Read + Send>, checksums: Checksums, progress: Arc<Progress>) -> Self {
-        let state = State { reader, checksums: Some(checksums), progress, bytes: 0, failure: None };
+    /// `position` is where `reader` begins, and `checksums` are at.
+    pub(crate) fn new(
+        reader: Box<dyn Read + Send>,
+        position: u64,
+        checksums: Checksums,
+        progress: Arc<Progress>,
+    ) -> Self {
+        progress.skip_to(position);
+        let state = State { reader, checksums: Some(checksums), progress, bytes: position, failure: None };
         Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// Marks the place, if it is behind so many bytes of the source.
+    pub(crate) fn mark(&self, position: u64) -> Option<Mark> {
+        let state = self.lock();
+        let checksums = state.checksums.as_ref().filter(|_| state.bytes == position)?;
+        Some(Mark::new(position, checksums))
     }
 
     /// What the source failed with, if it did.
@@ -299,7 +331,7 @@ impl Read for Received {
             checksums.update(&buf[..count]);
         }
         state.bytes += count as u64;
-        state.progress.advance(count as u64);
+        state.progress.reach(state.bytes);
         Ok(count)
     }
 }
@@ -322,6 +354,8 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::Invalid, "{bad}");
             assert!(!format!("{error:?}").contains("secret"), "{error:?}");
         }
+        let signed: Source = "https://user:p@ss@h:1/a%20b?signature=x#y".parse().unwrap();
+        assert_eq!(signed.identity(), "https://h:1/a%20b");
         let secret = "https://user:secret@h/a".parse::<Source>().unwrap();
         assert!(!format!("{secret:?}").contains("secret"));
     }

@@ -63,14 +63,14 @@ impl Registry {
                 dir.path().display()
             );
             std::fs::write(&config, text).unwrap();
-            let mut command = Command::new("docker-registry");
+            let mut command = Command::new(docker_registry());
             command
                 .arg("serve")
                 .arg(&config)
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
                 .stderr(Stdio::null());
-            let mut child = command.spawn().expect("docker-registry is installed");
+            let mut child = command.spawn().expect("docker-registry is there, see `make tools`");
             let deadline = Instant::now() + START_TIMEOUT;
             while Instant::now() < deadline && child.try_wait().unwrap().is_none() {
                 if TcpStream::connect(address).is_ok() {
@@ -105,6 +105,12 @@ impl Registry {
             |entry: std::io::Result<std::fs::DirEntry>| entry.unwrap().path().join("link").exists();
         std::fs::read_dir(layers).map_or(0, |entries| entries.map(is_linked).filter(|linked| *linked).count())
     }
+}
+
+/// Debian's registry, where `make tools` puts it, or as it is installed.
+fn docker_registry() -> PathBuf {
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/tools/bin/docker-registry");
+    if unpacked.is_file() { unpacked } else { "docker-registry".into() }
 }
 
 impl Drop for Registry {
@@ -282,6 +288,7 @@ impl Serving {
 pub struct Web {
     pub address: SocketAddr,
     pub requests: Arc<std::sync::Mutex<Vec<String>>>,
+    serving: Arc<std::sync::Mutex<Serving>>,
     connections: Arc<AtomicU32>,
 }
 
@@ -291,18 +298,25 @@ impl Web {
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(std::sync::Mutex::new(Vec::new()));
         let connections = Arc::new(AtomicU32::new(0));
-        let (seen, counted) = (requests.clone(), connections.clone());
+        let serving = Arc::new(std::sync::Mutex::new(serving));
+        let (seen, counted, served) = (requests.clone(), connections.clone(), serving.clone());
         tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 counted.fetch_add(1, Ordering::Relaxed);
-                tokio::spawn(answer(socket, serving.clone(), seen.clone()));
+                let serving = served.lock().unwrap().clone();
+                tokio::spawn(answer(socket, serving, seen.clone()));
             }
         });
-        Self { address, requests, connections }
+        Self { address, requests, serving, connections }
     }
 
     pub fn url(&self, path: &str) -> String {
         format!("http://{}/{path}", self.address)
+    }
+
+    /// Serves this to whoever connects from now on.
+    pub fn now(&self, serving: Serving) {
+        *self.serving.lock().unwrap() = serving;
     }
 
     pub fn connections(&self) -> u32 {

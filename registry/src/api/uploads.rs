@@ -35,10 +35,14 @@ use crate::digest::{Algorithm, Digest};
 use crate::events::Stored;
 use crate::names::RepoName;
 use crate::patience::PROGRESS_BYTES_MIN;
-use crate::store::{self, Ending, Intake, Session, UploadError};
+use crate::store::{self, Ending, Intake, NOTE_BYTES_MAX, Session, UploadError};
 
 /// Largest body that is held in memory until it is stored.
 const SMALL_BODY_BYTES_MAX: u64 = 64 << 10;
+/// What the client of a named session is told when it comes back (docs/registry.md).
+const UPLOAD_NOTE: HeaderName = HeaderName::from_static("dvcr-upload-note");
+/// Longest name of a session, bytes.
+const SESSION_NAME_BYTES_MAX: usize = 128;
 const OCI_CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 /// How long a request waits for its turn before it is turned away.
 const TURN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -79,19 +83,57 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
         })?,
         None => Algorithm::Sha256,
     };
-    let begun = app.ask(move |store| {
-        let id = store.begin_upload(&repo, algorithm)?;
-        Ok::<_, store::Error>((repo, id))
-    });
-    let (repo, id) = begun.await?;
-    let mut response = progress(StatusCode::ACCEPTED, &repo, id, 0);
+    let mut response = match param(query, "session") {
+        Some(name) => return_to(&app, repo, &name, algorithm).await?,
+        None => {
+            let begun = app.ask(move |store| {
+                let id = store.begin_upload(&repo, algorithm)?;
+                Ok::<_, store::Error>((repo, id))
+            });
+            let (repo, id) = begun.await?;
+            progress(StatusCode::ACCEPTED, &repo, id, 0)
+        }
+    };
     response.headers_mut().insert(OCI_CHUNK_MIN_LENGTH, app.store.chunk_bytes_min().into());
+    Ok(response)
+}
+
+/// Begins the session of a repository that goes by a name, or finds it, with what its client left there.
+async fn return_to(
+    app: &Arc<App>,
+    repo: RepoName,
+    name: &str,
+    algorithm: Algorithm,
+) -> Result<Response, ApiError> {
+    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    if name.is_empty() || name.len() > SESSION_NAME_BYTES_MAX || !name.bytes().all(is_name) {
+        let message = format!(
+            "a session's name has 1 to {SESSION_NAME_BYTES_MAX} letters, digits, '-', '_' and '.'; {name:?} is none"
+        );
+        return Err(ApiError::bad_request(Code::BlobUploadInvalid, message));
+    }
+    let id = store::session_id(&repo, name);
+    let store = Arc::clone(&app.store);
+    let (repo, offset, note) = blocking(move || {
+        let offset = match store.upload_offset(&repo, id)? {
+            Some(offset) => offset,
+            None => {
+                store.begin_upload_as(&repo, id, algorithm)?;
+                0
+            }
+        };
+        let note = store.upload_note(&repo, id)?;
+        Ok::<_, store::Error>((repo, offset, note.unwrap_or_default()))
+    })
+    .await?;
+    let mut response = progress(StatusCode::ACCEPTED, &repo, id, offset);
+    response.headers_mut().insert(UPLOAD_NOTE, header(note));
     Ok(response)
 }
 
 /// Takes a chunk, or a stream of any length.
 pub(super) async fn patch(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts, body: Body) -> Answer {
-    let session = open(&app, &repo, id).await?;
+    let mut session = open(&app, &repo, id).await?;
     let incoming = match Incoming::check(&parts, body, &repo, &*session) {
         Ok(incoming) => incoming,
         Err((error, body)) => {
@@ -100,6 +142,15 @@ pub(super) async fn patch(app: Arc<App>, repo: RepoName, id: Uuid, parts: Parts,
             return refuse(error, &parts, body).await;
         }
     };
+    if let Some(note) = header_str(&parts, UPLOAD_NOTE) {
+        if note.len() > NOTE_BYTES_MAX {
+            let message = format!("a note has at most {NOTE_BYTES_MAX} bytes, this one {}", note.len());
+            let error = ApiError::bad_request(Code::BlobUploadInvalid, message);
+            drop(session);
+            return refuse(error, &parts, incoming.body).await;
+        }
+        session.leave_note(note.to_owned());
+    }
     let (session, incoming) = admit(session, incoming, &parts, None).await?;
     detached(async move {
         let session = receive(&app, session, incoming, None).await?;

@@ -109,6 +109,10 @@ impl Store for Bucket {
         self.wait(self.upload_offset(repo, id))
     }
 
+    fn upload_note(&self, repo: &RepoName, id: Uuid) -> Result<Option<String>> {
+        self.wait(self.upload_note(repo, id))
+    }
+
     fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<Option<u64>> {
         self.wait(self.mount_blob(from, to, digest))
     }

@@ -10,7 +10,6 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use bytes::BytesMut;
 use futures_util::StreamExt;
-use sha2::{Digest as _, Sha256};
 use tokio::runtime::Handle;
 use uuid::Uuid;
 
@@ -20,7 +19,9 @@ use crate::lock;
 use crate::model::{self, Checked};
 use crate::names::{Reference, RepoName, Tag};
 use crate::rules::Rules;
-use crate::store::{ChangeError, Ending, Error, Kind, Manifest, Result, Session, Store, UploadError};
+use crate::store::{
+    ChangeError, Ending, Error, Kind, Manifest, Result, Session, Store, UploadError, session_id,
+};
 
 /// Blobs up to this are held in memory on their way.
 const SMALL_BYTES_MAX: u64 = 64 << 10;
@@ -320,13 +321,7 @@ impl<'a> Copier<'a> {
 
     /// Opens the session by which a blob is copied, also after a crash, or begins it.
     fn session_of(&self, repo: &RepoName, digest: &Digest) -> Result<Box<dyn Session>, UploadError> {
-        let mut hasher = Sha256::new();
-        hasher.update(repo.as_str());
-        hasher.update([0]);
-        hasher.update(digest.as_str());
-        let mut id = [0; 16];
-        id.iter_mut().zip(hasher.finalize()).for_each(|(to, from)| *to = from);
-        let id = uuid::Builder::from_custom_bytes(id).into_uuid();
+        let id = session_id(repo, digest.as_str());
         if let Some(session) = self.open(repo, id)? {
             return Ok(session);
         }

@@ -328,6 +328,13 @@ impl Store for Served {
         }
     }
 
+    fn upload_note(&self, repo: &RepoName, id: Uuid) -> Result<Option<String>> {
+        match self.current().upload_note(repo, id)? {
+            None if self.has_moved() => self.first.upload_note(repo, id),
+            note => Ok(note),
+        }
+    }
+
     fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<Option<u64>> {
         let _inside = self.gate.enter()?;
         let mounted = self.current().mount_blob(from, to, digest);
@@ -494,6 +501,10 @@ impl Session for Guarded {
 
     fn admit(&mut self, length: Option<u64>, digest: Option<&Digest>) -> Result<()> {
         self.session.admit(length, digest)
+    }
+
+    fn leave_note(&mut self, note: String) {
+        self.session.leave_note(note);
     }
 
     fn receive(

@@ -90,6 +90,10 @@ impl Store for Storage {
         self.upload_offset(repo, id)
     }
 
+    fn upload_note(&self, repo: &RepoName, id: Uuid) -> Result<Option<String>> {
+        self.upload_note(repo, id)
+    }
+
     fn mount_blob(&self, from: &RepoName, to: &RepoName, digest: &Digest) -> Result<Option<u64>> {
         self.mount_blob(from, to, digest)
     }
@@ -227,6 +231,10 @@ impl Session for Held {
 
     fn admit(&mut self, length: Option<u64>, digest: Option<&Digest>) -> Result<()> {
         self.storage.admit(&mut self.session, length, digest)
+    }
+
+    fn leave_note(&mut self, note: String) {
+        self.session.leave_note(note);
     }
 
     fn receive(

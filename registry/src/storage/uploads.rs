@@ -31,12 +31,14 @@ use super::{Error, Result, Storage};
 use crate::digest::{Algorithm, Digest, Hasher};
 use crate::lock;
 use crate::names::RepoName;
-use crate::store::UploadError;
+use crate::store::{NOTE_BYTES_MAX, UploadError};
 
 /// Sessions without bytes that are kept in memory; the oldest of more are put on disk.
 const PENDING_SESSIONS_MAX: usize = 4096;
 /// Names the file of a session that tells under which boot of the machine its states were saved.
 const BOOT_FILE: &str = "boot";
+/// What the client left with a session.
+const NOTE_FILE: &str = "note";
 /// Longest saved state that is read (sha512 takes 204 bytes).
 const STATE_BYTES_MAX: u64 = 512;
 
@@ -70,6 +72,8 @@ pub(crate) struct Session {
     hasher: Hasher,
     /// When it began, if it is not on disk yet.
     fresh: Option<SystemTime>,
+    /// What the client leaves with it, until that is on disk.
+    note: Option<String>,
     /// What a quota grants it; given back before the lease is.
     room: Room,
     _lease: Lease,
@@ -117,6 +121,11 @@ impl Session {
         self.hasher.clone()
     }
 
+    /// Keeps a text for the client that comes back; it is put on disk before the next state.
+    pub(super) fn leave_note(&mut self, note: String) {
+        self.note = Some(note);
+    }
+
     /// Chooses the hash of a session that has no bytes yet.
     pub(crate) fn prefer(&mut self, algorithm: Algorithm) {
         if self.offset == 0 {
@@ -126,6 +135,12 @@ impl Session {
 
     /// Records what one request brought, and puts the state on disk: from here on it survives the process.
     pub(crate) fn advance(&mut self, hasher: Hasher, offset: u64) -> Result<()> {
+        if let Some(note) = self.note.take() {
+            let path = self.dir.join(NOTE_FILE);
+            let aside = path.with_extension("new");
+            let write = || fs::write(&aside, &note).and_then(|()| fs::rename(&aside, &path));
+            write().map_err(Error::at("cannot keep the client's note", &path))?;
+        }
         let dir = hashstates(&self.dir, hasher.algorithm());
         save_state(&dir, &hasher, offset).map_err(Error::at("cannot save the hash state", &dir))?;
         (self.hasher, self.offset) = (hasher, offset);
@@ -263,6 +278,7 @@ impl Storage {
                 offset: 0,
                 hasher: Hasher::new(fresh.algorithm),
                 fresh: Some(fresh.started),
+                note: None,
                 room: Room::default(),
                 _lease: lease,
             };
@@ -275,7 +291,7 @@ impl Storage {
             resume(&dir, self.boot.as_deref()).map_err(Error::at("cannot resume the upload", &dir))?;
         let repo = repo.clone();
         let room = Room::default();
-        Ok(Some(Session { id, repo, dir, offset, hasher, fresh: None, room, _lease: lease }))
+        Ok(Some(Session { id, repo, dir, offset, hasher, fresh: None, note: None, room, _lease: lease }))
     }
 
     /// Makes room for what a request is about to bring, as far as it has told how much, and as which blob.
@@ -313,6 +329,15 @@ impl Storage {
         }
         let offset = resume_offset(&dir).map_err(Error::at("cannot read the upload", &dir))?;
         Ok(Some(offset))
+    }
+
+    /// Reads what the client left with a session.
+    pub(crate) fn upload_note(&self, repo: &RepoName, id: Uuid) -> Result<Option<String>> {
+        let path = self.layout.upload(repo, id).join(NOTE_FILE);
+        let read = read_bounded(&path, NOTE_BYTES_MAX as u64).and_then(|note| {
+            String::from_utf8(note).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
+        });
+        found(read).map_err(Error::at("cannot read", &path))
     }
 
     /// Tells whether a session lives in memory, so that opening it does not wait for the disk.
@@ -591,7 +616,7 @@ fn furthest(dir: &Path) -> io::Result<Furthest> {
     let states = states_of(dir)?;
     for state in states.iter().filter(|state| state.offset <= length) {
         // A running request may just be replacing the state by a later one.
-        let Some(saved) = found(read_bounded(&state.path))? else { continue };
+        let Some(saved) = found(read_bounded(&state.path, STATE_BYTES_MAX))? else { continue };
         if let Some((hasher, hashed)) = Hasher::restore(state.algorithm, &saved)
             && hashed == state.offset
         {
@@ -601,10 +626,10 @@ fn furthest(dir: &Path) -> io::Result<Furthest> {
     Ok((if states.is_empty() { length } else { 0 }, None))
 }
 
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
+fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
     use std::io::Read;
     let mut bytes = Vec::new();
-    fs::File::open(path)?.take(STATE_BYTES_MAX).read_to_end(&mut bytes)?;
+    fs::File::open(path)?.take(bytes_max).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 

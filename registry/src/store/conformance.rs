@@ -55,6 +55,7 @@ macro_rules! conformance {
             what_a_repository_has_comes_in_pages_in_the_order_of_digests
             referrers_come_in_the_order_of_their_digests
             a_session_of_a_known_id_is_found_without_a_note
+            a_client_finds_what_it_left_with_its_session
             where_all_has_gone_outlives_the_process
             garbage_goes_when_it_is_old_and_nothing_else_does
             pushes_beside_collections_lose_nothing
@@ -526,6 +527,28 @@ pub(crate) fn a_session_of_a_known_id_is_found_without_a_note(place: &Place) {
         process.take(process.open(&r, id).unwrap(), &whole[..3000], None, Ending::Acknowledged);
     }
     place.start().finish(&r, id, &whole);
+}
+
+pub(crate) fn a_client_finds_what_it_left_with_its_session(place: &Place) {
+    let (r, id, whole) = (repo("r"), Uuid::from_u128(9 << 100), content(5000, 1));
+    {
+        let process = place.start();
+        assert_eq!(process.store.upload_note(&r, id).unwrap(), None);
+        process.store.begin_upload_as(&r, id, Algorithm::Sha256).unwrap();
+        assert_eq!(process.store.upload_note(&r, id).unwrap(), None);
+        for (note, part) in [("at 0", &whole[..2000]), ("at 2000", &whole[2000..3000])] {
+            let mut session = process.open(&r, id).unwrap();
+            session.leave_note(note.into());
+            process.take(session, part, None, Ending::Acknowledged);
+            assert_eq!(process.store.upload_note(&r, id).unwrap().as_deref(), Some(note));
+        }
+        process.take(process.open(&r, id).unwrap(), &whole[3000..4000], None, Ending::Acknowledged);
+        assert_eq!(process.store.upload_note(&repo("s"), id).unwrap(), None);
+    }
+    let process = place.start();
+    assert_eq!(process.store.upload_note(&r, id).unwrap().as_deref(), Some("at 2000"));
+    process.finish(&r, id, &whole);
+    assert_eq!(process.store.upload_note(&r, id).unwrap(), None);
 }
 
 pub(crate) fn where_all_has_gone_outlives_the_process(place: &Place) {

@@ -42,6 +42,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
+use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 
 pub(crate) use error::{ChangeError, Error, Kind, Result, UploadError};
@@ -54,6 +55,20 @@ use crate::storage::quota;
 
 /// Largest manifest, bytes (distribution-spec: registries should take at least 4 MiB).
 pub(crate) const MANIFEST_BYTES_MAX: usize = 4 << 20;
+
+/// Longest note that a client leaves with a session, bytes.
+pub(crate) const NOTE_BYTES_MAX: usize = 8 << 10;
+
+/// The id of the one session of a repository that goes by `name`, for who must find it again without a note.
+pub(crate) fn session_id(repo: &RepoName, name: &str) -> Uuid {
+    let mut hasher = Sha256::new();
+    hasher.update(repo.as_str());
+    hasher.update([0]);
+    hasher.update(name);
+    let mut id = [0; 16];
+    id.iter_mut().zip(hasher.finalize()).for_each(|(to, from)| *to = from);
+    uuid::Builder::from_custom_bytes(id).into_uuid()
+}
 
 /// What keeps the blobs, manifests, tags and uploads of a registry.
 pub(crate) trait Store: fmt::Debug + Send + Sync {
@@ -123,6 +138,9 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
 
     /// Tells how many bytes of a session are acknowledged, also while a request works on it.
     fn upload_offset(&self, repo: &RepoName, id: Uuid) -> Result<Option<u64>>;
+
+    /// Reads what the client left with a session; see [`Session::leave_note`].
+    fn upload_note(&self, repo: &RepoName, id: Uuid) -> Result<Option<String>>;
 
     /// Gives `to` a blob that `from` has, and returns its length; `None` if `from` lacks it, or is about to lose it.
     ///
@@ -258,6 +276,10 @@ pub(crate) trait Session: Send {
     /// # Errors
     /// When the quota or the free space does not leave so much; see [`Error::exceeded`] and [`Error::is_full`].
     fn admit(&mut self, length: Option<u64>, digest: Option<&Digest>) -> Result<()>;
+
+    /// Keeps a text for the client that comes back to the session, in place of the one before. It is put away with what the
+    /// next request brings, and not later than that.
+    fn leave_note(&mut self, note: String);
 
     /// Begins to take in the body of one request, behind what is there. `length` is what the request announced, and 0 if it did
     /// not; `digest` is what the blob will be, if this request ends it.

@@ -72,6 +72,40 @@ fn assert_no_sessions(served: &Served, repo: &str) {
 }
 
 #[tokio::test]
+async fn a_session_with_a_name_is_found_again_with_its_note() {
+    let served = Served::new().await;
+    let bytes = noise(300_000, 1);
+    let begin = async |repo: &str| {
+        let path = format!("/v2/{repo}/blobs/uploads/?session=import-1.2_x");
+        served.send("POST", &path, &[], Vec::new()).await.expect(202)
+    };
+    let first = begin("a").await;
+    assert_eq!(first.header("dvcr-upload-note"), "");
+    for (n, note) in ["bm90ZQ==", "later"].into_iter().enumerate() {
+        let (from, to) = (n * 100_000, (n + 1) * 100_000);
+        let range = format!("{from}-{}", to - 1);
+        let headers = [("content-range", range.as_str()), ("dvcr-upload-note", note)];
+        served.send("PATCH", &first.location(), &headers, bytes[from..to].to_vec()).await.expect(202);
+        let again = begin("a").await;
+        assert_eq!(again.location(), first.location());
+        assert_eq!(again.header("range"), format!("0-{}", to - 1));
+        assert_eq!(again.header("dvcr-upload-note"), note);
+    }
+    assert_ne!(begin("b").await.location(), first.location());
+
+    let note = "n".repeat(8193);
+    let headers = [("dvcr-upload-note", note.as_str())];
+    served.send("PATCH", &first.location(), &headers, bytes[200_000..].to_vec()).await.expect(400);
+    for name in ["", "a/b", "a%20b", &"x".repeat(129)] {
+        let path = format!("/v2/a/blobs/uploads/?session={name}");
+        served.send("POST", &path, &[], Vec::new()).await.expect(400);
+    }
+    let path = format!("{}?digest={}", first.location(), sha256(&bytes));
+    served.send("PUT", &path, &[], bytes[200_000..].to_vec()).await.expect(201);
+    assert_eq!(begin("a").await.header("dvcr-upload-note"), "");
+}
+
+#[tokio::test]
 async fn a_chunk_out_of_order_is_refused_and_the_upload_goes_on() {
     let served = Served::new().await;
     let bytes = noise(200_000, 1);

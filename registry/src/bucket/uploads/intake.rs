@@ -183,9 +183,10 @@ impl Receiving {
         self.multipart.tell(&mut self.upload);
         let Self { mut upload, hashing, mut done, buffer, offset, .. } = self;
         done.sort_unstable_by_key(|part| part.number);
-        let Progress { multipart, mut parts, .. } = upload.progress.clone();
+        let Progress { multipart, mut parts, note, .. } = upload.progress.clone();
         parts.append(&mut done);
-        let came = Progress { hasher: hashing.finish().await?, offset, multipart, parts, tail: None };
+        let hasher = hashing.finish().await?;
+        let came = Progress { hasher, offset, multipart, parts, tail: None, note };
         let rest = Bytes::from(buffer);
         match ending {
             Ending::BrokenOff if !upload.is_known => {

@@ -169,6 +169,11 @@ impl Bucket {
         Ok(home.state().await?.map(|(progress, _)| progress.offset))
     }
 
+    pub(super) async fn upload_note(&self, repo: &RepoName, id: Uuid) -> Result<Option<String>> {
+        let state = Home::new(self, repo, id).state().await?;
+        Ok(state.and_then(|(progress, _)| progress.note))
+    }
+
     /// Tells which multipart upload has the parts of a session, for the collection.
     pub(super) async fn multipart_of(&self, repo: &RepoName, id: Uuid) -> Result<Option<s3::Upload>> {
         let state = Home::new(self, repo, id).state().await?;
@@ -218,6 +223,10 @@ impl Session for Upload {
         }
         let bucket = Arc::clone(&self.bucket);
         bucket.wait(self.make_room(length.unwrap_or(0), digest))
+    }
+
+    fn leave_note(&mut self, note: String) {
+        self.progress.note = Some(note);
     }
 
     fn receive(

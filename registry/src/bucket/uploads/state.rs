@@ -3,7 +3,7 @@
 //! ```json
 //! {"version": 1, "algorithm": "sha256", "hash": "<base64>", "offset": 33563649,
 //!  "parts": {"key": "docker/registry/...", "upload": "<id>", "first": 16777216, "grow": true, "etags": ["...", "..."]},
-//!  "tail": {"object": "tail-33563649-1c0f..."}}
+//!  "tail": {"object": "tail-33563649-1c0f..."}, "note": "..."}
 //! ```
 //!
 //! The hash is that of all bytes up to the offset, as Go saves it. The tail is what came behind the last whole part: a short one
@@ -35,6 +35,8 @@ pub(super) struct Progress {
     pub(super) parts: Vec<s3::Part>,
     /// What came behind them; `None` if nothing did.
     pub(super) tail: Option<Tail>,
+    /// What the client left with it.
+    pub(super) note: Option<String>,
 }
 
 /// The multipart upload that has a session's whole parts.
@@ -53,7 +55,8 @@ pub(super) enum Tail {
 
 impl Progress {
     pub(super) fn new(algorithm: Algorithm) -> Self {
-        Self { hasher: Hasher::new(algorithm), offset: 0, multipart: None, parts: Vec::new(), tail: None }
+        let hasher = Hasher::new(algorithm);
+        Self { hasher, offset: 0, multipart: None, parts: Vec::new(), tail: None, note: None }
     }
 
     /// Where the last whole part ends, and the tail begins.
@@ -84,6 +87,7 @@ impl Progress {
             offset: self.offset,
             parts,
             tail,
+            note: self.note.clone(),
         };
         serde_json::to_vec(&written).map(Bytes::from)
     }
@@ -112,7 +116,7 @@ impl Progress {
             None => (None, Vec::new()),
             Some(parts) => parts.read()?,
         };
-        let read = Self { hasher, offset: written.offset, multipart, parts, tail };
+        let read = Self { hasher, offset: written.offset, multipart, parts, tail, note: written.note };
         let whole = read.whole_bytes();
         let is_right = match &read.tail {
             None => whole == read.offset,
@@ -132,6 +136,8 @@ struct Written {
     offset: u64,
     parts: Option<WrittenParts>,
     tail: Option<WrittenTail>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    note: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
