@@ -11,6 +11,7 @@ mod cmd;
 mod limits;
 mod logging;
 mod size;
+mod source;
 mod work;
 
 use std::process::ExitCode;

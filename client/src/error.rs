@@ -22,6 +22,8 @@ pub enum ErrorKind {
     Unavailable,
     /// The registry's TLS certificate is not accepted.
     Untrusted,
+    /// The caller's own [`crate::Gate`] does not let a request go where it would.
+    Forbidden,
     /// The registry answered something that the distribution specification does not allow.
     Protocol,
     /// Content does not have the digest or the length it was announced with.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   reference, auth ──┐
-//!   a URL ──> Registry ──> Repository ──> request (authorization, redirects, retries) ──> reqwest
+//!   a URL ──> Registry ──> Repository ──> request (authorization, redirects, retries) ──> network (roots, proxies, gate)
 //!                            ├─ manifest: get, put, platform selection
 //!                            ├─ blob: reading, continued where a connection broke
 //!                            └─ upload: chunks, each kept until the registry acknowledged it
@@ -17,6 +17,7 @@ pub mod digest;
 mod error;
 mod manifest;
 pub mod media_type;
+mod network;
 mod reference;
 mod registry;
 mod repository;
@@ -27,6 +28,7 @@ pub use auth::{AuthStore, Credentials};
 pub use blob::BlobStream;
 pub use error::{Error, ErrorKind, Result};
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
+pub use network::{Clients, Forbidden, Gate, Network, Proxies};
 pub use reference::{DEFAULT_TAG, Reference};
 pub use registry::{Registry, RegistryOptions};
 pub use repository::{ClientOptions, Repository};

@@ -8,6 +8,7 @@ use url::Url;
 
 use crate::auth::AuthStore;
 use crate::digest::Digest;
+use crate::network::Network;
 use crate::request::{self, Body, Outgoing, Transport};
 use crate::upload::Upload;
 use crate::{Error, ErrorKind, Reference, Result};
@@ -23,6 +24,8 @@ pub struct ClientOptions {
     pub insecure: bool,
     /// Whom to be.
     pub auth: AuthStore,
+    /// Whom to trust, by way of which proxy, and where to. A loopback host needs no proxy.
+    pub network: Network,
 }
 
 /// What a request wants to do with the repository; names the token scope.

@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 use url::{Host, Url};
 
 use crate::auth::{Challenge, Credentials};
+use crate::network::{Clients, Forbidden, Network, Proxies};
 use crate::repository::{Access, ClientOptions};
 use crate::{Error, ErrorKind, Reference, RegistryOptions, Result};
 
@@ -102,7 +103,7 @@ impl<'a> Outgoing<'a> {
 
 /// The connection pool and the authorization state of one registry.
 pub(crate) struct Transport {
-    http: reqwest::Client,
+    clients: Clients,
     endpoint: String,
     loopback: bool,
     insecure: bool,
@@ -131,9 +132,13 @@ struct Token {
 
 impl Transport {
     pub(crate) fn new(reference: &Reference, options: &ClientOptions) -> Result<Self> {
-        let http = http_client(reference.is_loopback()).tls_danger_accept_invalid_certs(options.insecure);
+        let mut network = options.network.clone();
+        if reference.is_loopback() {
+            network.proxies = Some(Proxies::none());
+        }
+        let base = || http_client().tls_danger_accept_invalid_certs(options.insecure);
         Ok(Self {
-            http: build(http)?,
+            clients: Clients::new(&network, base)?,
             endpoint: reference.endpoint().to_owned(),
             loopback: reference.is_loopback(),
             insecure: options.insecure,
@@ -150,11 +155,11 @@ impl Transport {
 
     /// Talks to the registry at `url`, which ends behind the host.
     pub(crate) fn at(url: Url, options: RegistryOptions) -> Result<Self> {
-        let roots = reqwest::Certificate::from_pem_bundle(&options.roots)
-            .map_err(|e| Error::with(ErrorKind::Invalid, "the certificates to trust are no PEM", e))?;
         let loopback = is_loopback(&url);
+        let proxies = loopback.then(Proxies::none);
+        let network = Network { roots: options.roots, proxies, gate: None };
         Ok(Self {
-            http: build(http_client(loopback).tls_certs_merge(roots))?,
+            clients: Clients::new(&network, http_client)?,
             endpoint: url.authority().to_owned(),
             loopback,
             insecure: false,
@@ -311,7 +316,8 @@ impl Transport {
         }
         let tls = url("https")?;
         if self.insecure {
-            let ping = self.http.get(tls.join("v2/").unwrap_or_else(|_| tls.clone())).send();
+            let root = tls.join("v2/").unwrap_or_else(|_| tls.clone());
+            let ping = self.client(&root, "looking for TLS")?.get(root).send();
             let ping = tokio::time::timeout(Duration::from_millis(RESPONSE_TIMEOUT_MS), ping).await;
             if !matches!(ping, Ok(Ok(_))) {
                 tracing::warn!(registry = %self.endpoint, "no TLS there, going on in plain HTTP");
@@ -321,12 +327,18 @@ impl Transport {
         Ok(tls)
     }
 
+    /// The connections for `url`, if the gate lets a request go there.
+    fn client(&self, url: &Url, what: &str) -> Result<&reqwest::Client> {
+        self.clients.for_url(url).map_err(|why| forbidden(what, &why))
+    }
+
     async fn exchange(
         &self,
         request: &Outgoing<'_>,
         authorization: Option<&HeaderValue>,
     ) -> Result<Response> {
-        let mut builder = self.http.request(request.method.clone(), request.url.clone());
+        let client = self.client(&request.url, request.what)?;
+        let mut builder = client.request(request.method.clone(), request.url.clone());
         builder = builder.headers(request.headers.clone());
         if let Some(value) = authorization {
             builder = builder.header(AUTHORIZATION, value);
@@ -351,6 +363,9 @@ impl Transport {
                 Err(Error::with(ErrorKind::Untrusted, context, error.without_url()))
             }
             Ok(Err(error)) => {
+                if let Some(why) = Forbidden::behind(&error) {
+                    return Err(forbidden(request.what, why));
+                }
                 let context = format!("{}: no answer from {origin}", request.what);
                 Err(Error::with(ErrorKind::Unavailable, context, error.without_url()))
             }
@@ -457,12 +472,8 @@ impl Transport {
 }
 
 /// What both ways to name a registry want of a client.
-fn http_client(loopback: bool) -> reqwest::ClientBuilder {
-    let mut builder = reqwest::Client::builder();
-    if loopback {
-        builder = builder.no_proxy();
-    }
-    builder
+fn http_client() -> reqwest::ClientBuilder {
+    reqwest::Client::builder()
         .user_agent(concat!("dvcr/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(Duration::from_millis(CONNECT_TIMEOUT_MS))
         .redirect(reqwest::redirect::Policy::none())
@@ -470,8 +481,8 @@ fn http_client(loopback: bool) -> reqwest::ClientBuilder {
         .tcp_nodelay(true)
 }
 
-fn build(builder: reqwest::ClientBuilder) -> Result<reqwest::Client> {
-    builder.build().map_err(|e| Error::with(ErrorKind::Unavailable, "setting up the HTTP client", e))
+fn forbidden(what: &str, why: &Forbidden) -> Error {
+    Error::new(ErrorKind::Forbidden, format!("{what}: {why}"))
 }
 
 /// Whether the host is this machine.

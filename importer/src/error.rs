@@ -16,6 +16,8 @@ pub enum ErrorKind {
     Source,
     /// The source is another version than the one that was begun; it has to be begun again.
     Changed,
+    /// The source policy does not allow the source, or where it leads to.
+    Policy,
     /// The bytes received do not have the checksum that was demanded.
     Checksum,
     /// The source is not a disk image that can be taken.

@@ -90,6 +90,7 @@ pub async fn import(request: ImportRequest, progress: Arc<Progress>) -> Result<I
             format!("the destination names the digest {digest}, which only its content decides; name a tag");
         return Err(Error::new(ErrorKind::Invalid, text));
     }
+    request.source_options.admit_checksums(&request.source, &request.checksums)?;
     let repository = Repository::open(&request.destination, &request.client)
         .map_err(|e| Error::with(ErrorKind::Registry, "preparing the registry client", e))?;
     progress.bound(&request.limits);

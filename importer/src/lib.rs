@@ -28,4 +28,6 @@ pub mod source;
 pub use error::{Error, ErrorKind, Result};
 pub use import::{ImportRequest, ImportSummary, import};
 pub use populate::{PopulateRequest, PopulateSummary, TargetFormat, populate};
+pub use source::http::HttpOptions;
+pub use source::policy::SourcePolicy;
 pub use source::{Source, SourceOptions};

@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::checksum::Checksum;
-use dvcr_importer::{ImportRequest, Source, SourceOptions, import};
+use dvcr_importer::{ImportRequest, Source, import};
 
 use crate::size::Human;
 use crate::work::{self, Usage};
@@ -27,9 +27,8 @@ pub struct Args {
     /// repeated.
     #[arg(long = "checksum", value_name = "ALGORITHM:HEX")]
     checksums: Vec<Checksum>,
-    /// Accept any certificate of the source, redirects from https to http, and plain HTTP of a source registry.
-    #[arg(long)]
-    insecure_source: bool,
+    #[command(flatten)]
+    from: crate::source::Args,
     /// Accept any certificate of the destination, and plain HTTP. Loopback hosts need no permission for that.
     #[arg(long)]
     insecure: bool,
@@ -55,12 +54,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let destination: Reference = args.destination.parse().context(Usage("DESTINATION"))?;
     let auth = AuthStore::discover(args.authfile.as_deref(), |name| std::env::var_os(name))?;
     let title = destination.repository().to_owned();
+    let source_options = args.from.options(&source, auth.clone(), |name| std::env::var_os(name))?;
     let request = ImportRequest {
         source,
         destination,
         checksums: args.checksums,
-        source_options: SourceOptions { insecure: args.insecure_source, auth: auth.clone() },
-        client: ClientOptions { insecure: args.insecure, auth },
+        source_options,
+        client: ClientOptions { insecure: args.insecure, auth, ..ClientOptions::default() },
         limits: args.limits.limits(),
     };
     let done = work::run(&title, |progress| async move { Ok(import(request, progress).await?) })?;

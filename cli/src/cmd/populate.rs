@@ -56,7 +56,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Format::Raw => TargetFormat::Raw,
             Format::Qcow2 => TargetFormat::Qcow2,
         },
-        client: ClientOptions { insecure: args.insecure, auth },
+        client: ClientOptions { insecure: args.insecure, auth, ..ClientOptions::default() },
         limits: args.limits.limits(),
     };
     let done = work::run(&title, |progress| async move { Ok(populate(request, progress).await?) })?;

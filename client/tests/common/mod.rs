@@ -116,7 +116,7 @@ pub fn open_as(address: SocketAddr, name: &str, user: Option<(&str, &str)>) -> R
         let credentials = Credentials { username: username.into(), password: password.into() };
         AuthStore::single(reference.host(), credentials)
     });
-    Repository::open(&reference, &ClientOptions { insecure: false, auth }).unwrap()
+    Repository::open(&reference, &ClientOptions { auth, ..ClientOptions::default() }).unwrap()
 }
 
 /// Pushes an image of ready-made layers under the tag `latest`.

@@ -2,6 +2,7 @@
 
 pub mod file;
 pub mod http;
+pub mod policy;
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -12,15 +13,16 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::{Buf, Bytes};
 use dvcr_converter::limits::Limits;
 use dvcr_converter::progress::Progress;
-use dvcr_image::{AuthStore, ClientOptions, DiskImage, Reference, Repository};
+use dvcr_image::{AuthStore, ClientOptions, DiskImage, Network, Proxies, Reference, Repository};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use crate::checksum::Checksums;
+use crate::checksum::{Checksum, Checksums};
 use crate::resume::Mark;
 use crate::{Error, ErrorKind, Result};
 use file::FileSource;
-use http::HttpSource;
+use http::{HttpOptions, HttpSource};
+use policy::{RegistryGate, SourcePolicy};
 
 /// Pieces of a body that may wait for the source thread.
 const PIECES_WAITING_MAX: usize = 16;
@@ -89,6 +91,36 @@ pub struct SourceOptions {
     pub insecure: bool,
     /// Credentials of a source in a registry.
     pub auth: AuthStore,
+    /// What an HTTP source is told of who asks.
+    pub http: HttpOptions,
+    /// Certificates (PEM) that are trusted besides those of the system: of sources, and of proxies that look inside.
+    pub roots: Vec<u8>,
+    /// Proxies; by default those that the environment names.
+    pub proxies: Option<Proxies>,
+    /// What the source may be; anything by default.
+    pub policy: Option<Arc<SourcePolicy>>,
+}
+
+impl SourceOptions {
+    /// How to talk to a registry that the source is in, under the policy.
+    pub(crate) fn client(&self) -> ClientOptions {
+        let mut network = self.network();
+        network.gate = self.policy.clone().map(|policy| Arc::new(RegistryGate(policy)) as _);
+        ClientOptions { insecure: self.insecure, auth: self.auth.clone(), network }
+    }
+
+    /// Without a gate, which each kind of source has its own of.
+    fn network(&self) -> Network {
+        Network { roots: self.roots.clone(), proxies: self.proxies.clone(), gate: None }
+    }
+
+    /// Refuses a source that nobody vouches for, if the policy wants that somebody does.
+    pub(crate) fn admit_checksums(&self, source: &Source, checksums: &[Checksum]) -> Result<()> {
+        match &self.policy {
+            Some(policy) => policy.admit_checksums(source, checksums),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A place in one version of a source.
@@ -141,19 +173,24 @@ impl Source {
     /// Opens the source at its first byte, or at a place in a version of it that was open before.
     ///
     /// # Errors
-    /// [`ErrorKind::Changed`] when it is another version now, or does not let itself be read from there.
+    /// [`ErrorKind::Policy`] when the policy does not allow it, or where it leads to; [`ErrorKind::Changed`] when it is
+    /// another version now, or does not let itself be read from there.
     pub(crate) async fn open(
         &self,
         options: &SourceOptions,
         limits: &Limits,
         at: Option<&Place>,
     ) -> Result<Opened> {
+        if let Some(policy) = &options.policy {
+            policy.admit(self)?;
+        }
         match self {
             Self::Http(url) => open_http(url, options, at).await,
-            Self::Image(reference) => {
-                let client = ClientOptions { insecure: options.insecure, auth: options.auth.clone() };
-                open_image(reference, &client, limits, at).await
+            _ if !options.http.is_empty() => {
+                let text = "headers, tokens and client certificates of the source are for http and https sources alone";
+                Err(Error::new(ErrorKind::Invalid, text))
             }
+            Self::Image(reference) => open_image(reference, &options.client(), limits, at).await,
             Self::File(path) => {
                 let (path, at) = (path.clone(), at.cloned());
                 let opened = tokio::task::spawn_blocking(move || open_file(&path, at.as_ref())).await;
@@ -184,7 +221,7 @@ fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
 }
 
 async fn open_http(url: &str, options: &SourceOptions, at: Option<&Place>) -> Result<Opened> {
-    let mut source = HttpSource::open(url, options.insecure, at).await?;
+    let mut source = HttpSource::open(url, options, at).await?;
     let (len, name, is_html, shown) = (source.len, source.name.clone(), source.is_html, source.display_url());
     let validator = source.version();
     let (sender, pieces) = mpsc::channel(PIECES_WAITING_MAX);
@@ -209,7 +246,13 @@ async fn open_image(
     at: Option<&Place>,
 ) -> Result<Opened> {
     let shown = reference.to_string();
-    let failed = |e| Error::with(ErrorKind::Source, format!("reading the source image {shown}"), e);
+    let failed = |e: dvcr_image::Error| {
+        let kind = match e.kind() {
+            dvcr_image::ErrorKind::Forbidden => ErrorKind::Policy,
+            _ => ErrorKind::Source,
+        };
+        Error::with(kind, format!("reading the source image {shown}"), e)
+    };
     let repository = Repository::open(reference, options).map_err(failed)?;
     let disk = DiskImage::locate(&repository, reference.target(), limits).await.map_err(failed)?;
     if at.is_some() {
