@@ -7,7 +7,7 @@ use http::header::{CONTENT_RANGE, RANGE};
 use http::{Method, StatusCode};
 use reqwest::Response;
 
-use crate::digest::Digest;
+use crate::digest::{self, Digest};
 use crate::repository::{Access, Repository};
 use crate::request::{Outgoing, back_off, content_length, header, next_chunk};
 use crate::{Error, ErrorKind, Result};
@@ -33,6 +33,17 @@ impl Repository {
     /// Reads a whole blob of `size` bytes.
     pub fn blob(&self, digest: &Digest, size: u64) -> BlobStream {
         self.stream(digest, 0..size, false)
+    }
+
+    /// Reads a blob of `size` bytes into memory, and verifies its digest.
+    pub async fn small_blob(&self, digest: &Digest, size: u64) -> Result<Vec<u8>> {
+        let mut stream = self.blob(digest, size);
+        let mut blob = Vec::new();
+        while let Some(bytes) = stream.next().await? {
+            blob.extend_from_slice(&bytes);
+        }
+        digest::verify(&blob, digest, &format!("blob {digest} of {}", self.name))?;
+        Ok(blob)
     }
 
     /// Reads the bytes `range` of a blob; they must lie inside it. The first read fails with

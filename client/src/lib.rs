@@ -18,6 +18,7 @@ mod error;
 mod manifest;
 pub mod media_type;
 mod reference;
+mod referrers;
 mod registry;
 mod repository;
 mod request;
@@ -26,6 +27,8 @@ mod upload;
 pub use auth::{AuthStore, Credentials};
 pub use blob::BlobStream;
 pub use error::{Error, ErrorKind, Result};
+pub use oci_spec::image::Descriptor;
+
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use reference::{DEFAULT_TAG, Reference};
 pub use registry::{Registry, RegistryOptions};

@@ -18,7 +18,7 @@ pub mod tar;
 
 pub use disk::{DiskImage, DiskStream, publish};
 pub use dvcr_client::{
-    AuthStore, BlobWriter, CHUNK_BYTES, ClientOptions, Credentials, DEFAULT_TAG, Error, ErrorKind, Reference,
-    Repository, Result, auth, digest, is_certificate_refused, media_type,
+    AuthStore, BlobWriter, CHUNK_BYTES, ClientOptions, Credentials, DEFAULT_TAG, Descriptor, Error,
+    ErrorKind, Manifest, Reference, Repository, Result, auth, digest, is_certificate_refused, media_type,
 };
 pub use ranged::{RangedBlob, Window};
