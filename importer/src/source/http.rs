@@ -134,6 +134,12 @@ impl HttpSource {
         self.ranges.then(|| format!("{len} {tag}"))
     }
 
+    /// Tells this version of the resource from others, whether it can be read on from the middle or not.
+    pub fn fingerprint(&self) -> Option<String> {
+        let tag = self.validator.as_ref()?;
+        Some(self.len.map_or_else(|| tag.clone(), |len| format!("{len} {tag}")))
+    }
+
     /// The URL without credentials and query, fit for messages.
     pub fn display_url(&self) -> String {
         shown(&self.url)
