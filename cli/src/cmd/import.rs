@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::checksum::Checksum;
+use dvcr_importer::signature::VerifyKey;
 use dvcr_importer::{ImportRequest, Source, SourceOptions, import};
 
 use crate::size::Human;
@@ -19,7 +20,8 @@ use crate::work::{self, Usage};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     // Texts, because clap shows what it cannot parse, and a URL may hold a password.
-    /// Where the image is: an http(s) URL, docker://REFERENCE, a file or a block device.
+    /// Where the image is: an http(s) URL, docker://REFERENCE, s3://BUCKET/KEY, nbd://HOST/EXPORT, a file, a folder with
+    /// the file disk.img, or a block device.
     source: String,
     /// The tag to give it: host[:port]/repository[:tag].
     destination: String,
@@ -33,6 +35,14 @@ pub struct Args {
     /// Accept any certificate of the destination, and plain HTTP. Loopback hosts need no permission for that.
     #[arg(long)]
     insecure: bool,
+    /// Do nothing if the tag was made of the version of the source that is there now, as ETag, time, length or digest tell.
+    #[arg(long)]
+    if_changed: bool,
+    /// A public key (PEM, ECDSA P-256, as cosign makes them) that a source in a registry must be signed with.
+    #[arg(long, value_name = "FILE")]
+    verify_key: Option<PathBuf>,
+    #[command(flatten)]
+    s3: crate::s3::Args,
     /// Credentials of the registries, as docker and podman keep them.
     #[arg(long, value_name = "FILE")]
     authfile: Option<PathBuf>,
@@ -59,7 +69,13 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         source,
         destination,
         checksums: args.checksums,
-        source_options: SourceOptions { insecure: args.insecure_source, auth: auth.clone() },
+        source_options: SourceOptions {
+            insecure: args.insecure_source,
+            auth: auth.clone(),
+            s3: args.s3.options(|name| std::env::var(name).ok())?,
+            verify_key: args.verify_key.as_deref().map(VerifyKey::read).transpose()?,
+        },
+        if_changed: args.if_changed,
         client: ClientOptions { insecure: args.insecure, auth },
         limits: args.limits.limits(),
     };
@@ -67,9 +83,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&done).context("printing the summary")?),
         Output::Text => println!(
-            "{}\n  digest        {}\n  file          {} ({})\n  virtual size  {}\n  stored size   {}\n  \
+            "{}\n  outcome       {}\n  digest        {}\n  file          {} ({})\n  virtual size  {}\n  stored size   {}\n  \
              source size   {}{}\n  speed         {}/s, {:.1} s",
             done.reference,
+            done.outcome,
             done.digest,
             done.file_name,
             done.format,
