@@ -157,6 +157,7 @@ impl Copier<'_> {
         let thread = tokio::task::spawn_blocking(move || -> io::Result<()> {
             while let Some(bytes) = runtime.block_on(stream.next())? {
                 progress.check()?;
+                progress.store(bytes.len() as u64)?;
                 writer.write_all(&bytes)?;
             }
             writer.finish()
