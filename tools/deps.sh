@@ -17,7 +17,7 @@ declare -A packages=(
     [build]="gcc libc6-dev"
     # seabios is only recommended by qemu-system-x86, but nothing boots without it.
     [demo]="ca-certificates e2fsprogs fdisk grub-pc-bin mmdebstrap qemu-system-x86 qemu-utils seabios skopeo uidmap util-linux"
-    [test]="buildah bzip2 curl fdisk grub-rescue-pc jq lz4 mount openssl umoci xfsprogs xorriso xz-utils zstd"
+    [test]="buildah bzip2 curl fdisk grub-rescue-pc jq lz4 mount nbdkit openssl umoci xfsprogs xorriso xz-utils zstd"
     [tools]=""
     [lint]="shellcheck"
 )

@@ -10,6 +10,7 @@
 mod cmd;
 mod limits;
 mod logging;
+mod s3;
 mod size;
 mod source;
 mod work;

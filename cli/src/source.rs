@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use dvcr_image::{AuthStore, Proxies};
+use dvcr_importer::signature::VerifyKey;
 use dvcr_importer::{HttpOptions, Source, SourceOptions, SourcePolicy};
 
 /// Largest file of options, secrets or certificates, bytes.
@@ -52,6 +53,11 @@ pub struct Args {
     /// anything.
     #[arg(long, value_name = "FILE")]
     source_policy: Option<PathBuf>,
+    /// A public key (PEM, ECDSA P-256, as cosign makes them) that a source in a registry must be signed with.
+    #[arg(long, value_name = "FILE")]
+    verify_key: Option<PathBuf>,
+    #[command(flatten)]
+    s3: crate::s3::Args,
 }
 
 impl Args {
@@ -69,6 +75,8 @@ impl Args {
             roots: self.roots()?,
             proxies: Some(Proxies::from_env(&env)?),
             policy: self.policy()?,
+            s3: self.s3.options(|name| env(name)?.into_string().ok())?,
+            verify_key: self.verify_key.as_deref().map(VerifyKey::read).transpose()?,
         })
     }
 

@@ -7,11 +7,13 @@ use http::header::{CONTENT_RANGE, RANGE};
 use http::{Method, StatusCode};
 use reqwest::Response;
 
-use crate::digest::Digest;
+use crate::digest::{self, Digest};
 use crate::repository::{Access, Repository};
 use crate::request::{Outgoing, back_off, content_length, header, next_chunk};
 use crate::{Error, ErrorKind, Result};
 
+/// Largest blob that is read into memory, bytes.
+const SMALL_BLOB_BYTES_MAX: u64 = 4 << 20;
 /// Times that one blob is gone on with, however far each time leads.
 const BREAKS_MAX: u32 = 64;
 
@@ -33,6 +35,24 @@ impl Repository {
     /// Reads a whole blob of `size` bytes.
     pub fn blob(&self, digest: &Digest, size: u64) -> BlobStream {
         self.stream(digest, 0..size, false)
+    }
+
+    /// Reads a blob of `size` bytes, at most 4 MiB, into memory, and verifies its digest.
+    pub async fn small_blob(&self, digest: &Digest, size: u64) -> Result<Vec<u8>> {
+        if size > SMALL_BLOB_BYTES_MAX {
+            let text = format!(
+                "blob {digest} of {} has {size} bytes, at most {SMALL_BLOB_BYTES_MAX} are read",
+                self.name
+            );
+            return Err(Error::new(ErrorKind::Unsupported, text));
+        }
+        let mut stream = self.blob(digest, size);
+        let mut blob = Vec::new();
+        while let Some(bytes) = stream.next().await? {
+            blob.extend_from_slice(&bytes);
+        }
+        digest::verify(&blob, digest, &format!("blob {digest} of {}", self.name))?;
+        Ok(blob)
     }
 
     /// Reads the bytes `range` of a blob; they must lie inside it. The first read fails with

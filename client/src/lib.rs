@@ -19,6 +19,7 @@ mod manifest;
 pub mod media_type;
 mod network;
 mod reference;
+mod referrers;
 mod registry;
 mod repository;
 mod request;
@@ -27,6 +28,8 @@ mod upload;
 pub use auth::{AuthStore, Credentials};
 pub use blob::BlobStream;
 pub use error::{Error, ErrorKind, Result};
+pub use oci_spec::image::Descriptor;
+
 pub use manifest::{MANIFEST_BYTES_MAX, Manifest};
 pub use network::{Clients, Forbidden, Gate, Network, Proxies};
 pub use reference::{DEFAULT_TAG, Reference};

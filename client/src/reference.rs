@@ -64,6 +64,11 @@ impl Reference {
         }
     }
 
+    /// The same with `digest`, which is asked for from then on in place of the tag.
+    pub fn with_digest(self, digest: Digest) -> Self {
+        Self { digest: Some(digest), ..self }
+    }
+
     /// Whether the host is this machine, which is spoken to in plain HTTP.
     pub fn is_loopback(&self) -> bool {
         let name = match self.host.strip_prefix('[') {

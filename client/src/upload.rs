@@ -411,6 +411,12 @@ impl BlobWriter {
         self.upload.offset()
     }
 
+    /// Makes the blob, which must have the digest `expected`; one with another is not made.
+    pub async fn finish_as(self, expected: &Digest) -> Result<()> {
+        digest::same(&self.hasher.finish()?, expected, "what was sent")?;
+        self.upload.commit(expected).await
+    }
+
     /// Makes the blob, and returns its digest and size.
     pub async fn finish(self) -> Result<(Digest, u64)> {
         let size = self.size();

@@ -123,6 +123,12 @@ impl DiskImage {
         &self.manifest
     }
 
+    /// The layer that holds the file, and where in it the file begins, if the layer is a plain tar and the registry serves
+    /// ranges.
+    pub fn place(&self) -> Option<(&Digest, u64)> {
+        self.seekable.then_some((&self.layer.digest, self.found.offset))
+    }
+
     /// Random access to the file, if its layer is a plain tar and the registry serves ranges. What is read this way
     /// is not verified against the layer's digest.
     pub fn window(&self) -> Result<Option<Window>> {

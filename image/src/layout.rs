@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use dvcr_converter::format::Format;
 use oci_spec::image::{
-    Arch, ConfigBuilder, DescriptorBuilder, HistoryBuilder, ImageConfigurationBuilder, ImageManifestBuilder,
-    MediaType, Os, RootFsBuilder, SCHEMA_VERSION,
+    Arch, ConfigBuilder, DescriptorBuilder, HistoryBuilder, ImageConfiguration, ImageConfigurationBuilder,
+    ImageManifestBuilder, MediaType, Os, RootFsBuilder, SCHEMA_VERSION,
 };
 
 use crate::digest::Digest;
@@ -54,6 +54,17 @@ pub fn config(labels: &DiskLabels, layer: &Digest) -> Result<Vec<u8>> {
     to_json(&config)
 }
 
+/// What the labels of a configuration, raw JSON, say of the disk; `None` if they are not those of [`config`].
+pub fn labels(config: &[u8]) -> Option<DiskLabels> {
+    let config: ImageConfiguration = serde_json::from_slice(config).ok()?;
+    let labels = config.config().as_ref()?.labels().as_ref()?;
+    Some(DiskLabels {
+        size: labels.get(LABEL_SIZE)?.parse().ok()?,
+        virtual_size: labels.get(LABEL_VIRTUAL_SIZE)?.parse().ok()?,
+        format: labels.get(LABEL_FORMAT)?.parse().ok()?,
+    })
+}
+
 /// The manifest of an image of one configuration and one layer, each with its length in bytes; raw JSON.
 pub fn manifest(config: (&Digest, u64), layer: (&Digest, u64)) -> Result<Vec<u8>> {
     let descriptor = |media_type: &str, (digest, size): (&Digest, u64)| {
@@ -98,6 +109,8 @@ mod tests {
              \"rootfs\":{{\"diff_ids\":[\"{layer}\"],\"type\":\"layers\"}}}}"
         );
         assert_eq!(config, expected);
+        assert_eq!(super::labels(config.as_bytes()), Some(labels));
+        assert_eq!(super::labels(&config.as_bytes().to_ascii_uppercase()), None);
         let manifest = manifest((&layer, 5), (&layer, 6)).unwrap();
         let expected = format!(
             "{{\"config\":{{\"digest\":\"{layer}\",\"mediaType\":\"application/vnd.oci.image.config.v1+json\",\"size\":5}},\

@@ -20,6 +20,8 @@ pub enum ErrorKind {
     Policy,
     /// The bytes received do not have the checksum that was demanded.
     Checksum,
+    /// The image has no signature of the key that was demanded.
+    Untrusted,
     /// The source is not a disk image that can be taken.
     Image,
     /// The registry refused or failed.

@@ -1,11 +1,13 @@
 //! An image from a source into a registry; the crate's documentation has the picture.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dvcr_converter::convert::{Options, stream_to_image};
 use dvcr_converter::format::{self, Format};
+use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
 use dvcr_converter::plain::PlainReader;
 use dvcr_converter::progress::Progress;
@@ -21,7 +23,9 @@ use uuid::Uuid;
 
 use crate::checksum::{Checksum, Checksums};
 use crate::chunks::{self, ChunkReader, ChunkWriter};
+use crate::decide;
 use crate::name::file_name;
+use crate::random;
 use crate::resume::{self, Mark, Note, StoredFile};
 use crate::source::{Opened, Received, Source, SourceOptions};
 use crate::{Error, ErrorKind, Result};
@@ -46,6 +50,8 @@ pub struct ImportRequest {
     pub source_options: SourceOptions,
     /// How to talk to the destination.
     pub client: ClientOptions,
+    /// Do nothing if the tag names what was made of the very version of the source that is there now.
+    pub if_changed: bool,
     /// Bounds for the image.
     pub limits: Limits,
 }
@@ -57,6 +63,8 @@ pub struct ImportSummary {
     pub reference: String,
     /// Digest of the manifest.
     pub digest: String,
+    /// How it came there.
+    pub outcome: Outcome,
     /// Name of the stored file.
     pub file_name: String,
     /// Format of the stored file.
@@ -75,6 +83,31 @@ pub struct ImportSummary {
     pub bytes_per_second: u64,
 }
 
+/// How an image came to be under its tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The disk was read from the source, and an image made of it.
+    Imported,
+    /// The source is an image of the same making, and was copied as it is.
+    Copied,
+    /// The source may have changed, and was imported, but the image is the one that the tag had before.
+    SameContent,
+    /// The source has not changed since the tag was made of it, and nothing was done.
+    Unchanged,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Imported => "imported",
+            Self::Copied => "copied, as it is",
+            Self::SameContent => "the same content as before",
+            Self::Unchanged => "the source has not changed, nothing was done",
+        })
+    }
+}
+
 /// Imports an image. Nothing is published unless all of it is right.
 ///
 /// `progress` passes the phases "transfer", for some sources "assemble", and "commit". It counts the source's bytes;
@@ -90,17 +123,25 @@ pub async fn import(request: ImportRequest, progress: Arc<Progress>) -> Result<I
             format!("the destination names the digest {digest}, which only its content decides; name a tag");
         return Err(Error::new(ErrorKind::Invalid, text));
     }
-    request.source_options.admit_checksums(&request.source, &request.checksums)?;
+    request.source_options.admit(&request.source, &request.checksums)?;
     let repository = Repository::open(&request.destination, &request.client)
         .map_err(|e| Error::with(ErrorKind::Registry, "preparing the registry client", e))?;
     progress.bound(&request.limits);
-    let transfer = Transfer { request: &request, repository: &repository, progress: &progress };
     let outcome = tokio::select! {
-        outcome = transfer.run() => outcome,
+        outcome = decide::run(&request, &repository, &progress) => outcome,
         error = cancelled(&progress) => Err(error),
     };
     repository.settle().await;
     outcome
+}
+
+/// Makes an image of the disk at the source.
+pub(crate) async fn transfer(
+    request: &ImportRequest,
+    repository: &Repository,
+    progress: &Arc<Progress>,
+) -> Result<ImportSummary> {
+    Transfer { request, repository, progress }.run().await
 }
 
 /// Waits until somebody cancels, or the time is over.
@@ -177,8 +218,10 @@ impl Transfer<'_> {
         let (writer, mut chunks) = chunks::channel();
         let (tell_route, route) = oneshot::channel();
         let begin = Mark::new(position, &checksums);
+        let is_plain = self.request.checksums.is_empty();
         let producer = Producer {
             len: opened.len,
+            random: opened.random.take().filter(|_| is_plain),
             received: Received::new(
                 std::mem::replace(&mut opened.reader, Box::new(io::empty())),
                 position,
@@ -225,6 +268,7 @@ impl Transfer<'_> {
         Ok(ImportSummary {
             reference: self.request.destination.to_string(),
             digest: manifest.to_string(),
+            outcome: Outcome::Imported,
             file_name: produced.file.name,
             format: produced.file.format.to_string(),
             virtual_size,
@@ -433,6 +477,8 @@ impl<'a> Share<'a> {
 struct Producer {
     received: Received,
     len: Option<u64>,
+    /// The source's bytes in any order, unless something is to be verified that needs them in theirs.
+    random: Option<Arc<dyn ReadAt>>,
     opened: Opened,
     /// Bytes of the layer that were produced before, and the file in it.
     resumed: Option<(u64, StoredFile)>,
@@ -520,7 +566,23 @@ impl Producer {
         tell(tell_route, Route::Staged)?;
         let mut reader = unwrapped.reader;
         self.writer.write_all(&staged_salt()).map_err(pushing)?;
-        let (size, virtual_size, header) = if re_encoded {
+        let at_random = match self.random.take().filter(|_| re_encoded && unwrapped.wrappers.is_empty()) {
+            Some(source) => random::open_raw(source, &self.limits).map_err(|e| self.refused(e))?,
+            None => None,
+        };
+        let is_streamed = at_random.is_none();
+        let (size, virtual_size, header) = if let Some(disk) = at_random {
+            drop(reader);
+            let form = qcow2::WriteOptions::default();
+            let mut target = StreamTarget::new(&mut self.writer, form.cluster_size as usize);
+            let finished = random::encode(disk, &mut target, &form, &self.limits, &self.progress);
+            let header = finished.and_then(|finished| Ok((finished, target.finish()?)));
+            let (finished, header) = header.map_err(|e| match e.kind() {
+                dvcr_converter::ErrorKind::Io => Error::with(ErrorKind::Source, "reading the source", e),
+                _ => self.refused(e),
+            })?;
+            (finished.file_bytes, Some(finished.virtual_size), header)
+        } else if re_encoded {
             // Cancelling stops the reader; the counts of the conversion are not the source's.
             let uncounted = Progress::default();
             uncounted.bound(&self.limits);
@@ -540,7 +602,10 @@ impl Producer {
                 format::probe(&unwrapped.head, Some(size), &self.limits).map_err(|e| self.refused(e))?;
             (size, probe.virtual_size, Vec::new())
         };
-        let source_size = self.received.clone().finish(self.len)?;
+        let source_size = match self.len.filter(|_| !is_streamed) {
+            Some(len) => len,
+            None => self.received.clone().finish(self.len)?,
+        };
         tracing::debug!(bytes = self.writer.written(), "the source is read");
         self.writer.finish().map_err(pushing)?;
         Ok(Produced { file: StoredFile { name, format, size, virtual_size }, source_size, header })

@@ -1,11 +1,12 @@
 //! Images from anywhere into a registry, and disks out of it.
 //!
 //! ```text
-//!            source thread (blocking)                                   async side
-//!  http ┐   ┌─────────────────────────────────────────────────┐  ┌────────────────────┐
-//!  file ├──>│ checksums ─ unwrap ─ probe ─┬─ as it came ──────│──│─> hash, push ──────│──> layer
-//!  image┘   │                             └─ raw -> qcow2 zstd│──│─> stage, assemble ─│──> layer
-//!           └─────────────────────────────────────────────────┘  └────────────────────┘
+//!             source thread (blocking)                                   async side
+//!  http, s3 ┐ ┌─────────────────────────────────────────────────┐  ┌────────────────────┐
+//!  file, nbd├>│ checksums ─ unwrap ─ probe ─┬─ as it came ──────│──│─> hash, push ──────│──> layer
+//!  image    ┘ │                             └─ raw -> qcow2 zstd│──│─> stage, assemble ─│──> layer
+//!             └─────────────────────────────────────────────────┘  └────────────────────┘
+//!  image of our making ──> mount, or stream blob by blob ──────────────────────────────────> the same image
 //!  image ──> ranges (or a stream) ──> converter ──> raw file, block device or qcow2 file
 //! ```
 //!
@@ -18,15 +19,20 @@
 
 pub mod checksum;
 mod chunks;
+mod copy;
+mod decide;
 mod error;
 mod import;
 mod name;
 mod populate;
+mod random;
+mod refresh;
 mod resume;
+pub mod signature;
 pub mod source;
 
 pub use error::{Error, ErrorKind, Result};
-pub use import::{ImportRequest, ImportSummary, import};
+pub use import::{ImportRequest, ImportSummary, Outcome, import};
 pub use populate::{PopulateRequest, PopulateSummary, TargetFormat, populate};
 pub use source::http::HttpOptions;
 pub use source::policy::SourcePolicy;

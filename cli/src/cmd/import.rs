@@ -19,7 +19,8 @@ use crate::work::{self, Usage};
 #[derive(Debug, clap::Args)]
 pub struct Args {
     // Texts, because clap shows what it cannot parse, and a URL may hold a password.
-    /// Where the image is: an http(s) URL, docker://REFERENCE, a file or a block device.
+    /// Where the image is: an http(s) URL, docker://REFERENCE, s3://BUCKET/KEY, nbd://HOST/EXPORT, a file, a folder with
+    /// the file disk.img, or a block device.
     source: String,
     /// The tag to give it: host[:port]/repository[:tag].
     destination: String,
@@ -32,6 +33,9 @@ pub struct Args {
     /// Accept any certificate of the destination, and plain HTTP. Loopback hosts need no permission for that.
     #[arg(long)]
     insecure: bool,
+    /// Do nothing if the tag was made of the version of the source that is there now, as ETag, time, length or digest tell.
+    #[arg(long)]
+    if_changed: bool,
     /// Credentials of the registries, as docker and podman keep them.
     #[arg(long, value_name = "FILE")]
     authfile: Option<PathBuf>,
@@ -60,6 +64,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         destination,
         checksums: args.checksums,
         source_options,
+        if_changed: args.if_changed,
         client: ClientOptions { insecure: args.insecure, auth, ..ClientOptions::default() },
         limits: args.limits.limits(),
     };
@@ -67,9 +72,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&done).context("printing the summary")?),
         Output::Text => println!(
-            "{}\n  digest        {}\n  file          {} ({})\n  virtual size  {}\n  stored size   {}\n  \
+            "{}\n  outcome       {}\n  digest        {}\n  file          {} ({})\n  virtual size  {}\n  stored size   {}\n  \
              source size   {}{}\n  speed         {}/s, {:.1} s",
             done.reference,
+            done.outcome,
             done.digest,
             done.file_name,
             done.format,

@@ -2,7 +2,10 @@
 
 pub mod file;
 pub mod http;
+pub(crate) mod image;
+pub mod nbd;
 pub mod policy;
+pub mod s3;
 
 use std::fmt;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -11,9 +14,10 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::{Buf, Bytes};
+use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
 use dvcr_converter::progress::Progress;
-use dvcr_image::{AuthStore, ClientOptions, DiskImage, Network, Proxies, Reference, Repository};
+use dvcr_image::{AuthStore, ClientOptions, Network, Proxies, Reference};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
@@ -23,18 +27,25 @@ use crate::{Error, ErrorKind, Result};
 use file::FileSource;
 use http::{HttpOptions, HttpSource};
 use policy::{RegistryGate, SourcePolicy};
+use s3::S3Options;
+
+use crate::signature::VerifyKey;
 
 /// Pieces of a body that may wait for the source thread.
 const PIECES_WAITING_MAX: usize = 16;
 
-/// Where an image is, as people write it: `http(s)://...`, `docker://REF`, else a path.
+/// Where an image is, as people write it: `http(s)://...`, `docker://REF`, `s3://...`, `nbd://...`, else a path.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Source {
     /// A URL; it may hold credentials.
     Http(String),
     /// An image in a registry.
     Image(Reference),
-    /// A file or a block device.
+    /// An export of an NBD server.
+    Nbd(nbd::Address),
+    /// An object in an S3 bucket.
+    S3(s3::Object),
+    /// A file, a block device, or a folder with the file `disk.img`.
     File(PathBuf),
 }
 
@@ -48,9 +59,11 @@ impl FromStr for Source {
                 let bad = |e| Error::with(ErrorKind::Invalid, "the source is no image in a registry", e);
                 rest.parse().map(Self::Image).map_err(bad)
             }
+            Some(("s3", _)) => text.parse().map(Self::S3),
+            Some(("nbd" | "nbds" | "nbd+unix" | "nbds+unix", _)) => text.parse().map(Self::Nbd),
             Some((scheme, _)) if is_scheme(scheme) => {
                 let text = format!(
-                    "sources of scheme {scheme:?} are not read; write http://, https://, docker:// or a path"
+                    "sources of scheme {scheme:?} are not read; write http://, https://, docker://, s3://, nbd:// or a path"
                 );
                 Err(Error::new(ErrorKind::Invalid, text))
             }
@@ -79,6 +92,8 @@ impl fmt::Debug for Source {
         match self {
             Self::Http(_) => f.write_str("Http(..)"),
             Self::Image(reference) => f.debug_tuple("Image").field(reference).finish(),
+            Self::Nbd(address) => f.debug_tuple("Nbd").field(address).finish(),
+            Self::S3(object) => f.debug_tuple("S3").field(object).finish(),
             Self::File(path) => f.debug_tuple("File").field(path).finish(),
         }
     }
@@ -99,6 +114,10 @@ pub struct SourceOptions {
     pub proxies: Option<Proxies>,
     /// What the source may be; anything by default.
     pub policy: Option<Arc<SourcePolicy>>,
+    /// Where a source in a bucket is, and who reads it.
+    pub s3: S3Options,
+    /// The key that a source in a registry must be signed with.
+    pub verify_key: Option<VerifyKey>,
 }
 
 impl SourceOptions {
@@ -114,10 +133,13 @@ impl SourceOptions {
         Network { roots: self.roots.clone(), proxies: self.proxies.clone(), gate: None }
     }
 
-    /// Refuses a source that nobody vouches for, if the policy wants that somebody does.
-    pub(crate) fn admit_checksums(&self, source: &Source, checksums: &[Checksum]) -> Result<()> {
+    /// Refuses a source that the policy does not allow, or that nobody vouches for where it wants that somebody does.
+    pub(crate) fn admit(&self, source: &Source, checksums: &[Checksum]) -> Result<()> {
         match &self.policy {
-            Some(policy) => policy.admit_checksums(source, checksums),
+            Some(policy) => {
+                policy.admit(source)?;
+                policy.admit_checksums(source, checksums)
+            }
             None => Ok(()),
         }
     }
@@ -136,6 +158,8 @@ pub(crate) struct Place {
 pub(crate) struct Opened {
     /// Blocking; must not be read on the runtime's async threads. Begins at the place that was asked for.
     pub(crate) reader: Box<dyn Read + Send>,
+    /// The same bytes for whoever need not have them in order, where reading them at random costs no more.
+    pub(crate) random: Option<Arc<dyn ReadAt>>,
     /// Bytes of the whole source, if known beforehand.
     pub(crate) len: Option<u64>,
     /// Names this version of the source: another process that finds the same can go on in the middle. `None` where nothing
@@ -165,8 +189,29 @@ impl Source {
     pub(crate) fn identity(&self) -> String {
         match self {
             Self::Http(url) => url.split(['?', '#']).next().map(without_user).unwrap_or_default(),
-            Self::Image(reference) => format!("docker://{reference}"),
+            Self::Image(reference) => format!("docker://{}/{}", reference.host(), reference.repository()),
+            Self::Nbd(address) => address.to_string(),
+            Self::S3(object) => object.to_string(),
             Self::File(path) => path.display().to_string(),
+        }
+    }
+
+    /// What tells this version of the source from others, `None` if nothing does.
+    pub(crate) async fn version(&self, options: &SourceOptions) -> Result<Option<String>> {
+        match self {
+            Self::Http(url) => Ok(HttpSource::open(url, options, None).await?.fingerprint()),
+            Self::S3(object) => {
+                let url = object.url(&options.s3)?;
+                Ok(HttpSource::open(&url, options, None).await?.fingerprint())
+            }
+            Self::Image(reference) => Ok(reference.digest().map(ToString::to_string)),
+            Self::Nbd(_) => Ok(None),
+            Self::File(path) => {
+                let path = path.clone();
+                let opened = tokio::task::spawn_blocking(move || FileSource::open(&path)).await;
+                let opened = opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))?;
+                Ok(opened?.version)
+            }
         }
     }
 
@@ -181,16 +226,15 @@ impl Source {
         limits: &Limits,
         at: Option<&Place>,
     ) -> Result<Opened> {
-        if let Some(policy) = &options.policy {
-            policy.admit(self)?;
-        }
         match self {
             Self::Http(url) => open_http(url, options, at).await,
             _ if !options.http.is_empty() => {
                 let text = "headers, tokens and client certificates of the source are for http and https sources alone";
                 Err(Error::new(ErrorKind::Invalid, text))
             }
-            Self::Image(reference) => open_image(reference, &options.client(), limits, at).await,
+            Self::Image(reference) => image::open(reference, &options.client(), limits, at).await,
+            Self::Nbd(address) => nbd::open(address, options, at).await,
+            Self::S3(object) => open_http(&object.url(&options.s3)?, options, at).await,
             Self::File(path) => {
                 let (path, at) = (path.clone(), at.cloned());
                 let opened = tokio::task::spawn_blocking(move || open_file(&path, at.as_ref())).await;
@@ -207,7 +251,7 @@ fn changed(shown: &str) -> Error {
 }
 
 fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
-    let FileSource { mut file, len, name, version } = FileSource::open(path)?;
+    let FileSource { mut file, random, len, name, version } = FileSource::open(path)?;
     let shown = path.display().to_string();
     if let Some(at) = at {
         if version.as_ref() != Some(&at.validator) || at.position > len {
@@ -216,8 +260,16 @@ fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
         let seek = file.seek(SeekFrom::Start(at.position));
         seek.map_err(|e| Error::with(ErrorKind::Source, format!("cannot read {shown}"), e))?;
     }
-    let reader = Box::new(file);
-    Ok(Opened { reader, len: Some(len), validator: version, name, is_html: false, shown, pump: None })
+    Ok(Opened {
+        reader: Box::new(file),
+        random: random.map(|random| Arc::new(random) as _),
+        len: Some(len),
+        validator: version,
+        name,
+        is_html: false,
+        shown,
+        pump: None,
+    })
 }
 
 async fn open_http(url: &str, options: &SourceOptions, at: Option<&Place>) -> Result<Opened> {
@@ -236,34 +288,8 @@ async fn open_http(url: &str, options: &SourceOptions, at: Option<&Place>) -> Re
         }
     });
     let reader = Box::new(Pieces { pieces, piece: Bytes::new(), ended: false });
-    Ok(Opened { reader, len, validator, name, is_html, shown, pump: Some(Pump(pump.abort_handle())) })
-}
-
-async fn open_image(
-    reference: &Reference,
-    options: &ClientOptions,
-    limits: &Limits,
-    at: Option<&Place>,
-) -> Result<Opened> {
-    let shown = reference.to_string();
-    let failed = |e: dvcr_image::Error| {
-        let kind = match e.kind() {
-            dvcr_image::ErrorKind::Forbidden => ErrorKind::Policy,
-            _ => ErrorKind::Source,
-        };
-        Error::with(kind, format!("reading the source image {shown}"), e)
-    };
-    let repository = Repository::open(reference, options).map_err(failed)?;
-    let disk = DiskImage::locate(&repository, reference.target(), limits).await.map_err(failed)?;
-    if at.is_some() {
-        return Err(changed(&shown));
-    }
-    let (len, name) = (Some(disk.size()), Some(disk.file_name().to_owned()));
-    let opened = tokio::task::spawn_blocking(move || disk.stream()).await;
-    let stream =
-        opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))?.map_err(failed)?;
-    let reader = Box::new(stream);
-    Ok(Opened { reader, len, validator: None, name, is_html: false, shown, pump: None })
+    let pump = Some(Pump(pump.abort_handle()));
+    Ok(Opened { reader, random: None, len, validator, name, is_html, shown, pump })
 }
 
 /// Pieces sent by a task, as a blocking reader. Only `Ok(None)` is the end; a task that vanished is a failure.

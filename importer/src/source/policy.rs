@@ -14,7 +14,7 @@ use reqwest::Url;
 use serde::Deserialize;
 use url::Host;
 
-use super::Source;
+use super::{Source, nbd};
 use crate::checksum::Checksum;
 use crate::{Error, ErrorKind, Result};
 
@@ -97,6 +97,12 @@ impl SourcePolicy {
                 let admitted = self.admit_scheme("docker").and_then(|()| self.admit_registry(reference));
                 admitted.map_err(|why| refused(&format!("docker://{reference}"), why))
             }
+            // What it becomes over HTTP is judged like any other.
+            Source::S3(object) => self.admit_scheme("s3").map_err(|why| refused(&object.to_string(), why)),
+            Source::Nbd(address) => {
+                let admitted = self.admit_scheme(address.scheme()).and_then(|()| self.admit_nbd(address));
+                admitted.map_err(|why| refused(&address.to_string(), why))
+            }
             Source::File(path) => {
                 self.admit_scheme("file").map_err(|why| refused(&path.display().to_string(), why))
             }
@@ -164,8 +170,20 @@ impl SourcePolicy {
         }
     }
 
+    /// Whether an export of an NBD server may be there; one behind a socket is this machine's own.
+    fn admit_nbd(&self, address: &nbd::Address) -> Result<(), Forbidden> {
+        if self.https_only && !address.is_secure() {
+            return Err(Forbidden("the source policy allows nothing without TLS (https_only)".to_owned()));
+        }
+        address.host().map_or(Ok(()), |host| self.admit_name(host))
+    }
+
     fn admit_host(&self, url: &Url) -> Result<(), Forbidden> {
-        let (Some(hosts), Some(host)) = (&self.hosts, url.host_str()) else { return Ok(()) };
+        url.host_str().map_or(Ok(()), |host| self.admit_name(host))
+    }
+
+    fn admit_name(&self, host: &str) -> Result<(), Forbidden> {
+        let Some(hosts) = &self.hosts else { return Ok(()) };
         match hosts.iter().any(|pattern| pattern.matches(host)) {
             true => Ok(()),
             false => Err(Forbidden(format!(

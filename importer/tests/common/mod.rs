@@ -12,7 +12,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dvcr_converter::limits::Limits;
@@ -39,8 +39,13 @@ pub struct Registry {
 impl Registry {
     /// Ours, inside the test.
     pub async fn ours() -> Self {
+        Self::with(registry_config).await
+    }
+
+    /// Ours with settings for its directory.
+    pub async fn with(config: impl FnOnce(&Path) -> dvcr_registry::Config) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let config = dvcr_registry::Config::new(dir.path());
+        let config = config(dir.path());
         let opened =
             tokio::task::spawn_blocking(move || dvcr_registry::Registry::open(config)).await.unwrap();
         let router = opened.unwrap().router();
@@ -122,6 +127,82 @@ impl Drop for Registry {
     }
 }
 
+pub fn registry_config(dir: &Path) -> dvcr_registry::Config {
+    dvcr_registry::Config::new(dir)
+}
+
+/// Passes connections on, and breaks each one that carried so many bytes, either way.
+pub struct Relay {
+    pub address: SocketAddr,
+    passed: Arc<AtomicU64>,
+    cuts: Arc<AtomicU32>,
+}
+
+impl Relay {
+    pub async fn start(upstream: SocketAddr, cut_after: u64) -> Self {
+        Self::with(cut_after, move || tokio::net::TcpStream::connect(upstream)).await
+    }
+
+    /// Passes on to a local socket.
+    pub async fn to_socket(upstream: PathBuf, cut_after: u64) -> Self {
+        Self::with(cut_after, move || tokio::net::UnixStream::connect(upstream.clone())).await
+    }
+
+    async fn with<S, F>(cut_after: u64, connect: impl Fn() -> F + Send + 'static) -> Self
+    where
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + 'static,
+        F: Future<Output = std::io::Result<S>> + Send + 'static,
+    {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (passed, cuts) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU32::new(0)));
+        let counted = (passed.clone(), cuts.clone());
+        tokio::spawn(async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                let ((passed, cuts), far) = (counted.clone(), connect());
+                tokio::spawn(async move {
+                    let Ok(far) = far.await else { return };
+                    let ((near_in, near_out), (far_in, far_out)) = (near.split(), tokio::io::split(far));
+                    let there = pipe(near_in, far_out, cut_after, &passed);
+                    let back = pipe(far_in, near_out, cut_after, &passed);
+                    let cut = tokio::select! { cut = there => cut, cut = back => cut };
+                    cuts.fetch_add(u32::from(cut), Ordering::Relaxed);
+                });
+            }
+        });
+        Self { address, passed, cuts }
+    }
+
+    /// Bytes that went either way.
+    pub fn passed(&self) -> u64 {
+        self.passed.load(Ordering::Relaxed)
+    }
+
+    pub fn cuts(&self) -> u32 {
+        self.cuts.load(Ordering::Relaxed)
+    }
+}
+
+/// Copies until one side ends, or `limit` bytes went by, which returns true.
+async fn pipe(
+    mut from: impl tokio::io::AsyncRead + Unpin,
+    mut to: impl tokio::io::AsyncWrite + Unpin,
+    limit: u64,
+    passed: &AtomicU64,
+) -> bool {
+    let (mut buf, mut left) = (vec![0; 64 << 10], limit);
+    while left > 0 {
+        let room = buf.len().min(left as usize);
+        let Ok(count @ 1..) = from.read(&mut buf[..room]).await else { return false };
+        if to.write_all(&buf[..count]).await.is_err() {
+            return false;
+        }
+        left -= count as u64;
+        passed.fetch_add(count as u64, Ordering::Relaxed);
+    }
+    true
+}
+
 pub fn import_request(source: &str, destination: &str) -> ImportRequest {
     ImportRequest {
         source: source.parse().unwrap(),
@@ -129,6 +210,7 @@ pub fn import_request(source: &str, destination: &str) -> ImportRequest {
         checksums: Vec::new(),
         source_options: SourceOptions::default(),
         client: ClientOptions::default(),
+        if_changed: false,
         limits: Limits::default(),
     }
 }

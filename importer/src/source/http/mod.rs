@@ -213,6 +213,12 @@ impl HttpSource {
         Some(format!("{len} {tag}"))
     }
 
+    /// Tells this version of the resource from others, whether it can be read on from the middle or not.
+    pub fn fingerprint(&self) -> Option<String> {
+        let Version { len, tag } = self.version.as_ref()?;
+        Some(format!("{len} {tag}"))
+    }
+
     /// The URL without credentials and query, fit for messages.
     pub fn display_url(&self) -> String {
         self.requester.shown()
