@@ -127,7 +127,8 @@ fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&cli.dir)?;
     let dir = std::fs::canonicalize(&cli.dir)?;
     // Where version 10 cannot be had, the machine's own has to do.
-    let own_if_none = |qemu_img: PathBuf| if qemu_img.exists() { qemu_img } else { PathBuf::from("qemu-img") };
+    let own_if_none =
+        |qemu_img: PathBuf| if qemu_img.exists() { qemu_img } else { PathBuf::from("qemu-img") };
     match cli.suite {
         Suite::Registry { distribution, debian, blob_mib } => {
             registry::run(&cli.dvcr, &distribution, &debian, &dir, cli.rounds, blob_mib << 20)
@@ -141,8 +142,7 @@ fn main() -> anyhow::Result<()> {
             converter::run(&cli.dvcr, &own_if_none(qemu_img), &content, &dir, cli.rounds, &only)
         }
         Suite::Pipeline { content, qemu_img, debian, only } => {
-            let programs =
-                pipeline::Programs { dvcr: cli.dvcr, qemu_img: own_if_none(qemu_img), debian };
+            let programs = pipeline::Programs { dvcr: cli.dvcr, qemu_img: own_if_none(qemu_img), debian };
             pipeline::run(&programs, &content, &dir, cli.rounds, &only)
         }
         Suite::PipelineMemory { gib, device } => memory::run(&cli.dvcr, &dir, gib, device.as_deref()),

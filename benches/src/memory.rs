@@ -74,8 +74,9 @@ impl Group {
             }
             _ => (root.join("memory").join(name), "memory.max_usage_in_bytes", "memory.limit_in_bytes"),
         };
-        std::fs::create_dir(&path)
-            .with_context(|| format!("cannot make {}: this needs root and a memory controller", path.display()))?;
+        std::fs::create_dir(&path).with_context(|| {
+            format!("cannot make {}: this needs root and a memory controller", path.display())
+        })?;
         let group = Self { path, peak };
         ensure!(group.path.join(peak).exists(), "{} has no {peak}", group.path.display());
         if let Some(bytes) = limit {

@@ -96,7 +96,8 @@ pub fn run(programs: &Programs, content: &Path, dir: &Path, rounds: usize, only:
         }
     }
     println!("{rounds} rounds (the slowest in {SLOW_SHARE} of {SHARE_OF}); {version}\n");
-    let titles = ["Seconds until the raw file is on the disk", "CPU seconds, user and system", "Peak RSS, MiB"];
+    let titles =
+        ["Seconds until the raw file is on the disk", "CPU seconds, user and system", "Peak RSS, MiB"];
     for (title, table) in titles.iter().zip(&tables) {
         println!("{title}:\n");
         table.print(Against::Each);

@@ -83,4 +83,3 @@ impl Line {
         *free + self.delay
     }
 }
-

@@ -197,7 +197,9 @@ impl Indexed {
         let bytes = match whole_blob(repository, config.digest(), config.size()).await {
             Ok(bytes) => bytes,
             // Images of others need none.
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Mismatch) => return Ok(Self::default()),
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Mismatch) => {
+                return Ok(Self::default());
+            }
             Err(e) => return Err(e),
         };
         let labels = serde_json::from_slice::<ImageConfiguration>(&bytes).ok();
@@ -222,7 +224,8 @@ impl Indexed {
             return Ok(None);
         }
         let corrupt = |what: String, cause: Option<Error>| {
-            let text = format!("the image says that layer {} indexes its disk, {what}; import it again", self.named);
+            let text =
+                format!("the image says that layer {} indexes its disk, {what}; import it again", self.named);
             match cause {
                 Some(cause) => Error::with(cause.kind(), text, cause),
                 None => Error::new(ErrorKind::Corrupt, text),
@@ -232,13 +235,22 @@ impl Indexed {
             return Err(corrupt("but has no such layer".to_owned(), None));
         };
         if layer.size > index::LAYER_BYTES_MAX {
-            let text = format!("but it has {} bytes, and no index is longer than {}", layer.size, index::LAYER_BYTES_MAX);
+            let text = format!(
+                "but it has {} bytes, and no index is longer than {}",
+                layer.size,
+                index::LAYER_BYTES_MAX
+            );
             return Err(corrupt(text, None));
         }
         let bytes = whole_blob(repository, &layer.digest, layer.size).await?;
-        let index = Index::from_layer(&bytes).map_err(|e| corrupt("which cannot be read".to_owned(), Some(e)))?;
+        let index =
+            Index::from_layer(&bytes).map_err(|e| corrupt("which cannot be read".to_owned(), Some(e)))?;
         if index.file_bytes() != found.size {
-            let text = format!("but it is of a file of {} bytes, and the disk has {}", index.file_bytes(), found.size);
+            let text = format!(
+                "but it is of a file of {} bytes, and the disk has {}",
+                index.file_bytes(),
+                found.size
+            );
             return Err(corrupt(text, None));
         }
         Ok(Some(Arc::new(index)))

@@ -179,10 +179,11 @@ impl Index {
             if entry.path != PATH || entry.kind != Kind::File || entry.sparse {
                 continue;
             }
-            let bytes = usize::try_from(entry.offset).ok().and_then(|start| layer.get(start..)).and_then(|rest| {
-                let len = usize::try_from(entry.size).ok()?;
-                rest.get(..len)
-            });
+            let bytes =
+                usize::try_from(entry.offset).ok().and_then(|start| layer.get(start..)).and_then(|rest| {
+                    let len = usize::try_from(entry.size).ok()?;
+                    rest.get(..len)
+                });
             let cut = || Error::new(ErrorKind::Corrupt, format!("the layer ends before its file {PATH}"));
             return Self::decode(bytes.ok_or_else(cut)?);
         }
