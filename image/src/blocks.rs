@@ -11,7 +11,7 @@ use crate::ahead::{AHEAD_BLOCKS_MAX, Ahead};
 /// Unit of what is kept and asked for, bytes: a chunk of the index.
 pub(crate) const BLOCK_BYTES: u64 = crate::index::CHUNK_BYTES;
 /// Most blocks kept that somebody has read: several readers stand in as many of them, and come back for the rest.
-const READ_BLOCKS_MAX: usize = 24;
+const READ_BLOCKS_MAX: usize = 32;
 /// A block asked for ahead that was not wanted while so many others were is not waited for any longer.
 const UNREAD_AGE_BLOCKS: u64 = 2 * AHEAD_BLOCKS_MAX;
 /// Most blocks asked for before a reader waits for them; these, those that were read and one for each reader that waits
@@ -71,6 +71,8 @@ pub(crate) struct Slot {
     pub(crate) again: bool,
     /// Whether a reader waits for it to change.
     pub(crate) waited_for: bool,
+    /// Bytes of it that were read, some of them maybe twice.
+    pub(crate) read: u64,
     /// When it was wanted last, and what had been read by all when it was asked for.
     used: u64,
     born: u64,
@@ -126,7 +128,8 @@ impl Blocks {
             }
             self.clock += 1;
             let (used, born) = (self.clock, self.ahead.read());
-            let slot = Slot { state: State::Loading, ahead, again: false, waited_for: false, used, born };
+            let slot =
+                Slot { state: State::Loading, ahead, again: false, waited_for: false, read: 0, used, born };
             self.slots.insert(number, slot);
             self.unread += u64::from(ahead);
             match requests.last_mut() {
@@ -137,21 +140,22 @@ impl Blocks {
         requests
     }
 
-    /// Drops the blocks that were read and not used for longest, and those that a reader who went elsewhere left unread.
+    /// Drops the blocks that were read, wholly before partly, and not used for longest; and those that a reader who went
+    /// elsewhere left unread.
     fn drop_read(&mut self) {
         let now = self.ahead.read();
         let idle = |slot: &Slot| !matches!(slot.state, State::Loading | State::Checking);
         let (mut read, mut unwanted) = (Vec::new(), Vec::new());
         for (number, slot) in self.slots.iter().filter(|(_, slot)| idle(slot)) {
             match slot.ahead {
-                false => read.push((slot.used, *number)),
+                false => read.push((slot.read < BLOCK_BYTES, slot.used, *number)),
                 true if now - slot.born > UNREAD_AGE_BLOCKS => unwanted.push(*number),
                 true => {}
             }
         }
         read.sort_unstable();
         let surplus = read.len().saturating_sub(READ_BLOCKS_MAX);
-        for number in read.iter().take(surplus).map(|(_, number)| *number).chain(unwanted) {
+        for number in read.iter().take(surplus).map(|(.., number)| *number).chain(unwanted) {
             self.forget(number);
         }
     }

@@ -20,7 +20,7 @@ use crate::index::Index;
 /// A blob whose bytes are fetched by ranges when they are asked for; safe to share between threads.
 ///
 /// Reads block on the runtime and must not be made on its own async threads. Who reads forward finds the bytes there
-/// already; at most 56 MiB are kept, and 1 MiB for each thread that reads at the same time.
+/// already; at most 64 MiB are kept, and 1 MiB for each thread that reads at the same time.
 #[derive(Clone)]
 pub struct RangedBlob(Ranged);
 
@@ -141,9 +141,9 @@ impl Ranged {
         let mut position = offset;
         while position < end {
             let number = position / BLOCK_BYTES;
-            let block = self.block(number, end.div_ceil(BLOCK_BYTES))?;
             let from = position % BLOCK_BYTES;
             let count = (BLOCK_BYTES - from).min(end - position) as usize;
+            let block = self.block(number, end.div_ceil(BLOCK_BYTES), count as u64)?;
             let into = (position - offset) as usize;
             block.copy_to(&mut buf[into..into + count], from as usize);
             position += count as u64;
@@ -151,24 +151,30 @@ impl Ranged {
         Ok(())
     }
 
-    /// The block `number`, verified if there is an index; those after it, before `end`, are wanted next.
-    fn block(&self, number: u64, end: u64) -> Result<Block> {
+    /// The block `number`, of which so many bytes are wanted, verified if there is an index; those after it, before `end`,
+    /// are wanted next.
+    fn block(&self, number: u64, end: u64, bytes: u64) -> Result<Block> {
         let shared = &self.shared;
         let mut blocks = shared.lock();
         // Now the last one to be dropped for others.
         blocks.touch(number);
-        self.request(blocks.want(number, end, shared.len.div_ceil(BLOCK_BYTES)));
+        let count = shared.len.div_ceil(BLOCK_BYTES);
+        let ranges = blocks.want(number, end, count);
+        blocks = self.request(blocks, ranges);
         loop {
             let Some(slot) = blocks.touch(number) else {
-                self.request(blocks.want(number, number + 1, shared.len.div_ceil(BLOCK_BYTES)));
+                let ranges = blocks.want(number, number + 1, count);
+                blocks = self.request(blocks, ranges);
                 continue;
             };
             match &slot.state {
-                State::Ready(block) => return Ok(block.clone()),
+                State::Ready(block) => {
+                    slot.read += bytes;
+                    return Ok(block.clone());
+                }
                 State::Arrived(block) if shared.index.is_none() => {
                     let block = block.clone();
-                    slot.state = State::Ready(block.clone());
-                    return Ok(block);
+                    slot.state = State::Ready(block);
                 }
                 State::Arrived(block) => {
                     let block = block.clone();
@@ -176,7 +182,7 @@ impl Ranged {
                     drop(blocks);
                     let right = shared.is_right(number, &block);
                     blocks = shared.lock();
-                    self.settle(&mut blocks, number, right.then_some(block));
+                    blocks = self.settle(blocks, number, right.then_some(block));
                 }
                 State::Failed(cause) => {
                     let cause = cause.clone();
@@ -196,29 +202,46 @@ impl Ranged {
     }
 
     /// Ends the checking of a block: `right` is its bytes, if they are. Others get a second chance.
-    fn settle(&self, blocks: &mut Blocks, number: u64, right: Option<Block>) {
+    fn settle<'a>(
+        &'a self,
+        mut blocks: MutexGuard<'a, Blocks>,
+        number: u64,
+        right: Option<Block>,
+    ) -> MutexGuard<'a, Blocks> {
         let shared = &self.shared;
-        let Some(slot) = blocks.slot(number) else { return };
+        let Some(slot) = blocks.slot(number) else { return blocks };
         slot.state = match right {
             Some(block) => State::Ready(block),
             None if slot.again => State::Failed(Arc::new(shared.wrong(number))),
             None => {
                 tracing::warn!(digest = %shared.digest, chunk = number, "a chunk is not what the index says; asking for it again");
                 slot.again = true;
-                self.request(vec![number..number + 1]);
-                State::Loading
+                slot.state = State::Loading;
+                return self.request(blocks, vec![number..number + 1]);
             }
         };
-        if !matches!(slot.state, State::Loading) && std::mem::take(&mut slot.waited_for) {
+        if std::mem::take(&mut slot.waited_for) {
             shared.changed.notify_all();
         }
+        blocks
     }
 
-    fn request(&self, ranges: Vec<Range<u64>>) {
+    /// Sends requests for blocks that are `Loading`, one for each range. The lock is let go meanwhile: a runtime that has
+    /// ended drops them at once, and that is when their blocks fail.
+    fn request<'a>(
+        &'a self,
+        blocks: MutexGuard<'a, Blocks>,
+        ranges: Vec<Range<u64>>,
+    ) -> MutexGuard<'a, Blocks> {
+        if ranges.is_empty() {
+            return blocks;
+        }
+        drop(blocks);
         for blocks in ranges {
             let request = Request { shared: self.shared.clone(), blocks, failure: None };
             self.runtime.spawn(request.run());
         }
+        self.shared.lock()
     }
 }
 

@@ -148,7 +148,10 @@ async fn who_reads_forward_has_every_byte_asked_for_once_in_few_requests_of_whic
         let window = Window::verified(&blob, 0, index_of(&file)).unwrap();
         read_forward(&window, &file, unit, threads).await;
         let case = format!("{threads} threads, {unit} bytes each");
-        assert_eq!(server.served() - served, file.len() as u64, "{case}");
+        let served = server.served() - served;
+        // One that is left behind by the others may find that its block had to make room.
+        let vain_max = if threads == 1 { 0 } else { file.len() as u64 / 20 };
+        assert!(served - file.len() as u64 <= vain_max, "{case}: {served} bytes");
         let requests = server.requests() - requests;
         assert!(requests <= 90, "{case}: {requests} requests");
         let at_once = server.at_once_max.load(Ordering::SeqCst);
@@ -253,6 +256,18 @@ async fn a_file_that_begins_anywhere_in_its_blob_is_verified_by_its_own_chunks()
         assert_eq!(past.kind(), std::io::ErrorKind::UnexpectedEof);
     });
     reading.await.unwrap();
+}
+
+#[test]
+fn a_reader_that_outlives_its_runtime_fails_and_does_not_hang() {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let file = noise(3 * MIB as usize, 16);
+    let (_server, blob) = runtime.block_on(Server::start(file, Duration::ZERO, well));
+    let window = Window::new(&blob, 0, 3 * MIB).unwrap();
+    window.read_exact_at(&mut [0; 10], 0).unwrap();
+    runtime.shutdown_background();
+    let error = window.read_exact_at(&mut [0; 10], 2 * MIB).unwrap_err().downcast::<dvcr_image::Error>();
+    assert_eq!(error.unwrap().kind(), ErrorKind::Unavailable);
 }
 
 proptest! {
