@@ -61,7 +61,8 @@ impl Server {
         let serving = server.clone();
         let handler = move |request: Request| {
             let server = serving.clone();
-            async move { server.answer(&request).await }
+            let range = request.headers()["range"].to_str().unwrap().to_owned();
+            async move { server.answer(&range).await }
         };
         let address = serve(axum::Router::new().fallback(handler)).await;
         let digest = digest::sha256(b"nobody looks").unwrap();
@@ -69,8 +70,7 @@ impl Server {
         (server, RangedBlob::new(open(address, "a"), digest, size, Handle::current()))
     }
 
-    async fn answer(&self, request: &Request) -> Response {
-        let range = request.headers()["range"].to_str().unwrap();
+    async fn answer(&self, range: &str) -> Response {
         let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
         let range = from.parse::<usize>().unwrap()..to.parse::<usize>().unwrap() + 1;
         let number = self.requests.fetch_add(1, Ordering::SeqCst);
