@@ -319,7 +319,10 @@ impl Transfer<'_> {
         let labels = DiskLabels { size: file.size, virtual_size, format: file.format };
         let target = self.request.destination.target();
         if index.is_none() {
-            tracing::warn!(bytes = file.size, "the file is too long for an index; ranges of it cannot be verified");
+            tracing::warn!(
+                bytes = file.size,
+                "the file is too long for an index; ranges of it cannot be verified"
+            );
         }
         let layer = (digest, *size);
         let manifest = dvcr_image::publish(self.repository, target, &labels, layer, index.as_ref()).await;
@@ -355,11 +358,7 @@ impl Transfer<'_> {
     }
 
     /// Reads the staged blob back into a layer, without its salt.
-    async fn assemble(
-        &self,
-        staged: &Staged,
-        produced: &Produced,
-    ) -> Result<((Digest, u64), Option<Index>)> {
+    async fn assemble(&self, staged: &Staged, produced: &Produced) -> Result<((Digest, u64), Option<Index>)> {
         let size = produced.file.size;
         let mut begin = tar::prefix(&produced.file.name, size).map_err(|e| self.registry(e))?;
         begin.extend(&produced.header);
@@ -532,6 +531,7 @@ impl Producer {
         let mut indexed = Indexing { reader: &mut reader, index: Builder::new() };
         let mut reader = self.progress.storing(&mut indexed);
         let read = self.writer.read_all(&mut reader, &mark).map_err(|e| self.reading(e))?;
+        drop(reader);
         file.size = position.saturating_add(read);
         let source_size = self.received.clone().finish(self.len)?;
         self.writer.write_all(&tar::suffix(file.size)).map_err(pushing)?;
