@@ -54,6 +54,13 @@ bench-converter: deps-test ## Measure the converter beside qemu-img, version 10 
 	cargo build --locked --release -p dvcr -p dvcr-benches
 	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr converter
 
+.PHONY: bench-pipeline
+bench-pipeline: deps-test deps-bench tools ## Measure registry to disk beside scratch and qemu-img, nbdkit, curl; takes half an hour
+	tools/qemu10.sh || true
+	cargo build --locked --release -p dvcr -p dvcr-benches
+	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr pipeline
+	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr pipeline-memory
+
 .PHONY: fuzz
 fuzz: deps-build $(TOOLS)/bin/cargo-fuzz ## Fuzz, SECONDS=60 each, TARGET=vmdk for one; then hold the finds against qemu-img
 	FUZZ_TARGETS="$(TARGET)" tools/fuzz.sh $(SECONDS) $(TOOLS)/bin
@@ -71,7 +78,7 @@ tools: ## Build the programs that tests need (clients, registries, S3 servers, O
 deps: ## Install the Debian packages that building, the demo and the tests need
 	@tools/deps.sh build demo test lint tools
 
-.PHONY: deps-build deps-demo deps-test deps-lint
+.PHONY: deps-build deps-demo deps-test deps-lint deps-bench
 deps-build:
 	@tools/deps.sh build
 deps-demo:
@@ -80,6 +87,8 @@ deps-test:
 	@tools/deps.sh build demo test
 deps-lint:
 	@tools/deps.sh build lint
+deps-bench:
+	@tools/deps.sh build bench
 
 .PHONY: clean
 clean: ## Remove all that was built, fetched or cached

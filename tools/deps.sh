@@ -6,6 +6,7 @@
 #   test    the end-to-end tests: image tools and registry clients of others
 #   tools   Go, and Python's environments, when there are none at all, for tools/build.sh
 #   lint    the shell checker
+#   bench   programs of others that move disks, to be measured beside
 #
 # Nothing is done, and no root asked for, when all are there.
 set -euo pipefail
@@ -20,6 +21,7 @@ declare -A packages=(
     [test]="buildah bzip2 curl fdisk grub-rescue-pc jq lz4 mount nbdkit openssl umoci xfsprogs xorriso xz-utils zstd"
     [tools]=""
     [lint]="shellcheck"
+    [bench]="e2fsprogs libnbd-bin nbdkit openssl qemu-utils"
 )
 
 has_go() {

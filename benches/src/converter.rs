@@ -15,10 +15,12 @@ const DISK_BYTES: u64 = 10 << 30;
 const CONTENT_MIB_MAX: u64 = 1800;
 
 /// Contestants that take longest run in so many rounds of [`SHARE_OF`] only.
-const SLOW_SHARE: usize = 3;
-const SHARE_OF: usize = 5;
+pub(crate) const SLOW_SHARE: usize = 3;
+pub(crate) const SHARE_OF: usize = 5;
 
 const RSS_POLL_MS: u64 = 20;
+/// Polls after which the processes of a script are looked for again.
+const SCRIPT_POLLS: u32 = 10;
 
 const DVCR: &str = "dvcr";
 const BEST: &str = "qemu-img, best flags";
@@ -114,7 +116,7 @@ pub fn run(
     ensure!(dvcr.exists(), "{} is not there: cargo build --release", dvcr.display());
     let version = version(qemu_img)?;
     let sources = dir.join("sources");
-    make_sources(qemu_img, content, &sources)?;
+    make_sources(qemu_img, content, &sources, |_| true)?;
     let out_dir = tempfile::tempdir_in(dir)?;
     let out = out_dir.path().join("out");
     let mut tables = Tables::default();
@@ -253,24 +255,33 @@ fn in_turn(mut contest: Vec<Contestant>, round: usize) -> Vec<Contestant> {
 }
 
 /// What one run took and made.
-struct Sample {
-    seconds: f64,
-    cpu_seconds: f64,
-    rss_mib: f64,
+pub(crate) struct Sample {
+    pub(crate) seconds: f64,
+    pub(crate) cpu_seconds: f64,
+    /// Of all processes of the command, if it is several.
+    pub(crate) rss_mib: f64,
     output_mb: f64,
 }
 
 /// Runs the command and syncs what it wrote; the file is removed afterwards, outside the time.
-fn measure(command: &mut Command, out: &Path) -> anyhow::Result<Sample> {
+pub(crate) fn measure(command: &mut Command, out: &Path) -> anyhow::Result<Sample> {
     let cpu_before = children_cpu_seconds()?;
     let begun = Instant::now();
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     let (pid, done) = (child.id(), AtomicBool::new(false));
+    let command_is_script = command.get_program() == "sh";
     let (status, rss_mib) = std::thread::scope(|scope| {
         let watch = scope.spawn(|| {
-            let mut rss_mib = 0.0f64;
-            while !done.load(Ordering::Relaxed) {
-                rss_mib = rss_mib.max(peak_rss_mib(pid).unwrap_or(0.0));
+            let (mut rss_mib, mut below_mib) = (0.0f64, 0.0);
+            for poll in 0u32.. {
+                if done.load(Ordering::Relaxed) {
+                    break;
+                }
+                // To look at all processes is not free.
+                if command_is_script && poll % SCRIPT_POLLS == 0 {
+                    below_mib = peak_rss_below_mib(pid);
+                }
+                rss_mib = rss_mib.max(peak_rss_mib(pid).unwrap_or(0.0) + below_mib);
                 std::thread::sleep(Duration::from_millis(RSS_POLL_MS));
             }
             rss_mib
@@ -303,21 +314,47 @@ fn children_cpu_seconds() -> anyhow::Result<f64> {
     Ok(ticks.iter().sum::<f64>() / 100.0)
 }
 
+/// The most memory that the process had so far.
 fn peak_rss_mib(pid: u32) -> Option<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM"))?;
     Some(line.split_whitespace().nth(1)?.parse::<f64>().ok()? / 1024.0)
 }
 
-fn version(qemu_img: &Path) -> anyhow::Result<String> {
+/// The same of all processes that run below `root`, together.
+fn peak_rss_below_mib(root: u32) -> f64 {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let parents: Vec<(u32, u32)> = processes
+        .filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+            Some((pid, stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?))
+        })
+        .collect();
+    let children = |of: u32| parents.iter().filter(move |(_, parent)| *parent == of).map(|(pid, _)| *pid);
+    let mut below: Vec<u32> = children(root).collect();
+    let mut at = 0;
+    while at < below.len() {
+        below.extend(children(below[at]));
+        at += 1;
+    }
+    below.into_iter().filter_map(peak_rss_mib).sum()
+}
+
+pub(crate) fn version(qemu_img: &Path) -> anyhow::Result<String> {
     let output = Command::new(qemu_img).arg("--version").output();
     let output = output.with_context(|| format!("starting {}", qemu_img.display()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     Ok(text.lines().next().context("qemu-img tells no version")?.to_owned())
 }
 
-/// Makes what is missing of the test disk, an ext4 filesystem of real files, in each format. The files are kept.
-fn make_sources(qemu_img: &Path, content: &Path, kept: &Path) -> anyhow::Result<()> {
+/// Makes what is missing of the test disk, an ext4 filesystem of real files, in each wanted format. The files are kept.
+pub(crate) fn make_sources(
+    qemu_img: &Path,
+    content: &Path,
+    kept: &Path,
+    wanted: impl Fn(&str) -> bool,
+) -> anyhow::Result<()> {
     std::fs::create_dir_all(kept)?;
     let disk = SHAPES.iter().find(|shape| shape.name == RAW).context("no raw shape")?;
     let disk = kept.join(disk.file);
@@ -327,7 +364,7 @@ fn make_sources(qemu_img: &Path, content: &Path, kept: &Path) -> anyhow::Result<
         std::fs::create_dir_all(kept)?;
         make_disk(content, kept, &disk)?;
     }
-    for shape in &SHAPES {
+    for shape in SHAPES.iter().filter(|shape| wanted(shape.file)) {
         let (file, part) = (kept.join(shape.file), kept.join("part"));
         if !file.exists() {
             eprintln!("making {} once", file.display());
@@ -357,7 +394,7 @@ fn make_disk(content: &Path, dir: &Path, disk: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn success(command: &mut Command) -> anyhow::Result<()> {
+pub(crate) fn success(command: &mut Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("starting {command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())

@@ -5,6 +5,9 @@
 //! bucket.rs     dvcr and CNCF distribution v3 in a bucket of MinIO x the same rows, and lists and garbage
 //! scale.rs      the same servers on directories of few and of many blobs
 //! converter.rs  converters (dvcr, qemu-img) x rows (each format -> raw, qcow2 -> each format)
+//! pipeline.rs   from a registry to a raw file (dvcr, scratch and qemu-img, nbdkit) x rows (plain, zlib), near and far
+//! relay.rs      the far end of a long line
+//! memory.rs     what writing a large disk adds to the memory of a control group
 //! http.rs       a load maker on plain sockets, cheaper than any server it measures
 //! table.rs      medians, spread and ratios as Markdown
 //! ```
@@ -14,7 +17,10 @@
 mod bucket;
 mod converter;
 mod http;
+mod memory;
+mod pipeline;
 mod registry;
+mod relay;
 mod scale;
 mod table;
 
@@ -90,12 +96,39 @@ enum Suite {
         #[arg(long, default_value = "")]
         only: String,
     },
+    /// From a registry to a synced raw file, beside scratch and qemu-img, nbdkit and curl
+    Pipeline {
+        /// Folder whose files fill the test disk
+        #[arg(long, default_value = "/usr")]
+        content: PathBuf,
+        /// The qemu-img to compete with; tools/qemu10.sh makes the default
+        #[arg(long, default_value = ".cache/tools/bin/qemu-img-10")]
+        qemu_img: PathBuf,
+        /// Debian's docker-registry
+        #[arg(long, default_value = ".cache/tools/bin/docker-registry")]
+        debian: PathBuf,
+        /// Run only the rows whose names contain this: plain, zlib, far
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+    /// What writing a disk adds to the memory of a control group, the page cache included; needs root
+    PipelineMemory {
+        /// GiB of the disk, all of it data; three times as much is needed for a while
+        #[arg(long, default_value_t = 10)]
+        gib: u64,
+        /// An empty block device to write to as well, which loses what it has
+        #[arg(long)]
+        device: Option<PathBuf>,
+    },
 }
 
 fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     std::fs::create_dir_all(&cli.dir)?;
     let dir = std::fs::canonicalize(&cli.dir)?;
+    // Where version 10 cannot be had, the machine's own has to do.
+    let own_if_none =
+        |qemu_img: PathBuf| if qemu_img.exists() { qemu_img } else { PathBuf::from("qemu-img") };
     match cli.suite {
         Suite::Registry { distribution, debian, blob_mib } => {
             registry::run(&cli.dvcr, &distribution, &debian, &dir, cli.rounds, blob_mib << 20)
@@ -106,9 +139,12 @@ fn main() -> anyhow::Result<()> {
         }
         Suite::RegistryScale { distribution, blobs } => scale::run(&cli.dvcr, &distribution, &dir, &blobs),
         Suite::Converter { content, qemu_img, only } => {
-            // Where version 10 cannot be had, the machine's own has to do.
-            let qemu_img = if qemu_img.exists() { qemu_img } else { PathBuf::from("qemu-img") };
-            converter::run(&cli.dvcr, &qemu_img, &content, &dir, cli.rounds, &only)
+            converter::run(&cli.dvcr, &own_if_none(qemu_img), &content, &dir, cli.rounds, &only)
         }
+        Suite::Pipeline { content, qemu_img, debian, only } => {
+            let programs = pipeline::Programs { dvcr: cli.dvcr, qemu_img: own_if_none(qemu_img), debian };
+            pipeline::run(&programs, &content, &dir, cli.rounds, &only)
+        }
+        Suite::PipelineMemory { gib, device } => memory::run(&cli.dvcr, &dir, gib, device.as_deref()),
     }
 }

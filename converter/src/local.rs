@@ -36,6 +36,9 @@ const SPARSE_BYTES_MIN: usize = 4 << 10;
 /// Shortest run of zeros for which a device is asked to zero a range; a shorter one is written as data.
 const DEVICE_ZERO_BYTES_MIN: usize = 64 << 10;
 
+/// Bytes that go through the page cache, where writes past it are refused, before they are written out and dropped from it.
+const CACHED_BYTES_MAX: u64 = 32 << 20;
+
 /// Bits of a file's mode that a new file takes over from the one it replaces, and the owner's right to write.
 const PERMISSION_BITS: u32 = 0o777;
 const OWNER_WRITES: u32 = 0o600;
@@ -282,6 +285,15 @@ impl RawTarget {
         Ok(target)
     }
 
+    /// Gives the file these permission bits when it is complete, instead of those of the file it replaces or the usual
+    /// ones. A block device keeps its own.
+    pub fn set_mode(&mut self, mode: u32) -> Result<()> {
+        match &mut self.kind {
+            Kind::Fresh(partial, _) => partial.set_mode(mode),
+            Kind::InPlace { .. } => Ok(()),
+        }
+    }
+
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
         self.size.load(Ordering::Relaxed)
@@ -456,6 +468,8 @@ pub(crate) struct DirectFile {
     pub(crate) buffered: File,
     direct: Option<File>,
     direct_works: AtomicBool,
+    /// Bytes that went through the page cache since it was emptied.
+    cached: AtomicU64,
 }
 
 impl DirectFile {
@@ -463,7 +477,7 @@ impl DirectFile {
     pub(crate) fn new(buffered: File, path: &Path, flags: OFlags) -> Self {
         let flags = OFlags::DIRECT | flags;
         let direct = OpenOptions::new().write(true).custom_flags(flags.bits() as i32).open(path).ok();
-        Self { buffered, direct, direct_works: AtomicBool::new(true) }
+        Self { buffered, direct, direct_works: AtomicBool::new(true), cached: AtomicU64::new(0) }
     }
 
     /// Writes all of `bytes` at `offset`; fast when both begin at multiples of [`ALIGN_BYTES`].
@@ -484,7 +498,22 @@ impl DirectFile {
                 Err(e) => return Err(e),
             }
         }
-        self.buffered.write_all_at(&bytes[done..], offset + done as u64)
+        let rest = &bytes[done..];
+        self.buffered.write_all_at(rest, offset + done as u64)?;
+        self.drop_behind(rest.len() as u64)
+    }
+
+    /// Keeps the page cache small when `bytes` more went through it: what was written is not read again, and counts as
+    /// memory of whoever wrote it.
+    fn drop_behind(&self, bytes: u64) -> std::io::Result<()> {
+        if self.cached.fetch_add(bytes, Ordering::Relaxed) + bytes < CACHED_BYTES_MAX {
+            return Ok(());
+        }
+        self.cached.store(0, Ordering::Relaxed);
+        self.buffered.sync_data()?;
+        // Mere advice: a file system without a cache has nothing to drop.
+        let _ = rustix::fs::fadvise(&self.buffered, 0, None, rustix::fs::Advice::DontNeed);
+        Ok(())
     }
 }
 
@@ -552,6 +581,15 @@ impl Partial {
         Ok(Self { file, temporary, path, mode, committed: false })
     }
 
+    /// Gives the file these permission bits in the end, and at once what may be had of them.
+    pub(crate) fn set_mode(&mut self, mode: u32) -> Result<()> {
+        let mode = mode & PERMISSION_BITS;
+        self.mode = Some(mode);
+        self.file
+            .set_permissions(Permissions::from_mode(mode | OWNER_WRITES))
+            .map_err(|e| Error::io(format!("setting the mode of {}", self.temporary.display()), e))
+    }
+
     pub(crate) fn commit(mut self) -> Result<()> {
         let context =
             |e| Error::io(format!("moving {} to {}", self.temporary.display(), self.path.display()), e);
@@ -597,4 +635,30 @@ fn device_bytes(file: &File, path: &Path) -> Result<u64> {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by a panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_go_past_the_page_cache_does_not_stay_in_it() {
+        // In the folder of the build, which is no tmpfs: that has nothing but the page cache.
+        let here = std::env::current_exe().unwrap();
+        let dir = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
+        let path = dir.path().join("disk");
+        let mut file = DirectFile::new(File::create_new(&path).unwrap(), &path, OFlags::empty());
+        file.direct = None;
+        let (step, steps) = (4 << 20, 48);
+        let bytes: Vec<u8> = (0..step).map(|n| (n % 251) as u8).collect();
+        for n in 0..steps {
+            file.write_all_at(&bytes, n * step as u64).unwrap();
+        }
+        let output = std::process::Command::new("fincore").args(["-bno", "RES"]).arg(&path).output().unwrap();
+        let kept: u64 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+        assert!(kept <= CACHED_BYTES_MAX, "{kept} of {} bytes are in the page cache", steps * step as u64);
+        let read = std::fs::read(&path).unwrap();
+        assert!(read.chunks(step).all(|chunk| chunk == bytes));
+    }
 }

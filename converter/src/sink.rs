@@ -66,6 +66,12 @@ impl ImageTarget {
         Ok(Self { writers, partial, preallocation, buffer, start: 0, filled: 0 })
     }
 
+    /// Gives the file these permission bits when it is complete, instead of those of the file it replaces or the usual
+    /// ones.
+    pub fn set_mode(&mut self, mode: u32) -> Result<()> {
+        self.partial.set_mode(mode)
+    }
+
     /// Completes the file: it is on stable storage, and has its name, when this returns.
     pub fn finish(mut self, finished: &Finished) -> Result<()> {
         self.pad()?;

@@ -3,6 +3,7 @@
 //! ```text
 //!  manifest ──> layers, last first ──> plain tar: walk the headers by ranges ──> Window (random access)
 //!                               └─> gz, zst, or no ranges: walk as a stream ──> DiskStream (forward, verified)
+//!  config   ──> labels: does one of the layers hold an index of the disk? ──> the Window is verified too
 //! ```
 
 use std::io::{Cursor, Read};
@@ -11,11 +12,12 @@ use std::sync::{Arc, Mutex};
 use bytes::{Buf, Bytes};
 use dvcr_converter::limits::Limits;
 use dvcr_converter::wrapper;
-use oci_spec::image::Descriptor;
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageManifest};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use crate::digest::{self, Digest, Hasher};
+use crate::index::{self, Index};
 use crate::layout::{self, DiskLabels};
 use crate::merge::{self, Found, Hidden, Reach};
 use crate::ranged::{RangedBlob, Window};
@@ -24,22 +26,36 @@ use crate::{Error, ErrorKind, Repository, Result, media_type};
 
 /// Parts of a layer that may wait for their reader.
 const PARTS_WAITING_MAX: usize = 16;
+/// Longest configuration that is looked into, bytes.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
 /// First bytes of a layer that tell its compression.
 const MAGIC_BYTES: usize = 16;
 
-/// Makes an image of a pushed layer, and gives it the tag `target`. Returns the manifest's digest.
+/// Makes an image of a pushed layer, and of the index of its file if there is one, and gives it the tag `target`. Returns
+/// the manifest's digest.
 ///
 /// `layer` is an uncompressed tar of this crate's layout, already a blob of `repository`, with its length in bytes.
 pub async fn publish(
     repository: &Repository,
     target: &str,
     labels: &DiskLabels,
-    layer: (&Digest, u64),
+    layer: layout::Layer<'_>,
+    index: Option<&Index>,
 ) -> Result<Digest> {
-    let config = layout::config(labels, layer.0)?;
+    let index = match index {
+        Some(index) => {
+            let bytes = index.layer();
+            let size = bytes.len() as u64;
+            Some((repository.push_blob(bytes.into()).await?, size))
+        }
+        None => None,
+    };
+    let index = index.as_ref().map(|(digest, size)| (digest, *size));
+    let config = layout::config(labels, layer.0, index.map(|(digest, _)| digest))?;
     let config_bytes = config.len() as u64;
     let config = repository.push_blob(config.into()).await?;
-    let manifest = layout::manifest((&config, config_bytes), layer)?;
+    let layers: Vec<_> = [layer].into_iter().chain(index).collect();
+    let manifest = layout::manifest((&config, config_bytes), &layers)?;
     repository.put_manifest(target, manifest.into(), media_type::OCI_MANIFEST).await
 }
 
@@ -51,6 +67,7 @@ pub struct DiskImage {
     layer: Layer,
     found: Found,
     seekable: bool,
+    index: Option<Arc<Index>>,
     limits: Limits,
     runtime: Handle,
 }
@@ -65,14 +82,16 @@ impl DiskImage {
     /// Finds the first regular file below `disk/` in the last layer that has one, in the image of a tag or digest;
     /// what the layers after it hide or remove does not count.
     ///
-    /// An image without one is [`ErrorKind::NotFound`]. Costs a ranged read of either end for an image of our own
+    /// An image without one is [`ErrorKind::NotFound`]. If the image's labels say that it has an index of this disk, that is
+    /// read too, and one that is missing or malformed is [`ErrorKind::Corrupt`]; images of others have none. Costs a ranged read of either end for an image of our own
     /// layout; compressed layers are decoded up to the file, inside `limits`.
     pub async fn locate(repository: &Repository, target: &str, limits: &Limits) -> Result<Self> {
         let (manifest, image) = repository.image(target).await?;
         let runtime = Handle::current();
+        let indexed = Indexed::of(repository, &image).await?;
         let mut hidden = Hidden::default();
         for descriptor in image.layers().iter().rev() {
-            if !may_hold_files(descriptor) {
+            if !may_hold_files(descriptor) || indexed.is_index(descriptor) {
                 continue;
             }
             let layer = Layer { digest: descriptor.digest().clone(), size: descriptor.size() };
@@ -91,7 +110,10 @@ impl DiskImage {
             })?;
             hidden = hidden_now;
             if let Some((found, seekable)) = outcome? {
+                // A stream is verified by its layer's digest.
+                let index = if seekable { indexed.load(repository, &layer, &found).await? } else { None };
                 return Ok(Self {
+                    index,
                     repository: repository.clone(),
                     manifest: manifest.digest,
                     layer,
@@ -123,6 +145,11 @@ impl DiskImage {
         &self.manifest
     }
 
+    /// Whether what [`DiskImage::window`] gives is verified.
+    pub fn is_indexed(&self) -> bool {
+        self.index.is_some()
+    }
+
     /// The layer that holds the file, and where in it the file begins, if the layer is a plain tar and the registry serves
     /// ranges.
     pub fn place(&self) -> Option<(&Digest, u64)> {
@@ -130,13 +157,17 @@ impl DiskImage {
     }
 
     /// Random access to the file, if its layer is a plain tar and the registry serves ranges. What is read this way
-    /// is not verified against the layer's digest.
+    /// is verified by the image's index, if it has one, and not at all otherwise: no other digest covers a part of a layer.
     pub fn window(&self) -> Result<Option<Window>> {
         if !self.seekable {
             return Ok(None);
         }
-        Window::new(blob(&self.repository, &self.layer, &self.runtime), self.found.offset, self.found.size)
-            .map(Some)
+        let blob = blob(&self.repository, &self.layer, &self.runtime);
+        match &self.index {
+            Some(index) => Window::verified(&blob, self.found.offset, index.clone()),
+            None => Window::new(&blob, self.found.offset, self.found.size),
+        }
+        .map(Some)
     }
 
     /// Opens the file as a stream. Must not be read on the runtime's own async threads.
@@ -150,6 +181,97 @@ impl DiskImage {
         tar.skip(self.found.offset)?;
         Ok(DiskStream { raw, tar: tar.0, found: self.found.clone(), left: self.found.size, end: End::Ahead })
     }
+}
+
+/// What an image's labels say of an index.
+#[derive(Default)]
+struct Indexed {
+    /// The layer that it is of.
+    of: String,
+    /// The layer that holds it, as the labels have it and as the manifest has it.
+    named: String,
+    layer: Option<Layer>,
+}
+
+impl Indexed {
+    /// Reads the labels; of a configuration that is none nothing is known.
+    async fn of(repository: &Repository, image: &ImageManifest) -> Result<Self> {
+        let config = image.config();
+        if config.size() > CONFIG_BYTES_MAX {
+            return Ok(Self::default());
+        }
+        let bytes = match whole_blob(repository, config.digest(), config.size()).await {
+            Ok(bytes) => bytes,
+            // Images of others need none.
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Mismatch) => {
+                return Ok(Self::default());
+            }
+            Err(e) => return Err(e),
+        };
+        let labels = serde_json::from_slice::<ImageConfiguration>(&bytes).ok();
+        let labels = labels.and_then(|config| config.config().as_ref()?.labels().clone()).unwrap_or_default();
+        let (Some(of), Some(named)) =
+            (labels.get(layout::LABEL_INDEXED_LAYER), labels.get(layout::LABEL_INDEX_LAYER))
+        else {
+            return Ok(Self::default());
+        };
+        let layer = image.layers().iter().find(|layer| layer.digest().as_ref() == named);
+        let layer = layer.map(|layer| Layer { digest: layer.digest().clone(), size: layer.size() });
+        Ok(Self { of: of.clone(), named: named.clone(), layer })
+    }
+
+    fn is_index(&self, descriptor: &Descriptor) -> bool {
+        self.layer.as_ref().is_some_and(|layer| layer.digest == *descriptor.digest())
+    }
+
+    /// Reads the index, if it is of the disk that was found.
+    async fn load(&self, repository: &Repository, disk: &Layer, found: &Found) -> Result<Option<Arc<Index>>> {
+        if self.of != disk.digest.as_ref() {
+            return Ok(None);
+        }
+        let corrupt = |what: String, cause: Option<Error>| {
+            let text =
+                format!("the image says that layer {} indexes its disk, {what}; import it again", self.named);
+            match cause {
+                Some(cause) => Error::with(cause.kind(), text, cause),
+                None => Error::new(ErrorKind::Corrupt, text),
+            }
+        };
+        let Some(layer) = &self.layer else {
+            return Err(corrupt("but has no such layer".to_owned(), None));
+        };
+        if layer.size > index::LAYER_BYTES_MAX {
+            let text = format!(
+                "but it has {} bytes, and no index is longer than {}",
+                layer.size,
+                index::LAYER_BYTES_MAX
+            );
+            return Err(corrupt(text, None));
+        }
+        let bytes = whole_blob(repository, &layer.digest, layer.size).await?;
+        let index =
+            Index::from_layer(&bytes).map_err(|e| corrupt("which cannot be read".to_owned(), Some(e)))?;
+        if index.file_bytes() != found.size {
+            let text = format!(
+                "but it is of a file of {} bytes, and the disk has {}",
+                index.file_bytes(),
+                found.size
+            );
+            return Err(corrupt(text, None));
+        }
+        Ok(Some(Arc::new(index)))
+    }
+}
+
+/// Reads a small blob, and verifies it.
+async fn whole_blob(repository: &Repository, digest: &Digest, size: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut stream = repository.blob(digest, size);
+    while let Some(part) = stream.next().await? {
+        bytes.extend_from_slice(&part);
+    }
+    digest::verify(&bytes, digest, &format!("blob {digest}"))?;
+    Ok(bytes)
 }
 
 /// Attestations, signatures and the like are no file systems.

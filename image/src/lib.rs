@@ -3,14 +3,18 @@
 //! ```text
 //!   dvcr-client: Reference, Repository ───────────────────> any OCI registry
 //!                  │ blobs, uploads, manifests; ranged: random access for blocking readers
-//!   tar, layout ──> disk: publish (ours) · DiskImage::locate (anyone's) ──> Window | DiskStream
+//!   tar, layout, index ──> disk: publish (ours) · DiskImage::locate (anyone's) ──> Window | DiskStream
+//!   ranged <── blocks: what is here · ahead: what to ask for before it is wanted
 //! ```
 //!
 //! The layout is described byte by byte in `docs/formats/disk-image.md`. Where the bytes come from, and what disk
 //! format they are in, is not this crate's business. What those who work with images need of the client is told again
 //! here.
 
+mod ahead;
+mod blocks;
 mod disk;
+pub mod index;
 pub mod layout;
 mod merge;
 mod ranged;

@@ -69,6 +69,19 @@ pub fn layer_bytes(size: u64) -> Option<u64> {
     DATA_OFFSET.checked_add(size)?.checked_add(padding(size) + (END_RECORDS * RECORD_BYTES) as u64)
 }
 
+/// A whole tar of one file, `path`, in one directory; both names are short and ASCII.
+pub(crate) fn small_file(path: &str, content: &[u8]) -> Vec<u8> {
+    let size = content.len() as u64;
+    let mut bytes = Vec::with_capacity(content.len() + (3 + END_RECORDS) * RECORD_BYTES);
+    if let Some((directory, _)) = path.rsplit_once('/') {
+        bytes.extend(header(&format!("{directory}/"), 0o755, 0, b'5'));
+    }
+    bytes.extend(header(path, 0o644, size, b'0'));
+    bytes.extend(content);
+    bytes.extend(suffix(size));
+    bytes
+}
+
 /// What the search runs over: a tar read forward, cheap to skip in.
 pub(crate) trait Source {
     /// Fills `buf` from the current position, or returns false if the tar ends exactly there.

@@ -17,7 +17,8 @@ use common::{DebianRegistry, noise, open, our_registry, push_image, serve};
 use dvcr_converter::format::Format;
 use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
-use dvcr_image::layout::DiskLabels;
+use dvcr_image::index::{Builder, Index};
+use dvcr_image::layout::{self, DiskLabels};
 use dvcr_image::{DiskImage, ErrorKind, Repository, digest, media_type, publish, tar};
 use serde_json::{Value, json};
 
@@ -35,6 +36,12 @@ fn gnu_layer(files: &[(&str, &[u8])]) -> Vec<u8> {
         std::fs::write(path, content).unwrap();
     }
     run(Command::new("tar").args(["-cf", "-", "--sort=name", "."]).current_dir(dir.path()))
+}
+
+fn index_of(content: &[u8]) -> Index {
+    let mut builder = Builder::new();
+    builder.update(content);
+    builder.finish().unwrap()
 }
 
 fn run(command: &mut Command) -> Vec<u8> {
@@ -84,7 +91,10 @@ async fn what_is_published_is_an_image_that_other_tools_unpack() {
     blob.push(layer("debian.qcow2", &content).into()).await.unwrap();
     let (layer, size) = blob.finish().await.unwrap();
     let labels = DiskLabels { size: content.len() as u64, virtual_size: 10 << 30, format: Format::Qcow2 };
-    let manifest = publish(&repository, "latest", &labels, (&layer, size)).await.unwrap();
+    let index = index_of(&content);
+    let manifest = publish(&repository, "latest", &labels, (&layer, size), Some(&index)).await.unwrap();
+    let again = publish(&repository, "latest", &labels, (&layer, size), Some(&index)).await.unwrap();
+    assert_eq!(again, manifest, "the same disk has the same digest");
     assert_eq!(repository.manifest_digest("latest").await.unwrap(), Some(manifest.clone()));
 
     let dir = tempfile::tempdir().unwrap();
@@ -104,7 +114,10 @@ async fn what_is_published_is_an_image_that_other_tools_unpack() {
         .args(["unpack", "--rootless", "--image", "oci:x", "bundle"])
         .current_dir(dir.path()));
     assert!(std::fs::read(dir.path().join("bundle/rootfs/disk/debian.qcow2")).unwrap() == content);
-    assert_eq!(std::fs::read_dir(dir.path().join("bundle/rootfs")).unwrap().count(), 1);
+    // Two directories, and KubeVirt looks for the only file in the one.
+    assert_eq!(std::fs::read_dir(dir.path().join("bundle/rootfs")).unwrap().count(), 2);
+    assert_eq!(std::fs::read_dir(dir.path().join("bundle/rootfs/disk")).unwrap().count(), 1);
+    assert_eq!(std::fs::read(dir.path().join("bundle/rootfs/dvcr/index")).unwrap(), index.encode());
 
     let layer_file = dir.path().join("oci/blobs/sha256").join(layer.digest());
     tar_tools_agree(&layer_file, content.len());
@@ -112,6 +125,7 @@ async fn what_is_published_is_an_image_that_other_tools_unpack() {
     let disk = locate(&repository).await.unwrap();
     assert_eq!((disk.file_name(), disk.size()), ("debian.qcow2", content.len() as u64));
     assert_eq!(disk.manifest(), &manifest);
+    assert!(disk.is_indexed());
     assert_eq!(read_window(&disk, 1_234_567, 70_000).await, content[1_234_567..1_304_567]);
     assert!(read_stream(&disk).await.unwrap() == content);
 }
@@ -338,5 +352,88 @@ async fn many_threads_read_one_layer_and_all_see_its_bytes() {
         .collect();
     for reader in readers {
         reader.await.unwrap();
+    }
+}
+
+/// Publishes an image of these layers whose configuration is `config`.
+async fn push_configured(repository: &Repository, config: Vec<u8>, layers: &[Vec<u8>]) {
+    let mut entries = Vec::new();
+    for layer in layers {
+        let digest = repository.push_blob(layer.clone().into()).await.unwrap();
+        entries.push(
+            json!({"mediaType": media_type::OCI_LAYER, "digest": digest.to_string(), "size": layer.len()}),
+        );
+    }
+    let size = config.len();
+    let config = repository.push_blob(config.into()).await.unwrap();
+    let manifest = json!({
+        "schemaVersion": 2, "mediaType": media_type::OCI_MANIFEST, "layers": entries,
+        "config": {"mediaType": media_type::OCI_CONFIG, "digest": config.to_string(), "size": size},
+    });
+    let manifest = serde_json::to_vec(&manifest).unwrap();
+    repository.put_manifest("latest", manifest.into(), media_type::OCI_MANIFEST).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_that_our_labels_promise_has_to_be_there_and_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let repository = open(our_registry(dir.path()).await, "a");
+    let content = noise(2_500_000, 13);
+    let disk = layer("x.img", &content);
+    let labels = DiskLabels { size: content.len() as u64, virtual_size: 1 << 30, format: Format::Raw };
+    let disk_digest = digest::sha256(&disk).unwrap();
+    let configured = |index: &[u8]| {
+        let index = digest::sha256(index).unwrap();
+        layout::config(&labels, &disk_digest, Some(&index)).unwrap()
+    };
+    let index = index_of(&content).layer();
+
+    push_configured(&repository, configured(&index), &[disk.clone(), index.clone()]).await;
+    let found = locate(&repository).await.unwrap();
+    assert!(found.is_indexed());
+    assert!(read_window(&found, 0, content.len()).await == content);
+
+    push_configured(&repository, configured(&index), std::slice::from_ref(&disk)).await;
+    let missing = locate(&repository).await.unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::Corrupt);
+    assert!(missing.to_string().contains("no such layer"), "{missing}");
+
+    let of_another = index_of(&content[1..]).layer();
+    let empty = layer("y", b"");
+    for (bad, word) in [(of_another, "2499999"), (empty, "cannot be read")] {
+        push_configured(&repository, configured(&bad), &[disk.clone(), bad.clone()]).await;
+        let error = locate(&repository).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains(word), "{error}");
+    }
+
+    let mut changed = content.clone();
+    changed[2_000_000] ^= 1;
+    let wrong = index_of(&changed).layer();
+    push_configured(&repository, configured(&wrong), &[disk.clone(), wrong]).await;
+    let found = locate(&repository).await.unwrap();
+    let window = found.window().unwrap().unwrap();
+    let refused = tokio::task::spawn_blocking(move || window.read_exact_at(&mut [0; 10], 1_999_000));
+    let refused = refused.await.unwrap().unwrap_err().downcast::<dvcr_image::Error>().unwrap();
+    assert_eq!(refused.kind(), ErrorKind::Mismatch);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_built_on_ours_inherits_the_labels_and_its_own_disk_is_read_without_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let repository = open(our_registry(dir.path()).await, "a");
+    let (ours, theirs) = (noise(1_500_000, 14), noise(1_700_000, 15));
+    let labels = DiskLabels { size: ours.len() as u64, virtual_size: 1 << 30, format: Format::Raw };
+    let disk = layer("x.img", &ours);
+    let index = index_of(&ours).layer();
+    let index_digest = digest::sha256(&index).unwrap();
+    let config = layout::config(&labels, &digest::sha256(&disk).unwrap(), Some(&index_digest)).unwrap();
+    let other = gnu_layer(&[("disk/x.img", &theirs)]);
+    // With our layers below, and squashed into one.
+    for layers in [vec![disk, index, other.clone()], vec![other]] {
+        push_configured(&repository, config.clone(), &layers).await;
+        let found = locate(&repository).await.unwrap();
+        assert!(!found.is_indexed());
+        assert!(read_window(&found, 0, theirs.len()).await == theirs);
     }
 }

@@ -186,7 +186,7 @@ impl Copier<'_> {
         let Some((layer, layer_bytes)) = own.blobs.first().cloned() else { return Ok(false) };
         let runtime = tokio::runtime::Handle::current();
         let blob = RangedBlob::new(self.to.clone(), layer, layer_bytes, runtime);
-        let window = Window::new(blob, tar::DATA_OFFSET, own.labels.size).map_err(|e| self.registry(e))?;
+        let window = Window::new(&blob, tar::DATA_OFFSET, own.labels.size).map_err(|e| self.registry(e))?;
         let limits = self.request.limits.clone();
         let opened = tokio::task::spawn_blocking(move || format::open(Arc::new(window), &limits)).await;
         let opened = opened

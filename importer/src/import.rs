@@ -14,6 +14,7 @@ use dvcr_converter::progress::Progress;
 use dvcr_converter::sink::StreamTarget;
 use dvcr_converter::{qcow2, wrapper};
 use dvcr_image::digest::{self, Digest, Hasher};
+use dvcr_image::index::{Builder, Index};
 use dvcr_image::layout::DiskLabels;
 use dvcr_image::{BlobWriter, ClientOptions, RangedBlob, Reference, Repository, Window, tar};
 use serde::Serialize;
@@ -175,6 +176,8 @@ struct Produced {
     source_size: u64,
     /// The part of the file that goes before what was staged.
     header: Vec<u8>,
+    /// Of a file that went straight into its layer, from its beginning; that of others is made when they are read back.
+    index: Option<Index>,
 }
 
 /// Where an import begins, or goes on.
@@ -237,7 +240,7 @@ impl Transfer<'_> {
         };
         let thread = tokio::task::spawn_blocking(move || producer.run(tell_route));
 
-        let (layer, produced) = match route.await {
+        let (layer, mut produced) = match route.await {
             // The source thread failed before it knew.
             Err(_) => {
                 ended(thread).await?;
@@ -253,15 +256,20 @@ impl Transfer<'_> {
                 drop(blob);
                 let mut blob = self.repository.start_blob().await.map_err(|e| self.registry(e))?;
                 chunks.push_to(&mut blob, |_, _| None, |_| {}).await.map_err(|e| self.registry(e))?;
-                let produced = ended(thread).await?;
+                let mut produced = ended(thread).await?;
                 let (digest, size) = blob.finish().await.map_err(|e| self.registry(e))?;
                 let staged = Staged { repository: self.repository.clone(), digest, size };
                 self.progress.set_phase("assemble");
-                (self.assemble(&staged, &produced).await?, produced)
+                let (layer, index) = self.assemble(&staged, &produced).await?;
+                produced.index = index;
+                (layer, produced)
             }
         };
         self.progress.set_phase("commit");
-        let (digest, manifest, virtual_size) = self.publish(&layer, &produced.file).await?;
+        if is_resumed {
+            produced.index = self.index_again(&layer, produced.file.size).await?;
+        }
+        let (digest, manifest, virtual_size) = self.publish(&layer, &produced).await?;
         tracing::debug!(layer = %digest, %manifest, "the image is published");
         let seconds = begun.elapsed().as_secs_f64();
         let received = produced.source_size - position;
@@ -346,23 +354,61 @@ impl Transfer<'_> {
     }
 
     /// Makes the image; returns the digests of the layer and of the manifest, and the bytes a guest sees.
-    async fn publish(&self, layer: &(Digest, u64), file: &StoredFile) -> Result<(Digest, Digest, u64)> {
+    async fn publish(&self, layer: &(Digest, u64), produced: &Produced) -> Result<(Digest, Digest, u64)> {
         let (digest, size) = layer;
+        let Produced { file, index, .. } = produced;
         let virtual_size = match file.virtual_size {
             Some(virtual_size) => virtual_size,
             None => self.look_inside(digest, *size, file).await?,
         };
         let labels = DiskLabels { size: file.size, virtual_size, format: file.format };
         let target = self.request.destination.target();
-        let manifest = dvcr_image::publish(self.repository, target, &labels, (digest, *size)).await;
+        if index.is_none() {
+            tracing::warn!(
+                bytes = file.size,
+                "the file is too long for an index; ranges of it cannot be verified"
+            );
+        }
+        let layer = (digest, *size);
+        let manifest = dvcr_image::publish(self.repository, target, &labels, layer, index.as_ref()).await;
         Ok((digest.clone(), manifest.map_err(|e| self.registry(e))?, virtual_size))
     }
 
+    /// Reads a layer back and makes the index of the file in it: of one that several processes have pushed, none has seen
+    /// all. The layer is held against its digest, so that the index is of what was pushed.
+    async fn index_again(&self, layer: &(Digest, u64), file_bytes: u64) -> Result<Option<Index>> {
+        let mut stream = self.repository.blob(&layer.0, layer.1);
+        let mut hasher = Hasher::matching(&layer.0).map_err(|e| self.registry(e))?;
+        let expected = layer.0.clone();
+        let runtime = tokio::runtime::Handle::current();
+        let thread = tokio::task::spawn_blocking(move || -> dvcr_image::Result<Option<Index>> {
+            let mut index = Builder::new();
+            let (mut before, mut left) = (tar::DATA_OFFSET, file_bytes);
+            while let Some(mut bytes) = runtime.block_on(stream.next())? {
+                hasher.update(&bytes);
+                let skipped = before.min(bytes.len() as u64);
+                let _ = bytes.split_to(skipped as usize);
+                before -= skipped;
+                bytes.truncate(left.min(bytes.len() as u64) as usize);
+                left -= bytes.len() as u64;
+                index.update(&bytes);
+            }
+            digest::same(&hasher.finish()?, &expected, "the layer that was pushed")?;
+            Ok(index.finish())
+        });
+        let read = thread
+            .await
+            .map_err(|e| Error::with(ErrorKind::Registry, "the thread that reads a layer ended early", e))?;
+        read.map_err(|e| self.registry(e))
+    }
+
     /// Reads the staged blob back into a layer, without its salt.
-    async fn assemble(&self, staged: &Staged, produced: &Produced) -> Result<(Digest, u64)> {
+    async fn assemble(&self, staged: &Staged, produced: &Produced) -> Result<((Digest, u64), Option<Index>)> {
         let size = produced.file.size;
         let mut begin = tar::prefix(&produced.file.name, size).map_err(|e| self.registry(e))?;
         begin.extend(&produced.header);
+        let mut index = Builder::new();
+        index.update(&produced.header);
         let end = tar::suffix(size);
         let whole = (begin.len() + end.len()) as u64 + staged.size.saturating_sub(STAGED_SALT_BYTES as u64);
         let mut share = Share::new(self.progress, produced.source_size, whole);
@@ -372,18 +418,20 @@ impl Transfer<'_> {
         let mut hasher = Hasher::matching(&staged.digest).map_err(|e| self.registry(e))?;
         let expected = staged.digest.clone();
         let runtime = tokio::runtime::Handle::current();
-        let thread = tokio::task::spawn_blocking(move || -> io::Result<()> {
+        let thread = tokio::task::spawn_blocking(move || -> io::Result<Option<Index>> {
             writer.write_all(&begin)?;
             let mut salt_left = STAGED_SALT_BYTES;
             while let Some(mut bytes) = runtime.block_on(stream.next())? {
                 hasher.update(&bytes);
                 let salt = bytes.split_to(salt_left.min(bytes.len()));
                 salt_left -= salt.len();
+                index.update(&bytes);
                 writer.write_all(&bytes)?;
             }
             digest::same(&hasher.finish()?, &expected, "what was staged in the registry")?;
             writer.write_all(&end)?;
-            writer.finish()
+            writer.finish()?;
+            Ok(index.finish())
         });
 
         let mut layer = self.repository.start_blob().await.map_err(|e| self.registry(e))?;
@@ -394,11 +442,11 @@ impl Transfer<'_> {
         let read = thread
             .await
             .map_err(|e| Error::with(ErrorKind::Registry, "the assembling thread ended early", e))?;
-        read.map_err(|e| {
+        let index = read.map_err(|e| {
             Error::with(ErrorKind::Registry, "reading back what was staged in the registry", e)
         })?;
         self.progress.set_phase("commit");
-        layer.finish().await.map_err(|e| self.registry(e))
+        Ok((layer.finish().await.map_err(|e| self.registry(e))?, index))
     }
 
     /// Opens the image where it lies now, in a layer that nobody refers to yet, and returns the bytes a guest sees. A
@@ -407,7 +455,7 @@ impl Transfer<'_> {
         let begin = tar::prefix(&file.name, file.size).map_err(|e| self.registry(e))?;
         let runtime = tokio::runtime::Handle::current();
         let blob = RangedBlob::new(self.repository.clone(), layer.clone(), layer_bytes, runtime);
-        let window = Window::new(blob, begin.len() as u64, file.size).map_err(|e| self.registry(e))?;
+        let window = Window::new(&blob, begin.len() as u64, file.size).map_err(|e| self.registry(e))?;
         let limits = self.request.limits.clone();
         let opened = tokio::task::spawn_blocking(move || format::open(Arc::new(window), &limits)).await;
         let opened = opened
@@ -527,13 +575,16 @@ impl Producer {
             self.writer.write_all(&begin).map_err(pushing)?;
         }
         let mark = |taken: u64| received.mark(position + taken);
-        let mut reader = self.progress.storing(&mut reader);
+        let mut indexed = Indexing { reader: &mut reader, index: Builder::new() };
+        let mut reader = self.progress.storing(&mut indexed);
         let read = self.writer.read_all(&mut reader, &mark).map_err(|e| self.reading(e))?;
+        drop(reader);
         file.size = position.saturating_add(read);
         let source_size = self.received.clone().finish(self.len)?;
         self.writer.write_all(&tar::suffix(file.size)).map_err(pushing)?;
         self.writer.finish().map_err(pushing)?;
-        Ok(Produced { file, source_size, header: Vec::new() })
+        let index = if from == 0 { indexed.index.finish() } else { None };
+        Ok(Produced { file, source_size, header: Vec::new(), index })
     }
 
     fn produce(mut self, tell_route: oneshot::Sender<Route>) -> Result<Produced> {
@@ -608,7 +659,8 @@ impl Producer {
         };
         tracing::debug!(bytes = self.writer.written(), "the source is read");
         self.writer.finish().map_err(pushing)?;
-        Ok(Produced { file: StoredFile { name, format, size, virtual_size }, source_size, header })
+        let file = StoredFile { name, format, size, virtual_size };
+        Ok(Produced { file, source_size, header, index: None })
     }
 
     fn refused(&self, error: dvcr_converter::Error) -> Error {
@@ -636,6 +688,20 @@ fn tell(tell_route: oneshot::Sender<Route>, route: Route) -> Result<()> {
 /// Waits for what the source thread produced.
 async fn ended(thread: SourceThread) -> Result<Produced> {
     thread.await.map_err(|e| Error::with(ErrorKind::Source, "the source thread ended early", e))?
+}
+
+/// Makes the index of what is read.
+struct Indexing<R> {
+    reader: R,
+    index: Builder,
+}
+
+impl<R: Read> Read for Indexing<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buf)?;
+        self.index.update(&buf[..count]);
+        Ok(count)
+    }
 }
 
 /// 244 random bits, as two version 4 UUIDs have them.

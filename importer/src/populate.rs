@@ -79,6 +79,9 @@ pub struct PopulateRequest {
     pub size: Option<u64>,
     /// What to write.
     pub format: TargetFormat,
+    /// Permission bits of the file; by default those of the file that is replaced, or the usual ones. A block device keeps
+    /// its own.
+    pub mode: Option<u32>,
     /// How to talk to the registry.
     pub client: ClientOptions,
     /// Bounds for the image.
@@ -226,10 +229,9 @@ impl Work {
     fn write(&self, image: &Image, options: &Options, verify: impl Fn() -> io::Result<()>) -> Result<Made> {
         let virtual_size = image.info.virtual_size;
         let size = self.final_size(virtual_size)?;
-        let target = self.request.target.as_path();
         let written_bytes = match self.request.format {
             TargetFormat::Raw => {
-                let raw = RawTarget::create(target, size).map_err(|e| self.converting(e))?;
+                let raw = self.create_raw(size)?;
                 let written =
                     to_raw(&*image.disk, &raw, options, &self.progress).map_err(|e| self.converting(e))?;
                 verify().map_err(|e| self.reading(e))?;
@@ -237,7 +239,7 @@ impl Work {
                 written.data_bytes
             }
             TargetFormat::Qcow2 => {
-                let mut file = ImageTarget::create(target).map_err(|e| self.converting(e))?;
+                let mut file = self.create_image()?;
                 let finished = to_image(&*image.disk, &mut file, &qcow2_form(size), options, &self.progress)
                     .map_err(|e| self.converting(e))?;
                 verify().map_err(|e| self.reading(e))?;
@@ -251,7 +253,6 @@ impl Work {
 
     /// Writes a raw disk that comes as a stream; its end is where the layer's digest is verified.
     fn write_stream(&self, source: Format, len: Option<u64>, reader: Box<dyn Read + Send>) -> Result<Made> {
-        let target = self.request.target.as_path();
         let wanted = match len {
             Some(len) => {
                 self.progress.set_total(len);
@@ -266,7 +267,7 @@ impl Work {
         let reader = Box::new(&mut disk);
         match self.request.format {
             TargetFormat::Raw => {
-                let raw = RawTarget::create(target, wanted).map_err(|e| self.converting(e))?;
+                let raw = self.create_raw(wanted)?;
                 let written =
                     stream_to_raw(reader, &raw, &options, &self.progress).map_err(|e| self.converting(e))?;
                 let size = self.final_size(raw.size())?;
@@ -278,7 +279,7 @@ impl Work {
                 })
             }
             TargetFormat::Qcow2 => {
-                let mut file = ImageTarget::create(target).map_err(|e| self.converting(e))?;
+                let mut file = self.create_image()?;
                 let form = qcow2_form(wanted);
                 let finished = stream_to_image(reader, None, &mut file, &form, &options, &self.progress)
                     .map_err(|e| self.converting(e))?;
@@ -292,6 +293,22 @@ impl Work {
                 })
             }
         }
+    }
+
+    fn create_raw(&self, size: u64) -> Result<RawTarget> {
+        let mut raw = RawTarget::create(&self.request.target, size).map_err(|e| self.converting(e))?;
+        if let Some(mode) = self.request.mode {
+            raw.set_mode(mode).map_err(|e| self.converting(e))?;
+        }
+        Ok(raw)
+    }
+
+    fn create_image(&self) -> Result<ImageTarget> {
+        let mut file = ImageTarget::create(&self.request.target).map_err(|e| self.converting(e))?;
+        if let Some(mode) = self.request.mode {
+            file.set_mode(mode).map_err(|e| self.converting(e))?;
+        }
+        Ok(file)
     }
 
     fn commit_raw(&self, raw: RawTarget) -> Result<()> {

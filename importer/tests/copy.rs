@@ -135,7 +135,7 @@ async fn an_image_whose_labels_lie_is_imported_with_true_ones() {
     let (_, image) = repository.image("latest").await.unwrap();
     let layer = (image.layers()[0].digest(), image.layers()[0].size());
     let labels = DiskLabels { size: made.stored_size, virtual_size: 512, format: Format::Qcow2 };
-    dvcr_image::publish(&repository, "lies", &labels, layer).await.unwrap();
+    dvcr_image::publish(&repository, "lies", &labels, layer, None).await.unwrap();
     let done = import_image(&theirs, "a:lies", &ours.reference("a")).await;
     assert_eq!((done.outcome, done.virtual_size), (Outcome::Imported, made.virtual_size));
     assert_eq!(done.digest, made.digest);

@@ -7,7 +7,7 @@
 //!  (images)   (HTTP source) PeerRegistry      /
 //!         |         |       S3Server          /
 //!          \        |          |             /
-//!           programs (where binaries are), process (start, log, kill, wait)
+//!           programs (where binaries are), process (start, log, kill, wait), ControlGroup (what memory they use)
 //! ```
 //!
 //! Every child process dies with the test program, also when that one is killed: children are started through
@@ -19,6 +19,7 @@
     reason = "a harness: a failure is the report"
 )]
 
+mod control_group;
 mod file_server;
 pub mod fixture;
 mod main_job;
@@ -28,6 +29,7 @@ pub mod qemu;
 mod registry;
 mod s3;
 
+pub use control_group::ControlGroup;
 pub use file_server::FileServer;
 pub use main_job::{Done, main_job};
 pub use process::{

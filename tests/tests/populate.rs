@@ -1,10 +1,11 @@
 //! Disks made from an image in the registry: their size, format and what is refused.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use dvcr_tests::{
-    Registry, TempDir, assert_same_bytes, cmd, dvcr, fixture, qemu, run_dvcr, run_output, temp_dir, utf8,
+    ControlGroup, Registry, TempDir, assert_same_bytes, cmd, dvcr, fixture, qemu, run, run_dvcr, run_output,
+    temp_dir, utf8,
 };
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 
 const MIB: u64 = 1 << 20;
@@ -98,4 +99,71 @@ fn a_qcow2_disk_grows_too() -> Result<()> {
     assert_eq!(qemu::virtual_size(&disk, "qcow2")?, 1024 * MIB);
     std::fs::File::options().write(true).open(&setup.expected)?.set_len(1024 * MIB)?;
     qemu::assert_same_disk(&setup.expected, "raw", &disk, "qcow2")
+}
+
+#[test]
+fn a_disk_larger_than_its_share_of_memory_is_written_beside_the_page_cache() -> Result<()> {
+    const SHARE_BYTES: u64 = 256 << 20;
+    let dir = temp_dir();
+    let Some(group) = ControlGroup::create() else {
+        eprintln!("skipped: control groups cannot be made here, or do not count memory");
+        return Ok(());
+    };
+    drop(group);
+    let source = dir.path().join("disk.qcow2");
+    fixture::noise_qcow2(&source, 1 << 30, 640 << 20)?;
+    let registry = Registry::start(&dir.path().join("registry"))?;
+    let reference = registry.reference("vi/tests/large:1");
+    run_dvcr(&["import", utf8(&source), &reference])?;
+    for format in ["raw", "qcow2"] {
+        let group = ControlGroup::create().context("another control group")?;
+        let target = dir.path().join("disk");
+        let populate = cmd(dvcr()?, ["populate", &reference, utf8(&target), "--format", format]);
+        run(&group.inside(&populate))?;
+        let peak = group.peak()?;
+        assert!(peak < SHARE_BYTES, "{format}: {} MiB in use", peak >> 20);
+        qemu::assert_same_disk(&source, "qcow2", &target, format)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_file_gets_the_mode_that_was_asked_for() -> Result<()> {
+    let setup = Setup::new()?;
+    for format in ["raw", "qcow2"] {
+        for mode in ["0660", "600"] {
+            let disk = setup.populate("disk", &["--format", format, "--mode", mode])?;
+            let got = disk.metadata()?.mode() & 0o777;
+            assert_eq!(got, u32::from_str_radix(mode, 8)?, "{format}, {mode}");
+        }
+    }
+    let refused = run_output(&cmd(dvcr()?, ["populate", &setup.reference, "x", "--mode", "999"]))?;
+    assert!(!refused.status.success() && refused.stderr.contains("999"), "{refused:?}");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_the_registry_has_damaged_is_refused_and_the_chunk_is_named() -> Result<()> {
+    let setup = Setup::new()?;
+    let blobs = setup.dir.path().join("registry/docker/registry/v2/blobs/sha256");
+    let mut files = Vec::new();
+    for prefix in blobs.read_dir()? {
+        for blob in prefix?.path().read_dir()? {
+            files.push(blob?.path().join("data"));
+        }
+    }
+    let layer = files.into_iter().max_by_key(|path| path.metadata().map_or(0, |meta| meta.len()));
+    let layer = layer.context("no blob")?;
+    // In chunk 3 of the file, which begins 64 KiB into the layer.
+    let at = 3 * MIB + (64 << 10) + 12_345;
+    let file = std::fs::File::options().read(true).write(true).open(&layer)?;
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at)?;
+    file.write_all_at(&[byte[0] ^ 1], at)?;
+    let target = setup.target("disk.raw");
+    let output = run_output(cmd(dvcr()?, ["populate", &setup.reference]).arg(&target))?;
+    assert!(!output.status.success(), "{output:?}");
+    assert!(output.stderr.contains("chunk 3 "), "{}", output.stderr);
+    assert!(!target.exists());
+    Ok(())
 }

@@ -27,6 +27,9 @@ pub struct Args {
     /// Format to write.
     #[arg(long, value_enum, default_value_t = Format::Raw)]
     format: Format,
+    /// Permission bits of the file, octal, such as 0660; by default those of the file that is replaced, or the usual ones.
+    #[arg(long, value_name = "OCTAL", value_parser = mode)]
+    mode: Option<u32>,
     /// Accept any certificate, and plain HTTP. Loopback hosts need no permission for that.
     #[arg(long)]
     insecure: bool,
@@ -43,6 +46,12 @@ enum Format {
     Qcow2,
 }
 
+/// Permission bits as chmod takes them.
+fn mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
+    mode.ok_or_else(|| format!("{text:?} is no octal number from 0 to 777"))
+}
+
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let reference: Reference = args.reference.parse().context(Usage("REFERENCE"))?;
@@ -56,6 +65,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Format::Raw => TargetFormat::Raw,
             Format::Qcow2 => TargetFormat::Qcow2,
         },
+        mode: args.mode,
         client: ClientOptions { insecure: args.insecure, auth, ..ClientOptions::default() },
         limits: args.limits.limits(),
     };

@@ -225,6 +225,7 @@ pub fn populate_request(reference: &str, target: &Path) -> PopulateRequest {
         target: target.to_owned(),
         size: None,
         format: TargetFormat::Raw,
+        mode: None,
         client: ClientOptions::default(),
         limits: Limits::default(),
     }

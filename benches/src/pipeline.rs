@@ -1,0 +1,213 @@
+//! From a registry to a disk: the image is there, and a synced raw file is wanted.
+//!
+//! The peers read the bare file by HTTP from the same registry, where it is a blob of its own: they know no layers.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+
+use crate::converter::{SHARE_OF, SLOW_SHARE, make_sources, measure, success, version};
+use crate::registry::Server;
+use crate::relay::Relay;
+use crate::table::{Against, Better, Table};
+
+/// The long line: half a round trip, and the rate.
+const FAR_DELAY: Duration = Duration::from_millis(10);
+const FAR_BYTES_PER_SECOND: f64 = 100e6;
+
+/// Rows, and the files of the converter's suite that they are of.
+const SOURCES: [(&str, &str); 2] = [("qcow2 plain", "plain.qcow2"), ("qcow2 zlib", "zlib.qcow2")];
+
+const OURS: &str = "dvcr";
+const OURS_FROM_DEBIAN: &str = "dvcr, from docker-registry 2.8";
+const CURL: &str = "curl of the stored blob";
+
+/// What runs.
+pub struct Programs {
+    pub dvcr: PathBuf,
+    pub qemu_img: PathBuf,
+    pub debian: PathBuf,
+}
+
+/// Runs every row and prints tables of seconds, CPU seconds and peak memory.
+pub fn run(programs: &Programs, content: &Path, dir: &Path, rounds: usize, only: &str) -> anyhow::Result<()> {
+    let Programs { dvcr, qemu_img, debian } = programs;
+    ensure!(dvcr.exists(), "{} is not there: cargo build --release", dvcr.display());
+    let version = version(qemu_img)?;
+    let sources = dir.join("sources");
+    make_sources(qemu_img, content, &sources, |file| SOURCES.iter().any(|(_, wanted)| *wanted == file))?;
+    let work = tempfile::tempdir_in(dir)?;
+    let root = |name: &str| -> anyhow::Result<PathBuf> {
+        let root = work.path().join(name);
+        std::fs::create_dir(&root)?;
+        Ok(root)
+    };
+    let ours = Server::start("dvcr", dvcr, &root("ours")?)?;
+    let theirs = if debian.exists() {
+        Some(Server::start("docker-registry", debian, &root("theirs")?)?)
+    } else {
+        eprintln!("{} is not there; going on without it", debian.display());
+        None
+    };
+    let images: Vec<Image> = SOURCES
+        .iter()
+        .map(|(row, file)| Image::push(dvcr, row, &sources.join(file), &ours, theirs.as_ref()))
+        .collect::<anyhow::Result<_>>()?;
+    let far = Relay::start(ours.addr, FAR_DELAY, FAR_BYTES_PER_SECOND)?;
+    let (out, scratch) = (work.path().join("out"), work.path().join("scratch"));
+    let place = Place { programs, out: &out, scratch: &scratch, near: ours.addr, far: far.addr };
+    let mut tables = [Table::default(), Table::default(), Table::default()];
+    let mut far_table = Table::default();
+    for round in 0..rounds {
+        let slow_too = round < (rounds * SLOW_SHARE).div_ceil(SHARE_OF);
+        for image in images.iter().filter(|image| image.row.contains(only)) {
+            let mut contest = place.contest(image, theirs.as_ref().map(|server| server.addr));
+            let first = round % contest.len();
+            contest.rotate_left(first);
+            for (name, slow, mut command) in contest {
+                if slow && !slow_too {
+                    continue;
+                }
+                eprintln!("round {} of {rounds}: {}: {name}", round + 1, image.row);
+                let sample = measure(&mut command, &out).with_context(|| name.to_owned())?;
+                let values = [sample.seconds, sample.cpu_seconds, sample.rss_mib];
+                for (table, value) in tables.iter_mut().zip(values) {
+                    table.add(image.row, Better::Lower, name, value);
+                }
+                let _ = std::fs::remove_file(&scratch);
+            }
+        }
+        for image in images.iter().filter(|image| format!("{} far", image.row).contains(only)) {
+            for name in [OURS, CURL] {
+                eprintln!("round {} of {rounds}: {} far: {name}", round + 1, image.row);
+                let seconds = match name {
+                    CURL => {
+                        let begun = Instant::now();
+                        success(Command::new("curl").args(["-sf", "-o", "/dev/null", &image.url(far.addr)]))?;
+                        begun.elapsed().as_secs_f64()
+                    }
+                    _ => measure(&mut place.populate(image, far.addr), &out)?.seconds,
+                };
+                far_table.add(image.row, Better::Lower, name, seconds);
+            }
+        }
+    }
+    println!("{rounds} rounds (the slowest in {SLOW_SHARE} of {SHARE_OF}); {version}\n");
+    let titles =
+        ["Seconds until the raw file is on the disk", "CPU seconds, user and system", "Peak RSS, MiB"];
+    for (title, table) in titles.iter().zip(&tables) {
+        println!("{title}:\n");
+        table.print(Against::Each);
+        println!();
+    }
+    println!(
+        "Seconds over a line of {} ms round trip and {} MB/s:\n",
+        2 * FAR_DELAY.as_millis(),
+        FAR_BYTES_PER_SECOND / 1e6
+    );
+    far_table.print(Against::Each);
+    Ok(())
+}
+
+/// One file in the registries: as an image, and as a bare blob.
+struct Image {
+    row: &'static str,
+    name: String,
+    digest: String,
+}
+
+impl Image {
+    fn push(
+        dvcr: &Path,
+        row: &'static str,
+        file: &Path,
+        ours: &Server,
+        theirs: Option<&Server>,
+    ) -> anyhow::Result<Self> {
+        let name = file.file_stem().and_then(|name| name.to_str()).context("a name")?.to_owned();
+        eprintln!("importing {name}");
+        for server in [Some(ours), theirs].into_iter().flatten() {
+            success(Command::new(dvcr).arg("import").arg(file).arg(format!("{}/{name}:1", server.addr)))?;
+        }
+        let sum = Command::new("sha256sum").arg(file).output()?;
+        let sum = String::from_utf8(sum.stdout)?;
+        let digest = format!("sha256:{}", sum.split_whitespace().next().context("a checksum")?);
+        let image = Self { row, name, digest };
+        let session = format!(
+            "location=$(curl -sf -X POST -D - -o /dev/null http://{0}/v2/bare/blobs/uploads/ | tr -d '\\r' | \
+             sed -n 's/^[Ll]ocation: //p'); case $location in /*) location=http://{0}$location;; esac; \
+             case $location in *\\?*) location=\"$location&\";; *) location=\"$location?\";; esac; \
+             curl -sf -T \"$1\" \"${{location}}digest=$2\"",
+            ours.addr
+        );
+        success(Command::new("sh").args(["-ec", &session, "sh"]).arg(file).arg(&image.digest))?;
+        Ok(image)
+    }
+
+    /// Where the bare file is.
+    fn url(&self, server: SocketAddr) -> String {
+        format!("http://{server}/v2/bare/blobs/{}", self.digest)
+    }
+}
+
+struct Place<'a> {
+    programs: &'a Programs,
+    out: &'a Path,
+    scratch: &'a Path,
+    near: SocketAddr,
+    far: SocketAddr,
+}
+
+impl Place<'_> {
+    fn populate(&self, image: &Image, server: SocketAddr) -> Command {
+        let mut command = Command::new(&self.programs.dvcr);
+        command.arg("populate").arg(format!("{server}/{}:1", image.name)).arg(self.out);
+        command
+    }
+
+    /// Who competes, whether it takes long, and what it runs. The first is us.
+    fn contest(&self, image: &Image, debian: Option<SocketAddr>) -> Vec<(&'static str, bool, Command)> {
+        debug_assert_ne!(self.near, self.far);
+        let slow = image.row.contains("zlib");
+        let url = image.url(self.near);
+        let mut contest = vec![(OURS, false, self.populate(image, self.near))];
+        contest.extend(debian.map(|server| (OURS_FROM_DEBIAN, false, self.populate(image, server))));
+        let qemu_img = self.programs.qemu_img.display();
+        let (out, scratch) = (self.out.display(), self.scratch.display());
+        let nbdkit = format!("nbdkit -U - -r -f --filter=readahead --filter=retry curl url={url} --run");
+        let ways = [
+            (
+                "scratch, qemu-img -t writeback",
+                format!(
+                    "curl -sf -o '{scratch}' {url} && sync '{scratch}' && \
+                     '{qemu_img}' convert -f qcow2 -t writeback -m 1 -O raw '{scratch}' '{out}'"
+                ),
+            ),
+            (
+                "nbdkit, qemu-img -t writeback",
+                format!("{nbdkit} \"'{qemu_img}' convert -f qcow2 -t writeback -O raw \\$uri '{out}'\""),
+            ),
+            (
+                "nbdkit, qemu-img -t none",
+                format!("{nbdkit} \"'{qemu_img}' convert -f qcow2 -t none -O raw \\$uri '{out}'\""),
+            ),
+            (
+                "nbdkit, qemu-nbd, nbdcopy",
+                format!(
+                    "{nbdkit} \"qemu-nbd -r -f qcow2 --fork --pid-file='{scratch}' -k '{scratch}.sock' \\$uri; \
+                     truncate -s \\$(nbdinfo --size 'nbd+unix:///?socket={scratch}.sock') '{out}'; \
+                     nbdcopy --flush --destination-is-zero 'nbd+unix:///?socket={scratch}.sock' '{out}'\""
+                ),
+            ),
+        ];
+        contest.extend(ways.into_iter().map(|(name, script)| {
+            let mut command = Command::new("sh");
+            command.args(["-ec", &script]);
+            (name, slow || name.starts_with("scratch"), command)
+        }));
+        contest
+    }
+}
