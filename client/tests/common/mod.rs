@@ -73,7 +73,7 @@ impl DebianRegistry {
         None
     }
 
-    pub fn data(&self) -> std::path::PathBuf {
+    pub fn data(&self) -> PathBuf {
         self.dir.path().join("data")
     }
 }
