@@ -1,5 +1,6 @@
 //! Where images come from: an opened source is a blocking reader, its length as far as known, and its name.
 
+pub mod feed;
 pub mod file;
 pub mod http;
 pub mod policy;
@@ -20,6 +21,7 @@ use tokio::task::AbortHandle;
 use crate::checksum::{Checksum, Checksums};
 use crate::resume::Mark;
 use crate::{Error, ErrorKind, Result};
+use feed::Feed;
 use file::FileSource;
 use http::{HttpOptions, HttpSource};
 use policy::{RegistryGate, SourcePolicy};
@@ -36,6 +38,8 @@ pub enum Source {
     Image(Reference),
     /// A file or a block device.
     File(PathBuf),
+    /// What somebody pushes in while it is imported.
+    Feed(Feed),
 }
 
 impl FromStr for Source {
@@ -80,6 +84,7 @@ impl fmt::Debug for Source {
             Self::Http(_) => f.write_str("Http(..)"),
             Self::Image(reference) => f.debug_tuple("Image").field(reference).finish(),
             Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Feed(feed) => feed.fmt(f),
         }
     }
 }
@@ -196,6 +201,7 @@ impl Source {
                 let opened = tokio::task::spawn_blocking(move || open_file(&path, at.as_ref())).await;
                 opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))?
             }
+            Self::Feed(feed) => feed.open(at),
         }
     }
 }
