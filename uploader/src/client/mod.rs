@@ -21,12 +21,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dvcr_converter::progress::Progress;
-use http::{HeaderName, Method, StatusCode};
+use http::{HeaderName, StatusCode};
 use reqwest::{Certificate, Client, Identity, Response};
 use rustix::fs::{SeekFrom, seek};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use url::Url;
+use url::{Host, Url};
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -159,9 +159,19 @@ fn client(request: &UploadRequest, url: &Url) -> Result<Client, Error> {
         .tcp_user_timeout(UNACKNOWLEDGED_TIMEOUT)
         .tcp_keepalive(UNACKNOWLEDGED_TIMEOUT / 2)
         .https_only(url.scheme() == "https")
+        .http1_only()
         .referer(false)
         .tls_danger_accept_invalid_certs(request.insecure)
         .user_agent(concat!("dvcr/", env!("CARGO_PKG_VERSION")));
+    let is_loopback = match url.host() {
+        Some(Host::Domain(name)) => name == "localhost",
+        Some(Host::Ipv4(address)) => address.is_loopback(),
+        Some(Host::Ipv6(address)) => address.is_loopback(),
+        None => false,
+    };
+    if is_loopback {
+        builder = builder.no_proxy();
+    }
     if let Some(roots) = &request.roots {
         let roots = Certificate::from_pem_bundle(roots);
         builder =
@@ -258,9 +268,4 @@ async fn answer(mut response: Response) -> String {
 /// Whether a server, or a proxy before it, is only out of order for a while.
 fn is_passing(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 425 | 429 | 502 | 503 | 504)
-}
-
-/// The method of tus that has no name in the standard library of HTTP.
-fn patch() -> Method {
-    Method::PATCH
 }

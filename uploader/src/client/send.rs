@@ -190,7 +190,7 @@ impl Sender {
 
     /// Sends one part.
     async fn send_part(&mut self, session: &Url, position: u64, part: &Part) -> Result<Next, Error> {
-        let mut request = self.tus(super::patch(), session).header(UPLOAD_OFFSET, position);
+        let mut request = self.tus(Method::PATCH, session).header(UPLOAD_OFFSET, position);
         request = request.header(CONTENT_TYPE, "application/offset+octet-stream");
         request = request.header(PREFER, "return=representation").timeout(REQUEST_TIMEOUT);
         if part.is_coded {
