@@ -11,6 +11,7 @@
 #   containerd, ctr   a container runtime and its client, from Debian's package
 #   minio             an S3 server
 #   moto_server       a stand-in for S3, in Python, from PyPI
+#   tuspy-python      a Python that has tuspy, a client of the tus protocol, from PyPI
 #
 # Each Go program has its own module here, so that one's dependencies never change the other's. Versions and checksums are
 # pinned by go.mod and go.sum; a program is built again only when one of these changes.
@@ -109,27 +110,29 @@ unpack() {
     rm -r "$dir"
 }
 
-# Installs moto and what it needs into an environment of its own; again only when the pins change.
-install_moto() {
-    local pins=$here/moto/requirements.txt stamp started=$SECONDS
+# Installs packages of PyPI into an environment of their own, and a command that runs its Python; again only when the pins
+# change: install_python ENVIRONMENT COMMAND ARGUMENT...
+install_python() {
+    local name=$1 command=$2 pins=$here/$1/requirements.txt stamp started=$SECONDS
+    shift 2
     stamp=$(sha256sum < "$pins" | cut -c1-16)
-    if [ -x "$cache/bin/moto_server" ] && [ "$(cat "$cache/stamps/moto" 2> /dev/null)" = "$stamp" ] &&
-        "$cache/moto/bin/python" -c "" 2> /dev/null; then
+    if [ -x "$cache/bin/$command" ] && [ "$(cat "$cache/stamps/$name" 2> /dev/null)" = "$stamp" ] &&
+        "$cache/$name/bin/python" -c "" 2> /dev/null; then
         return
     fi
-    say "installing moto ..."
-    rm -rf "$cache/moto"
-    python3 -m venv "$cache/moto" || fail "python3 cannot make environments; run 'make deps-tools'"
-    "$cache/moto/bin/python" -m pip install -q --disable-pip-version-check --no-deps -r "$pins" ||
+    say "installing $name ..."
+    rm -rf "${cache:?}/$name"
+    python3 -m venv "$cache/$name" || fail "python3 cannot make environments; run 'make deps-tools'"
+    "$cache/$name/bin/python" -m pip install -q --disable-pip-version-check --no-deps -r "$pins" ||
         fail "cannot install the packages of $pins; is PyPI in reach?"
     # The scripts that pip writes name the environment's place; this one goes where the folder goes.
-    cat > "$cache/bin/moto_server" << 'EOF'
+    cat > "$cache/bin/$command" << EOF
 #!/bin/sh
-exec "$(dirname "$(readlink -f "$0")")/../moto/bin/python" -m moto.server "$@"
+exec "\$(dirname "\$(readlink -f "\$0")")/../$name/bin/python" $* "\$@"
 EOF
-    chmod +x "$cache/bin/moto_server"
-    echo "$stamp" > "$cache/stamps/moto"
-    say "installed moto: $((SECONDS - started)) s"
+    chmod +x "$cache/bin/$command"
+    echo "$stamp" > "$cache/stamps/$name"
+    say "installed $name: $((SECONDS - started)) s"
 }
 
 unpack docker-registry docker-registry
@@ -141,4 +144,5 @@ build oras oras oras.land/oras/cmd/oras build -trimpath
 build helm helm helm.sh/helm/v3/cmd/helm build -trimpath
 build cosign cosign github.com/sigstore/cosign/v3/cmd/cosign build -trimpath
 build minio minio github.com/minio/minio build -trimpath
-install_moto
+install_python moto moto_server -m moto.server
+install_python tuspy tuspy-python

@@ -25,7 +25,6 @@ use crate::cache::USES_INTERVAL;
 use crate::control::Control;
 use crate::patience::Patient;
 use crate::reload::RELOAD_INTERVAL;
-use crate::tls;
 use crate::{Error, Registry, Result};
 
 /// How long requests may go on after the end was asked for.
@@ -140,7 +139,7 @@ async fn secured(
         Err(_) => return tracing::debug!("no agreement on TLS in time"),
     };
     let certificate = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let router = match certificate.and_then(tls::common_name) {
+    let router = match certificate.and_then(dvcr_tls::common_name) {
         Some(name) => router.layer(Extension(Peer::new(&name))),
         None => router,
     };

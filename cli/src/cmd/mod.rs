@@ -8,6 +8,8 @@ mod info;
 mod map;
 mod populate;
 mod registry;
+mod upload;
+mod uploader;
 
 use std::process::ExitCode;
 
@@ -30,6 +32,8 @@ pub enum Command {
     Registry(Box<registry::Args>),
     Import(import::Args),
     Populate(populate::Args),
+    Upload(upload::Args),
+    Uploader(Box<uploader::Args>),
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
@@ -61,6 +65,8 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Check(args) => return check::run(args),
         Command::Compare(args) => return compare::run(args),
         Command::Registry(args) => return registry::run(*args),
+        Command::Uploader(args) => return uploader::run(*args),
+        Command::Upload(args) => upload::run(args),
         Command::Import(args) => import::run(args),
         Command::Populate(args) => populate::run(args),
         Command::Info(args) => info::run(args),

@@ -1,5 +1,6 @@
 //! Where images come from: an opened source is a blocking reader, its length as far as known, and its name.
 
+pub mod feed;
 pub mod file;
 pub mod http;
 pub(crate) mod image;
@@ -24,6 +25,7 @@ use tokio::task::AbortHandle;
 use crate::checksum::{Checksum, Checksums};
 use crate::resume::Mark;
 use crate::{Error, ErrorKind, Result};
+use feed::Feed;
 use file::FileSource;
 use http::{HttpOptions, HttpSource};
 use policy::{RegistryGate, SourcePolicy};
@@ -47,6 +49,8 @@ pub enum Source {
     S3(s3::Object),
     /// A file, a block device, or a folder with the file `disk.img`.
     File(PathBuf),
+    /// What somebody pushes in while it is imported.
+    Feed(Feed),
 }
 
 impl FromStr for Source {
@@ -95,6 +99,7 @@ impl fmt::Debug for Source {
             Self::Nbd(address) => f.debug_tuple("Nbd").field(address).finish(),
             Self::S3(object) => f.debug_tuple("S3").field(object).finish(),
             Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Feed(feed) => feed.fmt(f),
         }
     }
 }
@@ -240,6 +245,7 @@ impl Source {
                 let opened = tokio::task::spawn_blocking(move || open_file(&path, at.as_ref())).await;
                 opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))?
             }
+            Self::Feed(feed) => feed.open(at),
         }
     }
 }

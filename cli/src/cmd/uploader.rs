@@ -1,0 +1,345 @@
+//! `dvcr uploader`.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail, ensure};
+use dvcr_converter::progress::Progress;
+use dvcr_image::{AuthStore, ClientOptions, Credentials, Network, Reference};
+use dvcr_importer::ErrorKind;
+use dvcr_importer::checksum::Checksum;
+use dvcr_registry::Time;
+use dvcr_tls::Terms;
+use dvcr_uploader::{Config, Listeners, Outcome, Tls, serve};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::work::{self, Signals, Usage};
+
+/// Largest file of certificates that is read, bytes.
+const CA_BYTES_MAX: u64 = 4 << 20;
+/// How long a thread may take to notice the end.
+const WIND_DOWN: Duration = Duration::from_secs(1);
+
+/// Takes one upload of a disk image, and stores it in an OCI registry
+///
+/// Serves /upload until an image is durable, and then ends: by PUT or POST with all of the image, by PUT with
+/// Content-Range in parts, or by tus 1.0, which `dvcr upload` speaks. A broken upload goes on where it was.
+///
+/// Exit codes: 0 the image is stored, or does not have the checksum that it should; 1 failed, or no upload began in
+/// time; 2 wrong usage; 130 and 143 stopped by SIGINT and SIGTERM.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Address to listen on
+    #[arg(long, env = "LISTEN_ADDRESS", default_value = "0.0.0.0", value_name = "ADDRESS")]
+    listen_address: IpAddr,
+
+    /// Port for uploads
+    #[arg(long, env = "LISTEN_PORT", default_value_t = 8444, value_name = "PORT")]
+    listen_port: u16,
+
+    /// Port of /healthz, which is always plain HTTP
+    #[arg(long, env = "HEALTHZ_PORT", default_value_t = 8080, value_name = "PORT")]
+    healthz_port: u16,
+
+    /// Certificate (PEM); with its key, TLS is spoken
+    #[arg(long, env = "TLS_CERT_FILE", value_name = "FILE")]
+    server_cert: Option<PathBuf>,
+
+    /// Private key (PEM) of the certificate
+    #[arg(long, env = "TLS_KEY_FILE", value_name = "FILE")]
+    server_key: Option<PathBuf>,
+
+    /// Certificates (PEM) that those of clients have to come from
+    #[arg(long, env = "CLIENT_CA_FILE", value_name = "FILE")]
+    client_ca: Option<PathBuf>,
+
+    /// Common name that the certificate of a client must have
+    #[arg(long, env = "CLIENT_NAME", value_name = "NAME")]
+    client_name: Option<String>,
+
+    /// Cipher suites that may be spoken, by their IANA names
+    #[arg(long, env = "TLS_CIPHERS", value_name = "NAME,...", value_delimiter = ',')]
+    tls_ciphers: Vec<String>,
+
+    /// Oldest version of TLS: VersionTLS12 or VersionTLS13
+    #[arg(
+        long,
+        env = "TLS_MIN_VERSION",
+        default_value = "",
+        value_name = "VERSION",
+        hide_default_value = true
+    )]
+    tls_min_version: String,
+
+    // Texts, because clap shows what it cannot parse, and a reference may hold a password.
+    /// The tag to give the image: host[:port]/repository[:tag]
+    #[arg(long, env = "UPLOADER_DESTINATION_ENDPOINT", value_name = "REFERENCE")]
+    destination_endpoint: String,
+
+    /// User of the registry
+    #[arg(long, env = "UPLOADER_DESTINATION_ACCESS_KEY_ID", value_name = "USER", hide_env_values = true)]
+    destination_access_key_id: Option<String>,
+
+    /// Password of the user; better given by the environment, which others do not see
+    #[arg(long, env = "UPLOADER_DESTINATION_SECRET_KEY", value_name = "PASSWORD", hide_env_values = true)]
+    destination_secret_key: Option<Secret>,
+
+    /// Credentials of the registry, as docker and podman keep them
+    #[arg(long, env = "UPLOADER_DESTINATION_AUTH_CONFIG", value_name = "FILE")]
+    destination_auth_config: Option<PathBuf>,
+
+    /// Accept any certificate of the registry, and plain HTTP; true or false
+    #[arg(
+        long,
+        env = "DESTINATION_INSECURE_TLS",
+        value_name = "BOOL",
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_parser = boolean
+    )]
+    destination_insecure_tls: Option<bool>,
+
+    /// Certificates (PEM) that those of the registry may come from: a file, or a folder of files
+    #[arg(long, env = "UPLOADER_DESTINATION_CA_BUNDLE", value_name = "PATH")]
+    destination_ca_bundle: Option<PathBuf>,
+
+    /// Checksums that the uploaded bytes must have; all of them
+    #[arg(long, env = "UPLOADER_CHECKSUMS", value_name = "ALGORITHM:HEX,...", value_delimiter = ',')]
+    checksums: Vec<String>,
+
+    /// UID of the object that the image is for; metrics carry it
+    #[arg(long, env = "OWNER_UID", default_value = "", value_name = "UID", hide_default_value = true)]
+    owner_uid: String,
+
+    /// How long an upload may take to begin; 0 is for ever
+    #[arg(long, env = "UPLOADER_START_TIMEOUT", default_value = "10m", value_name = "TIME", value_parser = time_or_zero)]
+    start_timeout: Time,
+
+    /// How long the client of a broken upload may stay away
+    #[arg(long, env = "UPLOADER_IDLE_TIMEOUT", default_value = "10m", value_name = "TIME")]
+    idle_timeout: Time,
+
+    #[command(flatten)]
+    limits: crate::limits::Args,
+}
+
+/// A text that is never shown.
+#[derive(Clone)]
+struct Secret(String);
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// As Go's `strconv.ParseBool`, which operators write for; an empty variable is one that is not set.
+fn boolean(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "" | "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("write true or false".to_owned()),
+    }
+}
+
+fn time_or_zero(text: &str) -> Result<Time, String> {
+    if text == "0" { Ok(Time::default()) } else { text.parse() }
+}
+
+/// Runs the command.
+pub fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let config = config(&args)?;
+    let tls = tls(&args)?;
+    let runtime = work::runtime()?;
+    let (outcome, interrupted) = runtime.block_on(async {
+        let mut signals = Signals::listen()?;
+        let bind = async |port| {
+            let address = (args.listen_address, port);
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address:?}"))
+        };
+        let (upload, health) = (bind(args.listen_port).await?, bind(args.healthz_port).await?);
+        let (addr, healthz) = (upload.local_addr()?, health.local_addr()?);
+        let (destination, tls_on) = (&config.destination, tls.is_some());
+        tracing::info!(%addr, %healthz, tls = tls_on, %destination, owner = args.owner_uid, "listening");
+        let (progress, _) = watch::channel(Arc::new(Progress::default()));
+        let mut interrupted = None;
+        let shutdown = async { interrupted = Some(signals.next().await) };
+        let listeners = Listeners { upload, health: Some(health) };
+        let outcome = serve(config, listeners, tls, progress, shutdown).await;
+        anyhow::Ok((outcome, interrupted))
+    })?;
+    runtime.shutdown_timeout(WIND_DOWN);
+    match outcome {
+        Outcome::Done(summary) => {
+            println!("{}", serde_json::to_string_pretty(&*summary).context("printing the summary")?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Outcome::Failed(error) => {
+            // The verdict on what was uploaded stands: the same again would fail the same way.
+            let is_verdict = error.kind() == ErrorKind::Checksum;
+            let code = work::report(&anyhow::Error::new(error), 1);
+            Ok(if is_verdict { ExitCode::SUCCESS } else { code })
+        }
+        Outcome::NotStarted(limit) => bail!("no upload began in {} s; start again", limit.as_secs_f32()),
+        Outcome::Stopped => match interrupted {
+            Some(interrupted) => Err(interrupted.into()),
+            None => bail!("the service ended early"),
+        },
+    }
+}
+
+fn config(args: &Args) -> anyhow::Result<Config> {
+    let endpoint = args.destination_endpoint.trim_start_matches("docker://");
+    let destination: Reference = endpoint.parse().context(Usage("--destination-endpoint"))?;
+    let auth = match (&args.destination_access_key_id, &args.destination_secret_key) {
+        (Some(user), Some(Secret(password))) if !user.is_empty() || !password.is_empty() => {
+            let credentials = Credentials { username: user.clone(), password: password.clone() };
+            AuthStore::single(destination.host(), credentials)
+        }
+        _ => {
+            let file = args.destination_auth_config.as_deref().filter(|path| !path.as_os_str().is_empty());
+            AuthStore::discover(file, |name| std::env::var_os(name))?
+        }
+    };
+    let roots = args.destination_ca_bundle.as_deref().filter(|path| !path.as_os_str().is_empty());
+    let roots = roots.map(certificates).transpose()?.unwrap_or_default();
+    let insecure = args.destination_insecure_tls.unwrap_or(false);
+    // An empty variable is one that is not set.
+    let demanded = args.checksums.iter().filter(|text| !text.is_empty());
+    let checksums: Result<Vec<Checksum>, _> = demanded.map(|text| text.parse()).collect();
+    Ok(Config {
+        destination,
+        checksums: checksums.context(Usage("--checksums"))?,
+        client: ClientOptions { insecure, auth, network: Network { roots, ..Network::default() } },
+        limits: args.limits.limits(),
+        start_timeout: Some(args.start_timeout.0).filter(|limit| !limit.is_zero()),
+        idle_timeout: args.idle_timeout.0,
+    })
+}
+
+fn tls(args: &Args) -> anyhow::Result<Option<Tls>> {
+    let given = |path: &Option<PathBuf>| path.clone().filter(|path| !path.as_os_str().is_empty());
+    let (cert, key, ca) = (given(&args.server_cert), given(&args.server_key), given(&args.client_ca));
+    let name = args.client_name.clone().filter(|name| !name.is_empty());
+    let (cert, key) = match (cert, key) {
+        (Some(cert), Some(key)) => (cert, key),
+        (None, None) => {
+            ensure!(
+                ca.is_none() && name.is_none(),
+                "--client-ca and --client-name need --server-cert and --server-key"
+            );
+            return Ok(None);
+        }
+        _ => bail!("--server-cert and --server-key need each other"),
+    };
+    ensure!(name.is_none() || ca.is_some(), "--client-name needs --client-ca");
+    let ciphers = args.tls_ciphers.iter().filter(|name| !name.is_empty()).cloned().collect();
+    let terms = Terms { min_version: args.tls_min_version.clone(), ciphers };
+    Ok(Some(Tls::open(&cert, &key, ca.as_deref(), name, &terms)?))
+}
+
+/// Reads a file with certificates, or all files of a folder.
+fn certificates(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let failed = || format!("cannot read the certificates in {}", path.display());
+    if !path.is_dir() {
+        return read(path).with_context(failed);
+    }
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(path).with_context(failed)? {
+        let file = entry.with_context(failed)?.path();
+        // A volume of Kubernetes has folders beside the links to their files.
+        if file.is_file() {
+            all.append(&mut read(&file).with_context(failed)?);
+            all.push(b'\n');
+        }
+    }
+    Ok(all)
+}
+
+pub(super) fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let len = std::fs::metadata(path)?.len();
+    ensure!(len <= CA_BYTES_MAX, "{} has more than {CA_BYTES_MAX} bytes", path.display());
+    Ok(std::fs::read(path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cmd::{Cli, Command};
+
+    fn args(more: &[&str]) -> Args {
+        let args = ["dvcr", "uploader", "--destination-endpoint", "r.example/a:1"].iter().chain(more);
+        match Cli::try_parse_from(args).unwrap().command {
+            Command::Uploader(args) => *args,
+            _ => panic!("another command"),
+        }
+    }
+
+    #[test]
+    fn an_operators_booleans_are_understood() {
+        for (given, insecure) in [
+            (&["--destination-insecure-tls"][..], true),
+            (&["--destination-insecure-tls=true"], true),
+            (&["--destination-insecure-tls=0"], false),
+            (&["--destination-insecure-tls="], false),
+            (&[], false),
+        ] {
+            assert_eq!(config(&args(given)).unwrap().client.insecure, insecure, "{given:?}");
+        }
+    }
+
+    #[test]
+    fn what_tls_needs_is_there_together_or_not_at_all() {
+        assert!(tls(&args(&["--server-cert", "", "--client-name", ""])).unwrap().is_none());
+        for wrong in [
+            &["--server-cert", "a"][..],
+            &["--client-ca", "a"],
+            &["--server-cert", "a", "--server-key", "b", "--client-name", "x"],
+        ] {
+            assert!(tls(&args(wrong)).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn the_time_to_begin_can_be_for_ever_and_no_password_is_shown() {
+        assert_eq!(config(&args(&["--start-timeout", "0"])).unwrap().start_timeout, None);
+        assert_eq!(config(&args(&[])).unwrap().start_timeout, Some(Duration::from_secs(600)));
+        let secret = args(&["--destination-access-key-id", "u", "--destination-secret-key", "s3cret"]);
+        assert!(!format!("{secret:?} {:?}", config(&secret).unwrap()).contains("s3cret"));
+    }
+
+    #[test]
+    fn every_flag_and_variable_has_its_row_in_the_docs() {
+        let docs = include_str!("../../../docs/upload.md");
+        let mut root = <Cli as clap::CommandFactory>::command();
+        root.build();
+        let command = root.find_subcommand("uploader").unwrap();
+        let own = command.get_arguments().filter(|arg| !arg.is_global_set() && arg.get_env().is_some());
+        let mut seen = 0;
+        for arg in own {
+            let (flag, variable) = (arg.get_long().unwrap(), arg.get_env().unwrap().to_str().unwrap());
+            let row =
+                docs.lines().find(|line| line.contains(&format!("`--{flag}`")) && line.starts_with('|'));
+            let row = row.unwrap_or_else(|| panic!("--{flag} is not in docs/upload.md"));
+            assert!(row.contains(&format!("`{variable}`")), "{variable} is not in the row of --{flag}");
+            if let [default] = arg.get_default_values() {
+                let default = default.to_str().unwrap();
+                assert!(default.is_empty() || row.contains(&format!("`{default}`")), "{flag}: {default}");
+            }
+            seen += 1;
+        }
+        assert!(seen > 15, "{seen}");
+    }
+}
