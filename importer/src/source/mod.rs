@@ -172,6 +172,7 @@ impl Source {
             Self::Http(url) => url.split(['?', '#']).next().map(without_user).unwrap_or_default(),
             Self::Image(reference) => format!("docker://{reference}"),
             Self::File(path) => path.display().to_string(),
+            Self::Feed(feed) => format!("upload:{}", feed.id()),
         }
     }
 
