@@ -53,7 +53,9 @@ pub(crate) fn status_of(error: &Error) -> StatusCode {
             StatusCode::UNPROCESSABLE_ENTITY
         }
         ErrorKind::Cancelled => StatusCode::SERVICE_UNAVAILABLE,
-        ErrorKind::Invalid | ErrorKind::Registry | ErrorKind::Target => StatusCode::INTERNAL_SERVER_ERROR,
+        ErrorKind::Invalid | ErrorKind::Policy | ErrorKind::Registry | ErrorKind::Target => {
+            StatusCode::INTERNAL_SERVER_ERROR
+        }
     }
 }
 

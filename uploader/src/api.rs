@@ -84,7 +84,7 @@ async fn whole(app: &Arc<App>, request: Request) -> Response {
             drop(seat);
             // Only whoever can tell where it broke off can go on.
             if coding != Coding::Identity || len.is_none() {
-                app.discard(&session, "it broke off").await;
+                app.discard(&session, "it broke off", false).await;
             }
             broken(poured)
         }

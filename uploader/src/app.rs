@@ -14,7 +14,7 @@ use dvcr_converter::progress::Progress;
 use dvcr_importer::source::feed::feed;
 use dvcr_importer::{Error, ErrorKind, ImportRequest, Source, SourceOptions, import};
 use tokio::sync::{Notify, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
 use crate::Config;
@@ -22,6 +22,8 @@ use crate::session::{New, Session, Verdict};
 
 /// Times that another upload may get in first while one is replaced.
 const REPLACEMENTS_MAX: u32 = 3;
+/// How long an import may take to clear away what it has stored of an upload that is ended.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often an upload is looked at whether it is idle.
 const IDLE_POLL: Duration = Duration::from_millis(100);
 
@@ -87,7 +89,7 @@ impl App {
                 return Err(Taken::Busy(old));
             }
             replacements += 1;
-            self.discard(&old, "it was started over").await;
+            self.discard(&old, "it was started over", false).await;
         }
     }
 
@@ -96,25 +98,33 @@ impl App {
         let session = self.begin(new, |_| false).await?;
         let begun = session.take().await.begin().await;
         if begun == Ok(0) {
-            self.discard(&session, "nothing of it is left to go on with").await;
+            self.discard(&session, "nothing of it is left to go on with", false).await;
             return Ok(None);
         }
         // What went wrong, if it did, is its verdict.
         Ok(Some(session))
     }
 
-    /// Ends an upload before all of it is in; its place is free again.
-    pub(crate) async fn discard(&self, session: &Arc<Session>, why: &str) {
+    /// Ends an upload before all of it is in; its place is free again. `keeps` says that the registry keeps what has come, for
+    /// whoever comes back with the same id.
+    pub(crate) async fn discard(&self, session: &Arc<Session>, why: &str, keeps: bool) {
         if session.is_storing() || session.concluded().is_some() {
             return;
         }
         tracing::info!(id = session.id, received = session.received(), why, "upload ended");
         // Whoever sends at the moment is displaced, and nobody else begins to.
-        let seat = session.take().await;
+        let mut seat = session.take().await;
         session.discarded.store(true, Ordering::SeqCst);
+        if !keeps && let Some(feed) = seat.release() {
+            let text = format!("the upload was ended: {why}");
+            let failing = async {
+                feed.fail(Error::new(ErrorKind::Invalid, text)).await;
+                let _ = session.verdict().await;
+            };
+            let _ = timeout(DISCARD_TIMEOUT, failing).await;
+        }
         session.progress.cancel();
         let _ = session.verdict().await;
-        drop(seat);
     }
 
     /// Stops the import that runs, and waits until it has put things in order.
@@ -171,7 +181,7 @@ impl App {
         while session.concluded().is_none() {
             if session.idle().is_some_and(|idle| idle >= limit) {
                 let why = format!("nothing came for {} s", limit.as_secs_f32());
-                return self.discard(&session, &why).await;
+                return self.discard(&session, &why, true).await;
             }
             tokio::time::sleep(IDLE_POLL.min(limit)).await;
         }

@@ -207,7 +207,7 @@ impl Session {
 
     /// Makes the import fail, unless all bytes are in.
     pub(crate) async fn fail(&self, why: Error) {
-        let feed = self.take().await.intake.take();
+        let feed = self.take().await.release();
         if let Some(feed) = feed {
             feed.fail(why).await;
         }
@@ -223,6 +223,11 @@ pub(crate) struct Seat<'a> {
 }
 
 impl Seat<'_> {
+    /// Gives up the end that bytes are put in, if not all are in.
+    pub(crate) fn release(&mut self) -> Option<FeedWriter> {
+        self.intake.take()
+    }
+
     /// Waits until the import has begun, and tells where.
     pub(crate) async fn begin(&mut self) -> Result<u64, Refused> {
         let feed = self.intake.as_mut().ok_or(Refused)?;

@@ -195,7 +195,7 @@ async fn delete(app: &Arc<App>, wanted: Wanted) -> Response {
     if session.is_storing() || session.concluded().is_some() || wanted.id.is_none() && session.is_taken() {
         return answer::taken(&Taken::Busy(session), StatusCode::CONFLICT);
     }
-    app.discard(&session, "its client ended it").await;
+    app.discard(&session, "its client ended it", false).await;
     answer::empty(StatusCode::NO_CONTENT)
 }
 
@@ -251,7 +251,7 @@ async fn take(app: &Arc<App>, session: &Arc<Session>, parts: &Parts, body: Body,
         Poured::TooLong => {
             drop(seat);
             // What was taken may be anything.
-            app.discard(session, "more came than was announced").await;
+            app.discard(session, "more came than was announced", false).await;
             broken(poured)
         }
         poured => broken(poured),

@@ -48,6 +48,11 @@ struct Intake {
 }
 
 impl Feed {
+    /// Names this upload and no other one.
+    pub(crate) fn id(&self) -> &str {
+        &self.0.id
+    }
+
     /// Opens it at its first byte, or where an import of the same upload was broken off.
     pub(crate) fn open(&self, at: Option<&Place>) -> Result<Opened> {
         let Inner { len, name, id, intake } = &*self.0;
@@ -57,8 +62,8 @@ impl Feed {
         }
         let taken = intake.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(Intake { pieces, tell_position }) = taken else {
-            let text = "the upload was read before, and its bytes are gone; send it again";
-            return Err(Error::new(ErrorKind::Source, text));
+            let text = "what the registry had of the upload is lost, and its bytes are gone; send it again";
+            return Err(Error::new(ErrorKind::Registry, text));
         };
         // A writer that is gone is noticed by the first read.
         let _ = tell_position.send(at.map_or(0, |at| at.position));

@@ -198,6 +198,7 @@ impl Source {
             Self::Nbd(address) => address.to_string(),
             Self::S3(object) => object.to_string(),
             Self::File(path) => path.display().to_string(),
+            Self::Feed(feed) => format!("upload:{}", feed.id()),
         }
     }
 

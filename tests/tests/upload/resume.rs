@@ -5,7 +5,7 @@ use dvcr_tests::{Daemon, fixture::Noise, run, utf8};
 use std::time::Duration;
 
 use crate::relay::Relay;
-use crate::support::{Bench, ByHand, curl, upload};
+use crate::support::{Bench, ByHand, END_TIMEOUT, curl, upload};
 
 /// Most bytes of a part that dvcr sends, with what goes around it.
 const PART_BYTES_MAX: u64 = (17 << 20) + (64 << 10);
@@ -130,6 +130,37 @@ fn a_client_that_was_killed_goes_on_when_it_is_started_again() -> Result<()> {
     assert!(again < bench.size / 4, "{again} of {} bytes were sent again", bench.size);
     assert_eq!(uploader.ended()?, Some(0));
     bench.assert_stored()
+}
+
+#[test]
+fn an_uploader_that_was_killed_or_stopped_goes_on_when_it_is_started_again() -> Result<()> {
+    let bench = Bench::new(64 << 20)?;
+    for kills in [true, false] {
+        let mut first = bench.uploader(&[])?;
+        let relay = Relay::start(first.address);
+        // By then the registry has a part of it, whatever is on the way.
+        relay.hold_after(56 << 20);
+        let mut client = Daemon::spawn(&upload(&bench.image, &relay.url())?)?;
+        relay.wait_held();
+        match kills {
+            true => first.daemon.kill9()?,
+            false => assert_eq!(first.daemon.terminate()?.code(), Some(143)),
+        }
+        let mut second = bench.uploader(&[])?;
+        relay.lead_to(second.address);
+        relay.release();
+        assert!(client.wait(END_TIMEOUT)?.success(), "{}", client.log());
+        assert_eq!(second.ended()?, Some(0));
+        let resumed = client.log().lines().find_map(|line| {
+            let (_, number) = line.split_once("\"resumed_bytes\": ")?;
+            number.trim_end_matches(',').parse::<u64>().ok()
+        });
+        assert!(resumed >= Some(8 << 20), "{resumed:?} {}", client.log());
+        let again = relay.sent().saturating_sub(bench.size);
+        assert!(again <= (56 << 20) - (8 << 20), "{again} bytes were sent again");
+        bench.assert_stored()?;
+    }
+    Ok(())
 }
 
 #[test]
