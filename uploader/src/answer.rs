@@ -53,9 +53,11 @@ pub(crate) fn status_of(error: &Error) -> StatusCode {
             StatusCode::UNPROCESSABLE_ENTITY
         }
         ErrorKind::Cancelled => StatusCode::SERVICE_UNAVAILABLE,
-        ErrorKind::Invalid | ErrorKind::Policy | ErrorKind::Registry | ErrorKind::Target => {
-            StatusCode::INTERNAL_SERVER_ERROR
-        }
+        ErrorKind::Invalid
+        | ErrorKind::Policy
+        | ErrorKind::Registry
+        | ErrorKind::Target
+        | ErrorKind::Untrusted => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

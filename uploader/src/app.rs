@@ -142,6 +142,7 @@ impl App {
             destination: self.config.destination.clone(),
             checksums: self.config.checksums.clone(),
             source_options: SourceOptions::default(),
+            if_changed: false,
             client: self.config.client.clone(),
             limits: self.config.limits.clone(),
         };

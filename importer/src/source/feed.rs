@@ -69,6 +69,7 @@ impl Feed {
         let _ = tell_position.send(at.map_or(0, |at| at.position));
         Ok(Opened {
             reader: Box::new(Pieces { pieces, piece: Bytes::new(), ended: false }),
+            random: None,
             len: *len,
             validator: Some(id.clone()),
             name: name.clone(),

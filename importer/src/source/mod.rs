@@ -211,7 +211,7 @@ impl Source {
                 Ok(HttpSource::open(&url, options, None).await?.fingerprint())
             }
             Self::Image(reference) => Ok(reference.digest().map(ToString::to_string)),
-            Self::Nbd(_) => Ok(None),
+            Self::Nbd(_) | Self::Feed(_) => Ok(None),
             Self::File(path) => {
                 let path = path.clone();
                 let opened = tokio::task::spawn_blocking(move || FileSource::open(&path)).await;
