@@ -27,7 +27,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::Instant;
 
 use self::pace::{CONNECTIONS_MAX, Pace, Tick};
-use self::request::{Answer, Failure, Part, Requester, Version, text, version};
+use self::request::{Answer, Failure, Part, RETRY_AFTER_MS_MAX, Requester, Version, text, version};
 use self::segment::{End, Segment, Traffic};
 use super::{Place, SourceOptions};
 use crate::{Error, ErrorKind, Result};
@@ -437,6 +437,14 @@ impl HttpSource {
 
     /// Lets nothing begin for a while, or gives up with `error` when too many attempts brought no byte.
     fn back_off(&mut self, error: Error, wanted: Option<Duration>, attempts_max: u32) -> Result<()> {
+        if wanted.is_some_and(|wait| wait > Duration::from_millis(RETRY_AFTER_MS_MAX)) {
+            if self.tasks.is_empty() {
+                return Err(error);
+            }
+            // Those that were let in may finish.
+            self.pace.only_one();
+            return Ok(());
+        }
         let received = self.traffic.received();
         if received > self.received_at_failure {
             (self.attempts, self.received_at_failure) = (0, received);

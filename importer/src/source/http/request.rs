@@ -20,8 +20,8 @@ const REDIRECTS_MAX: usize = 10;
 const CONNECT_TIMEOUT_MS: u64 = 15_000;
 /// Longest silence in the middle of a body, and before an answer.
 const READ_IDLE_TIMEOUT_MS: u64 = 60_000;
-/// Longest wait that a server may ask for by Retry-After; one that wants more gets none.
-const RETRY_AFTER_MS_MAX: u64 = 300_000;
+/// Longest wait that a server may ask for by Retry-After; one that wants more is not asked again.
+pub(super) const RETRY_AFTER_MS_MAX: u64 = 300_000;
 
 /// What tells one version of the resource from another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -240,17 +240,15 @@ impl Requester {
             ) => {
                 let wait = text(response.headers(), RETRY_AFTER)
                     .and_then(|value| retry_after(value, SystemTime::now()));
-                match wait {
-                    Some(wait) if wait > Duration::from_millis(RETRY_AFTER_MS_MAX) => {
-                        let advice = format!(
-                            " and wants to be left alone for {} s (Retry-After), longer than {} s; try again then",
-                            wait.as_secs(),
-                            RETRY_AFTER_MS_MAX / 1000
-                        );
-                        Err(Failure::Final(answers(&advice)))
-                    }
-                    wait => Err(Failure::Passing(answers(""), wait)),
-                }
+                let advice = match wait {
+                    Some(wait) if wait > Duration::from_millis(RETRY_AFTER_MS_MAX) => format!(
+                        " and wants to be left alone for {} s (Retry-After), longer than {} s; try again then",
+                        wait.as_secs(),
+                        RETRY_AFTER_MS_MAX / 1000
+                    ),
+                    _ => String::new(),
+                };
+                Err(Failure::Passing(answers(&advice), wait))
             }
             (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN, _) => {
                 let credentials = self.headers.contains_key(AUTHORIZATION);

@@ -296,6 +296,26 @@ async fn a_server_that_asks_for_a_long_rest_is_believed_at_once() {
     }
 }
 
+/// As long as another connection reads, one that is sent away for long is one too many.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_rest_for_one_connection_too_many_does_not_end_the_transfer() {
+    let body = noise(MIB, 14);
+    let server = Server::start(move |asked| Reply {
+        company: Some((1000, usize::MAX)),
+        ..Reply::file(asked, &body, "\"v1\"")
+    })
+    .await;
+    let mut source = open(&server.url("a")).await.unwrap();
+    let refused = || Error::new(ErrorKind::Source, "429");
+    let day = Some(Duration::from_secs(86_400));
+    for _ in 0..=ATTEMPTS_MAX {
+        source.back_off(refused(), day, ATTEMPTS_MAX).unwrap();
+    }
+    assert!(source.not_before.is_none(), "nothing waits for a day");
+    source.tasks.shutdown().await;
+    assert!(source.back_off(refused(), day, ATTEMPTS_MAX).is_err());
+}
+
 /// What another process does that finds out how far the first one came.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_goes_on_at_a_place_in_the_version_that_was_begun() {
