@@ -95,6 +95,11 @@ impl Repository {
 }
 
 impl BlobStream {
+    /// The blob's digest.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
     /// Where the bytes end; of a whole blob its length.
     pub fn end(&self) -> u64 {
         self.end

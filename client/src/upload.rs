@@ -413,7 +413,10 @@ impl BlobWriter {
 
     /// Makes the blob, which must have the digest `expected`; one with another is not made.
     pub async fn finish_as(self, expected: &Digest) -> Result<()> {
-        digest::same(&self.hasher.finish()?, expected, "what was sent")?;
+        if let Err(error) = digest::same(&self.hasher.finish()?, expected, "what was sent") {
+            self.upload.cancel().await;
+            return Err(error);
+        }
         self.upload.commit(expected).await
     }
 

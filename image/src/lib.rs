@@ -22,8 +22,8 @@ pub mod tar;
 
 pub use disk::{DiskImage, DiskStream, publish};
 pub use dvcr_client::{
-    AuthStore, BlobWriter, CHUNK_BYTES, ClientOptions, Clients, Credentials, DEFAULT_TAG, Descriptor, Error,
-    ErrorKind, Forbidden, Gate, Manifest, Network, Proxies, Reference, Repository, Result, auth, digest,
-    is_certificate_refused, media_type,
+    AuthStore, BlobStream, BlobWriter, CHUNK_BYTES, ClientOptions, Clients, Credentials, DEFAULT_TAG,
+    Descriptor, Error, ErrorKind, Forbidden, Gate, Manifest, Network, Proxies, Reference, Repository, Result,
+    auth, digest, is_certificate_refused, media_type,
 };
 pub use ranged::{RangedBlob, Window};

@@ -5,18 +5,21 @@
 //!                 └─ no: the disk in it is imported like any other
 //! ```
 
-use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::Instant;
 
+use base64::Engine;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use bytes::{Bytes, BytesMut};
 use dvcr_converter::format;
 use dvcr_converter::progress::Progress;
 use dvcr_image::digest::Digest;
 use dvcr_image::layout::{self, DiskLabels};
-use dvcr_image::{DiskImage, Manifest, RangedBlob, Reference, Repository, Window};
+use dvcr_image::{
+    BlobStream, BlobWriter, CHUNK_BYTES, DiskImage, Manifest, RangedBlob, Reference, Repository, Window,
+};
 use dvcr_image::{media_type, tar};
 
-use crate::chunks;
 use crate::import::{ImportRequest, ImportSummary, Outcome};
 use crate::{Error, ErrorKind, Result};
 
@@ -55,14 +58,15 @@ pub(crate) async fn copy(
     let copier = Copier { request, source: &source, from, to, progress };
     progress.set_phase("transfer");
     progress.set_total(own.blobs.iter().map(|(_, size)| *size).fold(0, u64::saturating_add));
-    let mut received = 0;
+    let (mut received, mut resumed_bytes) = (0, 0);
     for (digest, size) in &own.blobs {
         let is_there = to.blob_size(digest).await.map_err(|e| copier.registry(e))? == Some(*size);
         if is_there || mountable && copier.mount(digest).await {
             progress.advance(*size);
         } else {
-            copier.stream(digest, *size).await?;
-            received += size;
+            let resumed = copier.stream(digest, *size).await?;
+            received += size - resumed;
+            resumed_bytes += resumed;
         }
     }
     if !copier.labels_are_true(&own).await? {
@@ -83,7 +87,7 @@ pub(crate) async fn copy(
         virtual_size: own.labels.virtual_size,
         stored_size: own.labels.size,
         source_size: received,
-        resumed_bytes: 0,
+        resumed_bytes,
         seconds,
         bytes_per_second: (received as f64 / seconds.max(1e-9)) as u64,
     }))
@@ -149,36 +153,80 @@ impl Copier<'_> {
         })
     }
 
-    /// Streams a blob; either side goes on where it broke off.
-    async fn stream(&self, digest: &Digest, size: u64) -> Result<()> {
-        let (mut writer, mut chunks) = chunks::channel();
-        let mut stream = self.source.blob(digest, size);
-        let runtime = tokio::runtime::Handle::current();
-        let progress = self.progress.clone();
-        let thread = tokio::task::spawn_blocking(move || -> io::Result<()> {
-            while let Some(bytes) = runtime.block_on(stream.next())? {
-                progress.check()?;
-                progress.store(bytes.len() as u64)?;
-                writer.write_all(&bytes)?;
+    /// Streams a blob; either side goes on where it broke off, and so does the next copy if this one ends early. Returns the
+    /// bytes that were there already.
+    async fn stream(&self, digest: &Digest, size: u64) -> Result<u64> {
+        let name = format!("copy-{}", digest.digest());
+        let (upload, note) = self.to.return_to_upload(&name).await.map_err(|e| self.registry(e))?;
+        let note = note.map(|text| read_note(&text).filter(|(position, _)| *position <= size));
+        let (mut blob, begun) = match note {
+            None => (BlobWriter::from(upload), 0),
+            Some(Some((position, state))) => {
+                let blob = BlobWriter::resume(upload, position, &state).map_err(|e| self.registry(e))?;
+                tracing::info!(%digest, position, "the copy of a blob goes on where it was");
+                self.progress.skip_to(self.progress.done().saturating_add(position));
+                (blob, position)
             }
-            writer.finish()
-        });
-        let mut blob = self.to.start_blob().await.map_err(|e| self.registry(e))?;
-        let pushed = chunks.push_to(&mut blob, |_, _| None, |bytes| self.progress.advance(bytes)).await;
-        // A thread that is waited for with nobody to take its chunks would fail for that.
-        drop(chunks);
-        pushed.map_err(|e| self.registry(e))?;
-        let ended = |e| Error::with(ErrorKind::Source, "the thread that reads a blob ended early", e);
-        let read = thread.await.map_err(ended)?;
-        let reading =
-            |e| Error::with(ErrorKind::Source, format!("copying blob {digest} of {}", self.from), e);
-        read.map_err(reading)?;
+            Some(None) => {
+                upload.cancel().await;
+                (self.to.start_blob().await.map_err(|e| self.registry(e))?, 0)
+            }
+        };
+        let mut stream = match begun {
+            0 => self.source.blob(digest, size),
+            _ => self.source.blob_range(digest, begun..size),
+        };
+        match self.pass_on(&mut stream, &mut blob).await {
+            Ok(()) => {}
+            Err(error) => {
+                // What a damaged source sent, or one that cannot be gone on with, is of no use to the next.
+                if !is_passing(&error) {
+                    blob.cancel().await;
+                }
+                return Err(error);
+            }
+        }
         blob.finish_as(digest).await.map_err(|e| match e.kind() {
-            dvcr_image::ErrorKind::Mismatch => {
-                Error::with(ErrorKind::Source, format!("copying blob {digest} of {}", self.from), e)
-            }
+            dvcr_image::ErrorKind::Mismatch => self.reading(digest, e),
             _ => self.registry(e),
-        })
+        })?;
+        Ok(begun)
+    }
+
+    /// Sends chunk after chunk; while one is sent, the next is received.
+    async fn pass_on(&self, stream: &mut BlobStream, blob: &mut BlobWriter) -> Result<()> {
+        let mut chunk = self.chunk(stream).await?;
+        while !chunk.is_empty() {
+            let received = chunk.len() as u64;
+            if let Some(note) = write_note(&blob.state()) {
+                blob.leave_note(note);
+            }
+            let (sent, next) = tokio::join!(blob.push(chunk), self.chunk(stream));
+            sent.map_err(|e| self.registry(e))?;
+            self.progress.advance(received);
+            chunk = next?;
+        }
+        Ok(())
+    }
+
+    /// The next bytes of a blob, as many as are sent at a time; none at its end.
+    async fn chunk(&self, stream: &mut BlobStream) -> Result<Bytes> {
+        // The last bytes may reach a little further.
+        let mut chunk = BytesMut::with_capacity(CHUNK_BYTES + (CHUNK_BYTES >> 4));
+        while chunk.len() < CHUNK_BYTES {
+            self.progress.check().map_err(Error::stopped)?;
+            match stream.next().await {
+                Ok(Some(bytes)) => chunk.extend_from_slice(&bytes),
+                Ok(None) => break,
+                Err(error) => return Err(self.reading(stream.digest(), error)),
+            }
+        }
+        self.progress.store(chunk.len() as u64).map_err(Error::stopped)?;
+        Ok(chunk.freeze())
+    }
+
+    fn reading(&self, digest: &Digest, error: dvcr_image::Error) -> Error {
+        Error::with(ErrorKind::Source, format!("copying blob {digest} of {}", self.from), error)
     }
 
     /// Opens the disk where it lies now, verified, and holds it against what the labels say.
@@ -202,4 +250,20 @@ impl Copier<'_> {
     fn registry(&self, error: dvcr_image::Error) -> Error {
         Error::with(ErrorKind::Registry, format!("copying to {}", self.request.destination), error)
     }
+}
+
+/// Whether a later attempt can go on with what the registry has.
+fn is_passing(error: &Error) -> bool {
+    let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<dvcr_image::Error>());
+    matches!(error.kind(), ErrorKind::Cancelled)
+        || cause.is_some_and(|cause| cause.kind() == dvcr_image::ErrorKind::Unavailable)
+}
+
+/// What is left with a session: where its next chunk begins, and the state of the hash there.
+fn write_note(state: &(u64, Vec<u8>)) -> Option<String> {
+    serde_json::to_vec(state).ok().map(|json| BASE64_URL_SAFE_NO_PAD.encode(json))
+}
+
+fn read_note(text: &str) -> Option<(u64, Vec<u8>)> {
+    serde_json::from_slice(&BASE64_URL_SAFE_NO_PAD.decode(text).ok()?).ok()
 }

@@ -1,7 +1,6 @@
 //! A raw disk that need not be read as a stream: holes cost nothing, and several workers read.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use dvcr_converter::Result;
 use dvcr_converter::convert::{Options, to_image};
@@ -25,28 +24,18 @@ pub(crate) fn encode(
     limits: &Limits,
     progress: &Progress,
 ) -> Result<Finished> {
-    // What was read to find out that it is a raw disk counts already.
-    let watched = Watched { disk, progress, reached: AtomicU64::new(progress.done()) };
+    let watched = Watched { disk, progress };
     // The counts of the conversion are not the source's.
     let uncounted = Progress::default();
     uncounted.bound(limits);
     let finished = to_image(&watched, sink, form, &Options::default(), &uncounted)?;
-    watched.reach(watched.virtual_size());
+    progress.reach(watched.virtual_size());
     Ok(finished)
 }
 
 struct Watched<'a> {
     disk: Box<dyn Disk>,
     progress: &'a Progress,
-    /// Bytes before the furthest one that was looked at.
-    reached: AtomicU64,
-}
-
-impl Watched<'_> {
-    fn reach(&self, position: u64) {
-        let before = self.reached.fetch_max(position, Ordering::Relaxed);
-        self.progress.advance(position.saturating_sub(before));
-    }
 }
 
 impl Disk for Watched<'_> {
@@ -56,14 +45,14 @@ impl Disk for Watched<'_> {
 
     fn extent_at(&self, offset: u64) -> Result<Extent> {
         self.progress.check()?;
-        self.reach(offset);
+        self.progress.reach(offset);
         self.disk.extent_at(offset)
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.progress.check()?;
         self.disk.read_at(buf, offset)?;
-        self.reach(offset.saturating_add(buf.len() as u64));
+        self.progress.reach(offset.saturating_add(buf.len() as u64));
         Ok(())
     }
 }

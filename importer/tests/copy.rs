@@ -10,7 +10,8 @@ use std::process::Command;
 use std::sync::Arc;
 
 use common::{
-    Files, MIB, Registry, Relay, chain, import_one, import_request, path, populate_one, registry_config, run,
+    Files, MIB, Registry, Relay, chain, import_one, import_request, noise, path, populate_one,
+    registry_config, run,
 };
 use dvcr_converter::format::Format;
 use dvcr_converter::progress::Progress;
@@ -51,7 +52,7 @@ async fn an_image_of_our_making_is_copied_between_registries_as_it_is() {
         assert_eq!((copied.outcome, copied.source_size), (Outcome::Copied, sent));
         assert_eq!((copied.digest, copied.file_name), (made.digest.clone(), made.file_name.clone()));
         assert_eq!((copied.virtual_size, copied.stored_size), (made.virtual_size, made.stored_size));
-        assert_eq!(to.layers("a"), 2);
+        assert_eq!(to.layers("a"), 3);
     }
     assert_holds(&ours, "a", &files.raw).await;
 }
@@ -64,7 +65,7 @@ async fn between_repositories_of_one_registry_no_blob_is_sent() {
         let copied = import_image(&registry, "a", &registry.reference("b/c:1")).await;
         assert_eq!((copied.outcome, copied.source_size), (Outcome::Copied, 0));
         assert_eq!(copied.digest, made.digest);
-        assert_eq!((registry.sessions("b/c"), registry.layers("b/c")), (0, 2));
+        assert_eq!((registry.sessions("b/c"), registry.layers("b/c")), (0, 3));
         assert_holds(&registry, "b/c:1", &files.raw).await;
     }
 }
@@ -87,6 +88,27 @@ async fn a_copy_goes_on_where_connections_broke() {
     assert_eq!((copied.outcome, copied.digest), (Outcome::Copied, made.digest));
     assert!(to.cuts() >= 3, "{}", to.cuts());
     assert_holds(&ours, "b", &files.raw).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_broke_off_is_gone_on_with_by_the_next_one() {
+    let (theirs, ours, files) = (Registry::debian(), Registry::ours().await, Files::new());
+    let raw = noise(44 * MIB, 5);
+    let disk = files.path("noise.raw");
+    std::fs::write(&disk, &raw).unwrap();
+    let made = import_one(path(&disk), &theirs.reference("a")).await.unwrap();
+    let bytes = blob_bytes(&theirs, "a").await;
+    let relay = Relay::dying(theirs.address, 30 * MIB as u64).await;
+    let error = import_one(&format!("docker://{}/a", relay.address), &ours.reference("a")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Source, "{}", chain(&error));
+    assert_eq!((ours.sessions("a"), ours.layers("a")), (1, 0), "what was brought stays");
+
+    let copied = import_image(&theirs, "a", &ours.reference("a")).await;
+    assert_eq!((copied.outcome, &copied.digest), (Outcome::Copied, &made.digest));
+    assert!(copied.resumed_bytes >= 16 * MIB as u64, "{copied:?}");
+    assert_eq!(copied.resumed_bytes + copied.source_size, bytes);
+    assert_eq!((ours.sessions("a"), ours.layers("a")), (0, 3));
+    assert_holds(&ours, "a", &raw).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -140,15 +140,20 @@ pub struct Relay {
 
 impl Relay {
     pub async fn start(upstream: SocketAddr, cut_after: u64) -> Self {
-        Self::with(cut_after, move || tokio::net::TcpStream::connect(upstream)).await
+        Self::with(cut_after, u32::MAX, move || tokio::net::TcpStream::connect(upstream)).await
+    }
+
+    /// Is gone for good once it broke a connection.
+    pub async fn dying(upstream: SocketAddr, cut_after: u64) -> Self {
+        Self::with(cut_after, 1, move || tokio::net::TcpStream::connect(upstream)).await
     }
 
     /// Passes on to a local socket.
     pub async fn to_socket(upstream: PathBuf, cut_after: u64) -> Self {
-        Self::with(cut_after, move || tokio::net::UnixStream::connect(upstream.clone())).await
+        Self::with(cut_after, u32::MAX, move || tokio::net::UnixStream::connect(upstream.clone())).await
     }
 
-    async fn with<S, F>(cut_after: u64, connect: impl Fn() -> F + Send + 'static) -> Self
+    async fn with<S, F>(cut_after: u64, cuts_max: u32, connect: impl Fn() -> F + Send + 'static) -> Self
     where
         S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + 'static,
         F: Future<Output = std::io::Result<S>> + Send + 'static,
@@ -159,12 +164,16 @@ impl Relay {
         let counted = (passed.clone(), cuts.clone());
         tokio::spawn(async move {
             while let Ok((mut near, _)) = listener.accept().await {
+                if counted.1.load(Ordering::Relaxed) >= cuts_max {
+                    return;
+                }
                 let ((passed, cuts), far) = (counted.clone(), connect());
                 tokio::spawn(async move {
                     let Ok(far) = far.await else { return };
                     let ((near_in, near_out), (far_in, far_out)) = (near.split(), tokio::io::split(far));
-                    let there = pipe(near_in, far_out, cut_after, &passed);
-                    let back = pipe(far_in, near_out, cut_after, &passed);
+                    let is_gone = || cuts.load(Ordering::Relaxed) >= cuts_max;
+                    let there = pipe(near_in, far_out, cut_after, &passed, is_gone);
+                    let back = pipe(far_in, near_out, cut_after, &passed, is_gone);
                     let cut = tokio::select! { cut = there => cut, cut = back => cut };
                     cuts.fetch_add(u32::from(cut), Ordering::Relaxed);
                 });
@@ -189,12 +198,13 @@ async fn pipe(
     mut to: impl tokio::io::AsyncWrite + Unpin,
     limit: u64,
     passed: &AtomicU64,
+    is_gone: impl Fn() -> bool,
 ) -> bool {
     let (mut buf, mut left) = (vec![0; 64 << 10], limit);
     while left > 0 {
         let room = buf.len().min(left as usize);
         let Ok(count @ 1..) = from.read(&mut buf[..room]).await else { return false };
-        if to.write_all(&buf[..count]).await.is_err() {
+        if is_gone() || to.write_all(&buf[..count]).await.is_err() {
             return false;
         }
         left -= count as u64;
