@@ -217,7 +217,7 @@ impl Ranged {
                 tracing::warn!(digest = %shared.digest, chunk = number, "a chunk is not what the index says; asking for it again");
                 slot.again = true;
                 slot.state = State::Loading;
-                return self.request(blocks, vec![number..number + 1]);
+                return self.request(blocks, std::iter::once(number..number + 1));
             }
         };
         if std::mem::take(&mut slot.waited_for) {
@@ -231,9 +231,10 @@ impl Ranged {
     fn request<'a>(
         &'a self,
         blocks: MutexGuard<'a, Blocks>,
-        ranges: Vec<Range<u64>>,
+        ranges: impl IntoIterator<Item = Range<u64>>,
     ) -> MutexGuard<'a, Blocks> {
-        if ranges.is_empty() {
+        let mut ranges = ranges.into_iter().peekable();
+        if ranges.peek().is_none() {
             return blocks;
         }
         drop(blocks);
