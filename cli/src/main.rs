@@ -14,6 +14,7 @@ mod s3;
 mod size;
 mod source;
 mod work;
+mod worker;
 
 use std::process::ExitCode;
 

@@ -130,6 +130,35 @@ impl Args {
     }
 }
 
+/// How a source is reached, as operators say it.
+#[derive(Clone, Debug, Default)]
+pub struct Trust {
+    /// Accept any certificate, and plain HTTP.
+    pub insecure: bool,
+    /// Files or folders with certificates (PEM).
+    pub roots: Vec<PathBuf>,
+    /// A file with what the source may be.
+    pub policy: Option<PathBuf>,
+}
+
+impl Trust {
+    /// Reads the files; `credentials` are user and password of an HTTP source.
+    pub fn options(
+        self,
+        source: &Source,
+        auth: AuthStore,
+        credentials: Option<(&str, &str)>,
+    ) -> anyhow::Result<SourceOptions> {
+        let Self { insecure: insecure_source, roots: source_ca, policy: source_policy } = self;
+        let args = Args { insecure_source, source_ca, source_policy, ..Args::default() };
+        let mut options = args.options(source, auth, |name| std::env::var_os(name))?;
+        if let (Source::Http(_), Some((user, password))) = (source, credentials) {
+            options.http.set_basic(&format!("{user}:{password}")).context("the credentials of the source")?;
+        }
+        Ok(options)
+    }
+}
+
 /// The certificates of a folder, such as a mounted ConfigMap, which has other files and links beside them.
 fn read_folder(path: &Path) -> anyhow::Result<Vec<u8>> {
     let shown = || path.display().to_string();

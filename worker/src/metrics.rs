@@ -46,7 +46,7 @@ pub enum Family {
 pub struct Metrics {
     family: Family,
     owner_uid: String,
-    progress: Arc<Progress>,
+    progress: Mutex<Arc<Progress>>,
     begun: Instant,
     sample: Mutex<Sample>,
 }
@@ -64,12 +64,23 @@ impl Metrics {
     pub fn new(family: Family, owner_uid: &str, progress: Arc<Progress>) -> Arc<Self> {
         let begun = Instant::now();
         let sample = Mutex::new(Sample { at: begun, bytes: 0, speed: 0.0 });
-        Arc::new(Self { family, owner_uid: owner_uid.to_owned(), progress, begun, sample })
+        let (owner_uid, progress) = (owner_uid.to_owned(), Mutex::new(progress));
+        Arc::new(Self { family, owner_uid, progress, begun, sample })
+    }
+
+    /// Tells of another transfer from now on: one that begins anew.
+    pub fn follow(&self, progress: Arc<Progress>) {
+        *self.progress.lock().unwrap_or_else(|e| e.into_inner()) = progress;
+    }
+
+    fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
     /// Bytes that were transferred here: what an earlier worker had brought does not count.
     fn bytes(&self) -> u64 {
-        self.progress.done().saturating_sub(self.progress.skipped())
+        let progress = self.progress();
+        progress.done().saturating_sub(progress.skipped())
     }
 
     /// Bytes per second since the beginning.
@@ -84,7 +95,8 @@ impl Metrics {
 
     /// The share that is done, percent; below 100 until the transfer has ended, 0 while its size is unknown.
     fn percent(&self) -> f64 {
-        let (done, total) = (self.progress.done(), self.progress.total());
+        let progress = self.progress();
+        let (done, total) = (progress.done(), progress.total());
         match total {
             0 => 0.0,
             _ => (100.0 * done.min(total) as f64 / total as f64).min(99.9),
@@ -102,7 +114,7 @@ impl Metrics {
     /// The metrics as text.
     pub fn render(&self) -> String {
         let speed = self.sample.lock().unwrap_or_else(|e| e.into_inner()).speed;
-        let (progress, percent) = (&self.progress, self.percent());
+        let (progress, percent) = (self.progress(), self.percent());
         let mut text = String::new();
         let mut gauge = |name: &str, help: &str, labels: &str, value: f64| {
             let owner = escaped(&self.owner_uid);
@@ -262,7 +274,7 @@ mod tests {
     #[test]
     fn all_is_not_told_before_the_end() {
         let metrics = half_done(Family::Registry);
-        metrics.progress.reach(1000);
+        metrics.progress().reach(1000);
         assert!(metrics.render().contains("registry_progress{ownerUID=\"a\\\"b\\\\c\"} 99.9\n"));
     }
 

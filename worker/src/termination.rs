@@ -1,6 +1,7 @@
 //! The message that a pod leaves for who reads its status: `/dev/termination-log`.
 
-use std::fs;
+use std::fs::OpenOptions;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -60,10 +61,15 @@ pub fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Leaves a message at `path`. One that cannot be left is logged: where there is no pod nobody reads it.
+/// Leaves a message in the file `path`, which whoever reads it has made. Where there is none nobody asks for it; one that cannot be
+/// written to is logged.
 pub fn leave(path: &Path, message: &str) {
-    if let Err(error) = fs::write(path, message) {
-        tracing::warn!(path = %path.display(), %error, "the termination message cannot be written");
+    let file = OpenOptions::new().write(true).truncate(true).open(path);
+    match file.and_then(|mut file| file.write_all(message.as_bytes())) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "the termination message cannot be written");
+        }
+        _ => {}
     }
 }
 
@@ -95,12 +101,14 @@ mod tests {
     }
 
     #[test]
-    fn the_message_replaces_the_one_before() {
+    fn the_message_replaces_the_one_before_and_makes_no_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
+        leave(&path, "nobody asks");
+        assert!(!path.exists());
+        std::fs::write(&path, "").unwrap();
         leave(&path, "longer than the next");
         leave(&path, "short");
-        assert_eq!(fs::read_to_string(&path).unwrap(), "short");
-        leave(&dir.path().join("no/such/place"), "lost, and no failure");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "short");
     }
 }

@@ -4,6 +4,7 @@ mod check;
 mod compare;
 mod convert;
 mod import;
+mod importer;
 mod info;
 mod map;
 mod populate;
@@ -34,6 +35,7 @@ pub enum Command {
     Populate(populate::Args),
     Upload(upload::Args),
     Uploader(Box<uploader::Args>),
+    Importer(Box<importer::Args>),
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
@@ -59,6 +61,38 @@ enum Output {
     Json,
 }
 
+/// A text that is never shown.
+#[derive(Clone)]
+pub struct Secret(String);
+
+impl Secret {
+    /// The text, for whoever needs it.
+    fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// As Go's `strconv.ParseBool`, which operators write for; an empty variable is one that is not set.
+fn boolean(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "" | "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        _ => Err("write true or false".to_owned()),
+    }
+}
+
 /// Runs one command to its end; most succeed or fail, some have more to say by their exit code.
 pub fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
@@ -68,6 +102,7 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Uploader(args) => return uploader::run(*args),
         Command::Upload(args) => upload::run(args),
         Command::Import(args) => import::run(args),
+        Command::Importer(args) => importer::run(*args),
         Command::Populate(args) => populate::run(args),
         Command::Info(args) => info::run(args),
         Command::Map(args) => map::run(args),
@@ -91,6 +126,43 @@ mod tests {
                 let taken = root.get_arguments().any(|global| global.get_id() == arg.get_id());
                 assert!(!taken, "{} {}", sub.get_name(), arg.get_id());
             }
+        }
+    }
+
+    /// The pages are what operators write their pods by.
+    #[test]
+    fn every_variable_of_a_worker_has_its_row_in_the_docs() {
+        let common = include_str!("../../../docs/worker.md");
+        let mut root = Cli::command();
+        root.build();
+        for (worker, docs) in [("importer", ""), ("uploader", include_str!("../../../docs/upload.md"))] {
+            let command = root.find_subcommand(worker).unwrap();
+            let own = command.get_arguments().filter(|arg| !arg.is_global_set() && arg.get_env().is_some());
+            let mut seen = 0;
+            for arg in own {
+                let (flag, variable) = (arg.get_long().unwrap(), arg.get_env().unwrap().to_str().unwrap());
+                let named = format!("`--{flag}`");
+                let mut rows = docs.lines().chain(common.lines()).filter(|line| line.starts_with("| `--"));
+                let row = rows.find(|row| row.contains(&named));
+                let row = row.unwrap_or_else(|| panic!("--{flag} of {worker} is in no table"));
+                assert!(row.contains(&format!("`{variable}`")), "{variable} is not in the row of --{flag}");
+                if let [default] = arg.get_default_values() {
+                    let default = default.to_str().unwrap();
+                    assert!(default.is_empty() || row.contains(&format!("`{default}`")), "{flag}: {default}");
+                }
+                seen += 1;
+            }
+            assert!(seen > 15, "{worker}: {seen}");
+        }
+        for line in common.lines().chain(include_str!("../../../docs/upload.md").lines()) {
+            let Some(flag) = line.strip_prefix("| `--").and_then(|rest| rest.split_once('`')) else {
+                continue;
+            };
+            let known = ["importer", "uploader", "upload"].iter().any(|name| {
+                let mut arguments = root.find_subcommand(name).unwrap().get_arguments();
+                arguments.any(|arg| arg.get_long() == Some(flag.0))
+            });
+            assert!(known, "--{} is in a table, and in no command", flag.0);
         }
     }
 

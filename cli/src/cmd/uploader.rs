@@ -9,15 +9,19 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use dvcr_converter::progress::Progress;
 use dvcr_image::{AuthStore, ClientOptions, Credentials, Network, Reference};
-use dvcr_importer::ErrorKind;
 use dvcr_importer::checksum::Checksum;
+use dvcr_importer::{ErrorKind, ImportSummary};
 use dvcr_registry::Time;
 use dvcr_tls::Terms;
 use dvcr_uploader::{Config, Listeners, Outcome, Tls, serve};
+use dvcr_worker::metrics::Family;
+use dvcr_worker::termination::Report;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use super::{Secret, boolean};
 use crate::work::{self, Signals, Usage};
+use crate::worker::{self, chain};
 
 /// Largest file of certificates that is read, bytes.
 const CA_BYTES_MAX: u64 = 4 << 20;
@@ -111,10 +115,6 @@ pub struct Args {
     #[arg(long, env = "UPLOADER_CHECKSUMS", value_name = "ALGORITHM:HEX,...", value_delimiter = ',')]
     checksums: Vec<String>,
 
-    /// UID of the object that the image is for; metrics carry it
-    #[arg(long, env = "OWNER_UID", default_value = "", value_name = "UID", hide_default_value = true)]
-    owner_uid: String,
-
     /// How long an upload may take to begin; 0 is for ever
     #[arg(long, env = "UPLOADER_START_TIMEOUT", default_value = "10m", value_name = "TIME", value_parser = time_or_zero)]
     start_timeout: Time,
@@ -124,32 +124,10 @@ pub struct Args {
     idle_timeout: Time,
 
     #[command(flatten)]
+    worker: worker::Args,
+
+    #[command(flatten)]
     limits: crate::limits::Args,
-}
-
-/// A text that is never shown.
-#[derive(Clone)]
-struct Secret(String);
-
-impl From<String> for Secret {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Secret(..)")
-    }
-}
-
-/// As Go's `strconv.ParseBool`, which operators write for; an empty variable is one that is not set.
-fn boolean(text: &str) -> Result<bool, String> {
-    match text {
-        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
-        "" | "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        _ => Err("write true or false".to_owned()),
-    }
 }
 
 fn time_or_zero(text: &str) -> Result<Time, String> {
@@ -158,38 +136,70 @@ fn time_or_zero(text: &str) -> Result<Time, String> {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let config = config(&args)?;
-    let tls = tls(&args)?;
+    let ended = args.worker.confine(&[]).and_then(|()| take(&args));
+    let report = match &ended {
+        Ok(Ended::Stored(_, report)) => report.clone(),
+        Ok(Ended::Refused(error)) | Err(error) => Report::failure(&chain(error)),
+    };
+    args.worker.leave(&report.text());
+    match ended? {
+        Ended::Stored(summary, _) => {
+            println!("{}", serde_json::to_string_pretty(&summary).context("printing the summary")?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Ended::Refused(error) => {
+            // The verdict on what was uploaded stands: the same again would fail the same way.
+            work::report(&error, 1);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// How an upload ends that is not to be tried again.
+enum Ended {
+    Stored(Box<ImportSummary>, Report),
+    Refused(anyhow::Error),
+}
+
+fn take(args: &Args) -> anyhow::Result<Ended> {
+    let config = config(args)?;
+    let tls = tls(args)?;
     let runtime = work::runtime()?;
-    let (outcome, interrupted) = runtime.block_on(async {
+    let (outcome, metrics, interrupted) = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let bind = async |port| {
             let address = (args.listen_address, port);
             TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address:?}"))
         };
         let (upload, health) = (bind(args.listen_port).await?, bind(args.healthz_port).await?);
+        let (progress, mut uploads) = watch::channel(Arc::new(Progress::default()));
+        let first = Arc::clone(&uploads.borrow());
+        let (metrics, _server) = args.worker.serve(Family::Registry, first).await?;
+        let followed = Arc::clone(&metrics);
+        let following = tokio::spawn(async move {
+            // An upload that starts over is counted anew.
+            while uploads.changed().await.is_ok() {
+                followed.follow(Arc::clone(&uploads.borrow_and_update()));
+            }
+        });
         let (addr, healthz) = (upload.local_addr()?, health.local_addr()?);
         let (destination, tls_on) = (&config.destination, tls.is_some());
-        tracing::info!(%addr, %healthz, tls = tls_on, %destination, owner = args.owner_uid, "listening");
-        let (progress, _) = watch::channel(Arc::new(Progress::default()));
+        tracing::info!(%addr, %healthz, tls = tls_on, %destination, "listening");
         let mut interrupted = None;
         let shutdown = async { interrupted = Some(signals.next().await) };
         let listeners = Listeners { upload, health: Some(health) };
         let outcome = serve(config, listeners, tls, progress, shutdown).await;
-        anyhow::Ok((outcome, interrupted))
+        following.abort();
+        anyhow::Ok((outcome, metrics, interrupted))
     })?;
     runtime.shutdown_timeout(WIND_DOWN);
     match outcome {
         Outcome::Done(summary) => {
-            println!("{}", serde_json::to_string_pretty(&*summary).context("printing the summary")?);
-            Ok(ExitCode::SUCCESS)
+            let report = worker::report(&summary, &metrics);
+            Ok(Ended::Stored(Box::new((*summary).clone()), report))
         }
-        Outcome::Failed(error) => {
-            // The verdict on what was uploaded stands: the same again would fail the same way.
-            let is_verdict = error.kind() == ErrorKind::Checksum;
-            let code = work::report(&anyhow::Error::new(error), 1);
-            Ok(if is_verdict { ExitCode::SUCCESS } else { code })
-        }
+        Outcome::Failed(error) if error.kind() == ErrorKind::Checksum => Ok(Ended::Refused(error.into())),
+        Outcome::Failed(error) => Err(error.into()),
         Outcome::NotStarted(limit) => bail!("no upload began in {} s; start again", limit.as_secs_f32()),
         Outcome::Stopped => match interrupted {
             Some(interrupted) => Err(interrupted.into()),
@@ -202,8 +212,8 @@ fn config(args: &Args) -> anyhow::Result<Config> {
     let endpoint = args.destination_endpoint.trim_start_matches("docker://");
     let destination: Reference = endpoint.parse().context(Usage("--destination-endpoint"))?;
     let auth = match (&args.destination_access_key_id, &args.destination_secret_key) {
-        (Some(user), Some(Secret(password))) if !user.is_empty() || !password.is_empty() => {
-            let credentials = Credentials { username: user.clone(), password: password.clone() };
+        (Some(user), Some(password)) if !user.is_empty() || !password.reveal().is_empty() => {
+            let credentials = Credentials { username: user.clone(), password: password.reveal().to_owned() };
             AuthStore::single(destination.host(), credentials)
         }
         _ => {
@@ -318,28 +328,5 @@ mod tests {
         assert_eq!(config(&args(&[])).unwrap().start_timeout, Some(Duration::from_secs(600)));
         let secret = args(&["--destination-access-key-id", "u", "--destination-secret-key", "s3cret"]);
         assert!(!format!("{secret:?} {:?}", config(&secret).unwrap()).contains("s3cret"));
-    }
-
-    #[test]
-    fn every_flag_and_variable_has_its_row_in_the_docs() {
-        let docs = include_str!("../../../docs/upload.md");
-        let mut root = <Cli as clap::CommandFactory>::command();
-        root.build();
-        let command = root.find_subcommand("uploader").unwrap();
-        let own = command.get_arguments().filter(|arg| !arg.is_global_set() && arg.get_env().is_some());
-        let mut seen = 0;
-        for arg in own {
-            let (flag, variable) = (arg.get_long().unwrap(), arg.get_env().unwrap().to_str().unwrap());
-            let row =
-                docs.lines().find(|line| line.contains(&format!("`--{flag}`")) && line.starts_with('|'));
-            let row = row.unwrap_or_else(|| panic!("--{flag} is not in docs/upload.md"));
-            assert!(row.contains(&format!("`{variable}`")), "{variable} is not in the row of --{flag}");
-            if let [default] = arg.get_default_values() {
-                let default = default.to_str().unwrap();
-                assert!(default.is_empty() || row.contains(&format!("`{default}`")), "{flag}: {default}");
-            }
-            seen += 1;
-        }
-        assert!(seen > 15, "{seen}");
     }
 }

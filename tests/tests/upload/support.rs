@@ -82,6 +82,7 @@ impl Uploader {
     pub fn start(reference: &str, args: &[&str]) -> Result<Self> {
         let mut command = cmd(dvcr()?, ["uploader", "--listen-address", "127.0.0.1", "--listen-port", "0"]);
         command.args(["--healthz-port", "0", "--destination-endpoint", reference]);
+        command.args(["--metrics-address", "127.0.0.1:0"]);
         let mut daemon = Daemon::spawn(command.args(args).env("NO_COLOR", "1"))?;
         let find = |line: &str, key: &str| -> Option<SocketAddr> {
             let (_, rest) = line.split_once(key).filter(|_| line.contains("listening"))?;

@@ -1,0 +1,90 @@
+//! What the commands have in common that an operator runs as pods.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use dvcr_converter::progress::Progress;
+use dvcr_importer::ImportSummary;
+use dvcr_worker::metrics::{Family, Metrics, Server};
+use dvcr_worker::sandbox::Sandbox;
+use dvcr_worker::termination::{self, Report, nanoseconds};
+
+/// Most address space of a worker, bytes: far above what it needs, far below what a machine has.
+const ADDRESS_SPACE_BYTES_MAX: u64 = 16 << 30;
+
+/// Metrics, the message at the end, and the sandbox.
+#[derive(Clone, Debug, clap::Args)]
+#[group(skip)]
+pub struct Args {
+    /// UID of the object that the work is for; metrics carry it
+    #[arg(long, env = "OWNER_UID", default_value = "", value_name = "UID", hide_default_value = true)]
+    owner_uid: String,
+
+    /// Where /metrics is served, by HTTPS with a certificate that is made at the start
+    #[arg(long, env = "METRICS_ADDRESS", default_value = "0.0.0.0:8443", value_name = "ADDRESS:PORT")]
+    metrics_address: SocketAddr,
+
+    /// The file that the outcome is written to
+    #[arg(long, env = "TERMINATION_MESSAGE_PATH", default_value = termination::PATH, value_name = "FILE")]
+    termination_message: PathBuf,
+
+    /// Keep the privileges of whoever starts this: no Landlock, no seccomp, no limits
+    #[arg(long, env = "DVCR_NO_SANDBOX")]
+    no_sandbox: bool,
+}
+
+impl Args {
+    /// Gives up all privileges that the work does not need. To be called before there are other threads.
+    pub fn confine(&self, writable: &[&Path]) -> anyhow::Result<()> {
+        if self.no_sandbox {
+            return Ok(());
+        }
+        let own = [self.termination_message.as_path(), Path::new("/tmp")];
+        let writable = own.into_iter().chain(writable.iter().copied()).map(Path::to_owned).collect();
+        let address_space_bytes_max = Some(ADDRESS_SPACE_BYTES_MAX);
+        let entered = Sandbox { writable, address_space_bytes_max, ..Sandbox::default() }
+            .enter()
+            .context("use --no-sandbox to do without")?;
+        tracing::info!(landlock = entered.landlock, seccomp = entered.seccomp, "confined");
+        Ok(())
+    }
+
+    /// Serves the metrics of `progress` as long as the answer lives.
+    pub async fn serve(
+        &self,
+        family: Family,
+        progress: Arc<Progress>,
+    ) -> anyhow::Result<(Arc<Metrics>, Server)> {
+        let metrics = Metrics::new(family, &self.owner_uid, progress);
+        let address = self.metrics_address;
+        let server = Server::start(address, Arc::clone(&metrics)).await;
+        let server = server.with_context(|| format!("cannot serve metrics at {address}"))?;
+        tracing::info!(address = %server.address(), "metrics are served");
+        Ok((metrics, server))
+    }
+
+    /// Leaves a message for whoever reads the pod's status.
+    pub fn leave(&self, message: &str) {
+        termination::leave(&self.termination_message, message);
+    }
+}
+
+/// What is told of an image that is stored.
+pub fn report(summary: &ImportSummary, metrics: &Metrics) -> Report {
+    Report {
+        source_image_size: summary.source_size,
+        source_image_virtual_size: summary.virtual_size,
+        source_image_format: summary.format.clone(),
+        average_speed: metrics.average_speed() as u64,
+        duration: nanoseconds(metrics.elapsed()),
+        ..Report::default()
+    }
+}
+
+/// An error and what caused it, in one line.
+pub fn chain(error: &anyhow::Error) -> String {
+    let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+    causes.join(": ")
+}
