@@ -10,6 +10,7 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 
 /// The options of a source `s3://...`. A key is never an argument, which everybody on the machine could read.
 #[derive(Clone, Debug, Default, clap::Args)]
+#[group(skip)]
 pub struct Args {
     /// The server of s3:// sources; AWS by default.
     #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_S3")]

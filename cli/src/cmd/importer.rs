@@ -11,6 +11,7 @@ use dvcr_worker::metrics::Family;
 use dvcr_worker::retry;
 use dvcr_worker::termination::Report;
 
+use super::{Secret, boolean, path};
 use crate::source::Trust;
 use crate::work::{self, Usage};
 use crate::worker::{self, chain};
@@ -42,27 +43,27 @@ pub struct Args {
     destination_endpoint: String,
 
     /// Credentials of the destination, as docker and podman keep them; of a source of kind dvcr too
-    #[arg(long, env = "IMPORTER_DESTINATION_AUTH_CONFIG", value_name = "FILE")]
+    #[arg(long, env = "IMPORTER_DESTINATION_AUTH_CONFIG", value_name = "FILE", value_parser = path)]
     destination_auth_config: Option<PathBuf>,
 
     /// Accept any certificate of the destination, and plain HTTP; true or false
-    #[arg(long, env = "DESTINATION_INSECURE_TLS", value_name = "BOOL", default_value = "false", value_parser = super::boolean)]
+    #[arg(long, env = "DESTINATION_INSECURE_TLS", value_name = "BOOL", default_value = "false", value_parser = boolean)]
     destination_insecure_tls: bool,
 
     /// Credentials of a source in a registry, as docker and podman keep them
-    #[arg(long, env = "IMPORTER_AUTH_CONFIG", value_name = "FILE")]
+    #[arg(long, env = "IMPORTER_AUTH_CONFIG", value_name = "FILE", value_parser = path)]
     auth_config: Option<PathBuf>,
 
     /// Accept any certificate of the source, and plain HTTP; true or false
-    #[arg(long, env = "INSECURE_TLS", value_name = "BOOL", default_value = "false", value_parser = super::boolean)]
+    #[arg(long, env = "INSECURE_TLS", value_name = "BOOL", default_value = "false", value_parser = boolean)]
     insecure_tls: bool,
 
     /// Folder with certificates (PEM) that those of the source may come from
-    #[arg(long, env = "IMPORTER_CERT_DIR", value_name = "DIR")]
+    #[arg(long, env = "IMPORTER_CERT_DIR", value_name = "DIR", value_parser = path)]
     cert_dir: Option<PathBuf>,
 
     /// Folder with certificates (PEM) that those of a proxy may come from
-    #[arg(long, env = "IMPORTER_PROXY_CERT_DIR", value_name = "DIR")]
+    #[arg(long, env = "IMPORTER_PROXY_CERT_DIR", value_name = "DIR", value_parser = path)]
     proxy_cert_dir: Option<PathBuf>,
 
     /// Checksums that the source's bytes must have; all of them
@@ -75,7 +76,7 @@ pub struct Args {
 
     /// Password of an http source, or secret of the key; better given by the environment, which others do not see
     #[arg(long, env = "IMPORTER_SECRET_KEY", value_name = "PASSWORD", hide_env_values = true)]
-    secret_key: Option<super::Secret>,
+    secret_key: Option<Secret>,
 
     /// The folder with disk.img of a source of kind filesystem
     #[arg(long, env = "IMPORTER_FILESYSTEM", default_value = "/tmp/fs", value_name = "DIR")]
@@ -86,7 +87,7 @@ pub struct Args {
     block_device: PathBuf,
 
     /// What the source may be (YAML; docs/import.md)
-    #[arg(long, env = "IMPORTER_SOURCE_POLICY", value_name = "FILE")]
+    #[arg(long, env = "IMPORTER_SOURCE_POLICY", value_name = "FILE", value_parser = path)]
     source_policy: Option<PathBuf>,
 
     /// Taken, and of no meaning here: images are stored as they are found

@@ -12,6 +12,8 @@ mod registry;
 mod upload;
 mod uploader;
 
+use std::convert::Infallible;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -91,6 +93,11 @@ fn boolean(text: &str) -> Result<bool, String> {
         "" | "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
         _ => Err("write true or false".to_owned()),
     }
+}
+
+/// A path that may be empty, as an empty variable is.
+fn path(text: &str) -> Result<PathBuf, Infallible> {
+    Ok(text.into())
 }
 
 /// Runs one command to its end; most succeed or fail, some have more to say by their exit code.

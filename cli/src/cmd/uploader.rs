@@ -19,7 +19,7 @@ use dvcr_worker::termination::Report;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::{Secret, boolean};
+use super::{Secret, boolean, path};
 use crate::work::{self, Signals, Usage};
 use crate::worker::{self, chain};
 
@@ -50,15 +50,15 @@ pub struct Args {
     healthz_port: u16,
 
     /// Certificate (PEM); with its key, TLS is spoken
-    #[arg(long, env = "TLS_CERT_FILE", value_name = "FILE")]
+    #[arg(long, env = "TLS_CERT_FILE", value_name = "FILE", value_parser = path)]
     server_cert: Option<PathBuf>,
 
     /// Private key (PEM) of the certificate
-    #[arg(long, env = "TLS_KEY_FILE", value_name = "FILE")]
+    #[arg(long, env = "TLS_KEY_FILE", value_name = "FILE", value_parser = path)]
     server_key: Option<PathBuf>,
 
     /// Certificates (PEM) that those of clients have to come from
-    #[arg(long, env = "CLIENT_CA_FILE", value_name = "FILE")]
+    #[arg(long, env = "CLIENT_CA_FILE", value_name = "FILE", value_parser = path)]
     client_ca: Option<PathBuf>,
 
     /// Common name that the certificate of a client must have
@@ -93,7 +93,7 @@ pub struct Args {
     destination_secret_key: Option<Secret>,
 
     /// Credentials of the registry, as docker and podman keep them
-    #[arg(long, env = "UPLOADER_DESTINATION_AUTH_CONFIG", value_name = "FILE")]
+    #[arg(long, env = "UPLOADER_DESTINATION_AUTH_CONFIG", value_name = "FILE", value_parser = path)]
     destination_auth_config: Option<PathBuf>,
 
     /// Accept any certificate of the registry, and plain HTTP; true or false
@@ -108,7 +108,7 @@ pub struct Args {
     destination_insecure_tls: Option<bool>,
 
     /// Certificates (PEM) that those of the registry may come from: a file, or a folder of files
-    #[arg(long, env = "UPLOADER_DESTINATION_CA_BUNDLE", value_name = "PATH")]
+    #[arg(long, env = "UPLOADER_DESTINATION_CA_BUNDLE", value_name = "PATH", value_parser = path)]
     destination_ca_bundle: Option<PathBuf>,
 
     /// Checksums that the uploaded bytes must have; all of them
