@@ -173,13 +173,17 @@ impl Upload {
             let before = self.offset;
             let rest = chunk.slice((before - start) as usize..);
             let mut outcome = self.patch(rest).await;
-            if outcome.is_ok() && self.offset <= before {
+            let is_stuck = outcome.is_ok() && self.offset <= before;
+            if is_stuck {
                 // Success that moves nothing is tried again like a failure, not for ever.
                 let text = format!("{}: the registry took nothing of a chunk at byte {before}", self.what);
                 outcome = Err(Error::new(ErrorKind::Unavailable, text));
             }
             if outcome.is_err() {
-                outcome = self.recover(outcome, attempt, &mut failing).await;
+                // A registry that answers, and takes nothing, is not away.
+                let begun = *failing.get_or_insert_with(Instant::now);
+                let patient = !is_stuck && before > 0 && begun.elapsed() < Duration::from_millis(PATIENCE_MS);
+                outcome = self.recover(outcome, attempt, patient).await;
                 attempt += 1;
             }
             outcome?;
@@ -199,16 +203,9 @@ impl Upload {
         Ok(())
     }
 
-    /// Waits after a failure that may pass, and asks what arrived; fails when it has lasted too long.
-    async fn recover(
-        &mut self,
-        failed: Result<()>,
-        attempt: u32,
-        failing: &mut Option<Instant>,
-    ) -> Result<()> {
+    /// Waits after a failure that may pass, and asks what arrived; fails after too many attempts, unless it is to be patient.
+    async fn recover(&mut self, failed: Result<()>, attempt: u32, patient: bool) -> Result<()> {
         let Err(error) = failed else { return Ok(()) };
-        let begun = *failing.get_or_insert_with(Instant::now);
-        let patient = self.offset > 0 && begun.elapsed() < Duration::from_millis(PATIENCE_MS);
         if error.kind() != ErrorKind::Unavailable || (attempt >= ATTEMPTS_MAX && !patient) {
             return Err(error);
         }

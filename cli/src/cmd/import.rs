@@ -110,7 +110,7 @@ mod tests {
         ] {
             let cli = Cli::try_parse_from(["dvcr", "import", source, destination]).unwrap();
             let Command::Import(args) = cli.command else { panic!("another command") };
-            let error = run(args).unwrap_err();
+            let error = run(*args).unwrap_err();
             assert!(error.is::<Usage>(), "{error:?}");
             assert!(!format!("{error:?}").contains("s3cret"), "{error:?}");
         }

@@ -33,7 +33,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Registry(Box<registry::Args>),
-    Import(import::Args),
+    Import(Box<import::Args>),
     Populate(populate::Args),
     Upload(upload::Args),
     Uploader(Box<uploader::Args>),
@@ -108,7 +108,7 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Registry(args) => return registry::run(*args),
         Command::Uploader(args) => return uploader::run(*args),
         Command::Upload(args) => upload::run(args),
-        Command::Import(args) => import::run(args),
+        Command::Import(args) => import::run(*args),
         Command::Importer(args) => importer::run(*args),
         Command::Populate(args) => populate::run(args),
         Command::Info(args) => info::run(args),
