@@ -25,7 +25,9 @@ async fn break_off(registry: &Registry, request: &ImportRequest, bytes: usize) {
     let running = tokio::spawn(import(request.clone(), progress.clone()));
     let deadline = Instant::now() + Duration::from_secs(60);
     let name = request.destination.repository();
-    while progress.done() < bytes as u64 || registry.sessions(name) == 0 {
+    // Ours tells how much it has put away: two chunks.
+    let is_put_away = || registry.is_debians() || registry.acknowledged(name) >= 16 * MIB as u64;
+    while progress.done() < bytes as u64 || registry.sessions(name) == 0 || !is_put_away() {
         assert!(Instant::now() < deadline && !running.is_finished(), "{} bytes came", progress.done());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
@@ -37,7 +39,6 @@ async fn assert_is(registry: &Registry, name: &str, dir: &Path, qcow2: &Path) {
     let target = dir.join(format!("{name}.raw"));
     populate_one(&registry.reference(name), &target).await.unwrap_or_else(|e| panic!("{}", chain(&e)));
     run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", path(&target), path(qcow2)]);
-    assert_eq!(registry.sessions(name), 0, "{name}");
 }
 
 /// A qcow2 file of 40 MiB, and another one of the same length.
@@ -70,26 +71,29 @@ async fn an_import_goes_on_where_an_earlier_one_was_broken_off() {
         web.now(Serving { stall_after: Some(BROKEN_OFF_AT), ..served(&first, "\"v1\"") });
         let mut request = import_request(&url, &registry.reference(name));
         let body = then.body.clone();
-        request.checksums = vec![sha256(&first).parse().unwrap()];
+        // Where the version changes, nothing but that tells.
+        if resumes {
+            request.checksums = vec![sha256(&first).parse().unwrap()];
+        }
         break_off(&registry, &request, BROKEN_OFF_AT).await;
         assert_eq!(registry.sessions(name), 1, "{name}");
         assert_eq!(registry.repository(name).manifest_digest("latest").await.unwrap(), None);
 
         web.now(then);
         web.requests.lock().unwrap().clear();
-        request.checksums = vec![sha256(&body).parse().unwrap()];
         let summary = run_import(&request).await.unwrap_or_else(|e| panic!("{name}: {}", chain(&e)));
         let again = web.requests.lock().unwrap().concat().to_ascii_lowercase();
         match resumes {
-            // Two whole chunks of the layer are there, which begins with 64 KiB of its own.
+            // Two chunks of the layer are there, which begins with 64 KiB of its own; the note is of where the second began.
             true => {
-                assert_eq!(summary.resumed_bytes, 16 * MIB as u64 - 65_536, "{name}");
-                assert!(again.contains("range: bytes=16711680-"), "{again}");
+                assert_eq!(summary.resumed_bytes, 8 * MIB as u64 - 65_536, "{name}");
+                assert!(again.contains("range: bytes=8323072-"), "{again}");
             }
             false => assert_eq!(summary.resumed_bytes, 0, "{name}"),
         }
         let version = if *body == first { "first.qcow2" } else { "second.qcow2" };
         assert_is(&registry, name, files.dir.path(), &files.path(version)).await;
+        assert_eq!(registry.sessions(name), 0, "{name}");
     }
 }
 
@@ -114,6 +118,7 @@ async fn a_file_that_was_read_in_part_is_gone_on_with_unless_it_was_changed() {
         assert!(was_broken_off || summary.resumed_bytes == 0);
         assert!(!changed || summary.resumed_bytes == 0, "{}", summary.resumed_bytes);
         assert_is(&registry, "file", files.dir.path(), &source).await;
+        assert_eq!(registry.sessions("file"), 0);
     }
 }
 
@@ -143,7 +148,6 @@ async fn a_registry_that_knows_no_names_is_begun_with_anew() {
     let web = Web::serve(Serving { stall_after: Some(BROKEN_OFF_AT), ..Serving::new(second.clone()) }).await;
     let request = import_request(&web.url("disk.qcow2"), &registry.reference("a"));
     break_off(&registry, &request, BROKEN_OFF_AT).await;
-    assert_eq!(registry.sessions("a"), 0);
     web.now(Serving::new(second));
     assert_eq!(run_import(&request).await.unwrap().resumed_bytes, 0);
     assert_is(&registry, "a", files.dir.path(), &files.path("disk.qcow2")).await;

@@ -103,6 +103,20 @@ impl Registry {
         std::fs::read_dir(uploads).map_or(0, Iterator::count)
     }
 
+    /// Whether it is Debian's.
+    pub fn is_debians(&self) -> bool {
+        self.child.is_some()
+    }
+
+    /// How much of its uploads to a repository ours has put away.
+    pub fn acknowledged(&self, name: &str) -> u64 {
+        let uploads = self.dir.path().join(format!("docker/registry/v2/repositories/{name}/_uploads"));
+        let sessions = std::fs::read_dir(uploads).into_iter().flatten().flatten();
+        let states = sessions.flat_map(|session| std::fs::read_dir(session.path().join("hashstates/sha256")));
+        let offsets = states.flatten().flatten().filter_map(|state| state.file_name().to_str()?.parse().ok());
+        offsets.max().unwrap_or(0)
+    }
+
     /// Blobs that a repository refers to as layers.
     pub fn layers(&self, name: &str) -> usize {
         let layers = self.dir.path().join(format!("docker/registry/v2/repositories/{name}/_layers/sha256"));
