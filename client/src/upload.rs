@@ -266,8 +266,10 @@ impl Upload {
         };
         let response = self.transport().send(&request).await?;
         let status = response.status();
-        // 416 means that the registry has another offset in mind, which asking for it settles.
-        if status == StatusCode::RANGE_NOT_SATISFIABLE || is_transient(status) {
+        // 416 means that the registry has another offset in mind, which asking for it settles; 409 that it is still busy with a
+        // chunk that was broken off, of a process before this one perhaps.
+        let is_passing = matches!(status, StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::CONFLICT);
+        if is_passing || is_transient(status) {
             let error = self.transport().refused(response, &self.what).await;
             return Err(Error::new(ErrorKind::Unavailable, error.to_string()));
         }
