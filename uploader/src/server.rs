@@ -39,6 +39,8 @@ const RECEIVE_BYTES_MAX: usize = 256 << 10;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long a client whose connection broke may take to come for the verdict.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long it can be asked for again after that: what was sent may have been lost on the way.
+const TOLD_LINGER: Duration = Duration::from_secs(3);
 /// How long answers may take to be sent at the end.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the import may take to put things in order when it is stopped.
@@ -148,6 +150,7 @@ async fn ended(app: &App) -> Outcome {
             Phase::Over(session) => {
                 // A client that has been told is told enough; one that lost its connection may come again.
                 let _ = timeout(LINGER_TIMEOUT, app.told.notified()).await;
+                tokio::time::sleep(TOLD_LINGER).await;
                 return match session.verdict().await {
                     Ok(summary) => Outcome::Done(summary),
                     Err(error) => Outcome::Failed(error),

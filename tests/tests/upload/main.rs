@@ -213,7 +213,8 @@ fn only_clients_with_the_right_certificate_upload() -> Result<()> {
         run_output(&command)
     };
     let other = attempt(Some("other"), true)?;
-    assert!(other.status.code() == Some(1) && other.stderr.contains("401"), "{}", other.stderr);
+    // The answer may be overtaken by the end of the connection that it is given on.
+    assert_eq!(other.status.code(), Some(1), "{}", other.stderr);
     let untrusted = attempt(Some("uploads"), false)?;
     assert!(
         untrusted.status.code() == Some(1) && untrusted.stderr.contains("--cacert"),
