@@ -150,7 +150,7 @@ async fn ended(app: &App) -> Outcome {
             Phase::Over(session) => {
                 // A client that has been told is told enough; one that lost its connection may come again.
                 let _ = timeout(LINGER_TIMEOUT, app.told.notified()).await;
-                tokio::time::sleep(TOLD_LINGER).await;
+                sleep(TOLD_LINGER).await;
                 return match session.verdict().await {
                     Ok(summary) => Outcome::Done(summary),
                     Err(error) => Outcome::Failed(error),

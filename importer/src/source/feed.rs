@@ -1,13 +1,12 @@
 //! An image that somebody pushes into an import, piece by piece: what an upload is to the importer.
 
 use std::fmt;
-use std::io::{self, Read};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Opened, Place, changed};
+use super::{Opened, Pieces, Place, changed};
 use crate::{Error, ErrorKind, Result};
 
 /// Pieces that may wait for the import; whoever sends more waits.
@@ -68,7 +67,7 @@ impl Feed {
         // A writer that is gone is noticed by the first read.
         let _ = tell_position.send(at.map_or(0, |at| at.position));
         Ok(Opened {
-            reader: Box::new(Pieces { pieces, piece: Bytes::new(), ended: false }),
+            reader: Box::new(Pieces::new(pieces, (ErrorKind::Source, "the upload broke off"))),
             random: None,
             len: *len,
             validator: Some(id.clone()),
@@ -151,31 +150,10 @@ impl FeedWriter {
     }
 }
 
-/// The pieces as a blocking reader.
-struct Pieces {
-    pieces: mpsc::Receiver<Piece>,
-    piece: Bytes,
-    ended: bool,
-}
-
-impl Read for Pieces {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        while self.piece.is_empty() && !self.ended && !buf.is_empty() {
-            match self.pieces.blocking_recv() {
-                Some(Ok(Some(piece))) => self.piece = piece,
-                Some(Ok(None)) => self.ended = true,
-                Some(Err(error)) => return Err(error.into()),
-                None => return Err(Error::new(ErrorKind::Source, "the upload broke off").into()),
-            }
-        }
-        let count = buf.len().min(self.piece.len());
-        self.piece.copy_to_slice(&mut buf[..count]);
-        Ok(count)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     /// Reads all of what was opened.

@@ -294,16 +294,29 @@ async fn open_http(url: &str, options: &SourceOptions, at: Option<&Place>) -> Re
             }
         }
     });
-    let reader = Box::new(Pieces { pieces, piece: Bytes::new(), ended: false });
+    let reader = Box::new(Pieces::of_task(pieces));
     let pump = Some(Pump(pump.abort_handle()));
     Ok(Opened { reader, random: None, len, validator, name, is_html, shown, pump })
 }
 
-/// Pieces sent by a task, as a blocking reader. Only `Ok(None)` is the end; a task that vanished is a failure.
+/// Pieces that somebody sends, as a blocking reader. Only `Ok(None)` is the end; a sender that vanished is a failure.
 struct Pieces {
     pieces: mpsc::Receiver<Result<Option<Bytes>>>,
     piece: Bytes,
     ended: bool,
+    /// What it means that the sender has vanished.
+    vanished: (ErrorKind, &'static str),
+}
+
+impl Pieces {
+    /// Of a task that ends before its time when the transfer is stopped.
+    fn of_task(pieces: mpsc::Receiver<Result<Option<Bytes>>>) -> Self {
+        Self::new(pieces, (ErrorKind::Cancelled, "the transfer was stopped"))
+    }
+
+    fn new(pieces: mpsc::Receiver<Result<Option<Bytes>>>, vanished: (ErrorKind, &'static str)) -> Self {
+        Self { pieces, piece: Bytes::new(), ended: false, vanished }
+    }
 }
 
 impl Read for Pieces {
@@ -313,7 +326,7 @@ impl Read for Pieces {
                 Some(Ok(Some(piece))) => self.piece = piece,
                 Some(Ok(None)) => self.ended = true,
                 Some(Err(error)) => return Err(error.into()),
-                None => return Err(Error::new(ErrorKind::Cancelled, "the transfer was stopped").into()),
+                None => return Err(Error::new(self.vanished.0, self.vanished.1).into()),
             }
         }
         let count = buf.len().min(self.piece.len());

@@ -242,7 +242,7 @@ pub(super) async fn open(address: &Address, options: &SourceOptions, at: Option<
     let pump = tokio::spawn(shared.clone().stream(sender));
     let random = Nbd { shared, runtime: Handle::current() };
     Ok(Opened {
-        reader: Box::new(Pieces { pieces, piece: Bytes::new(), ended: false }),
+        reader: Box::new(Pieces::of_task(pieces)),
         random: Some(Arc::new(random)),
         len: Some(export.size),
         validator: None,
