@@ -5,6 +5,7 @@
 //! bucket.rs     dvcr and CNCF distribution v3 in a bucket of MinIO x the same rows, and lists and garbage
 //! scale.rs      the same servers on directories of few and of many blobs
 //! converter.rs  converters (dvcr, qemu-img) x rows (each format -> raw, qcow2 -> each format)
+//! import.rs     into a registry (dvcr, curl, skopeo), and from HTTP to a raw file (dvcr, scratch and qemu-img)
 //! pipeline.rs   from a registry to a raw file (dvcr, scratch and qemu-img, nbdkit) x rows (plain, zlib), near and far
 //! relay.rs      the far end of a long line
 //! memory.rs     what writing a large disk adds to the memory of a control group
@@ -17,6 +18,7 @@
 mod bucket;
 mod converter;
 mod http;
+mod import;
 mod memory;
 mod pipeline;
 mod registry;
@@ -51,7 +53,7 @@ enum Suite {
         #[arg(long, default_value = ".cache/tools/bin/registry")]
         distribution: PathBuf,
         /// Debian's docker-registry
-        #[arg(long, default_value = "/usr/bin/docker-registry")]
+        #[arg(long, default_value = ".cache/tools/bin/docker-registry")]
         debian: PathBuf,
         /// MiB of the large blob
         #[arg(long, default_value_t = 1024)]
@@ -86,6 +88,18 @@ enum Suite {
     },
     /// Disk images to raw and back
     Converter {
+        /// Folder whose files fill the test disk
+        #[arg(long, default_value = "/usr")]
+        content: PathBuf,
+        /// The qemu-img to compete with; tools/qemu10.sh makes the default
+        #[arg(long, default_value = ".cache/tools/bin/qemu-img-10")]
+        qemu_img: PathBuf,
+        /// Run only the rows whose names contain this
+        #[arg(long, default_value = "")]
+        only: String,
+    },
+    /// Into a registry by HTTP and from another registry, and from HTTP to a raw file, beside curl, skopeo and qemu-img
+    Import {
         /// Folder whose files fill the test disk
         #[arg(long, default_value = "/usr")]
         content: PathBuf,
@@ -140,6 +154,9 @@ fn main() -> anyhow::Result<()> {
         Suite::RegistryScale { distribution, blobs } => scale::run(&cli.dvcr, &distribution, &dir, &blobs),
         Suite::Converter { content, qemu_img, only } => {
             converter::run(&cli.dvcr, &own_if_none(qemu_img), &content, &dir, cli.rounds, &only)
+        }
+        Suite::Import { content, qemu_img, only } => {
+            import::run(&cli.dvcr, &own_if_none(qemu_img), &content, &dir, cli.rounds, &only)
         }
         Suite::Pipeline { content, qemu_img, debian, only } => {
             let programs = pipeline::Programs { dvcr: cli.dvcr, qemu_img: own_if_none(qemu_img), debian };

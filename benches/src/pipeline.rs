@@ -112,15 +112,25 @@ pub fn run(programs: &Programs, content: &Path, dir: &Path, rounds: usize, only:
     Ok(())
 }
 
+/// A script that puts `file`, whose SHA-256 is in `$digest`, into a registry as a blob.
+pub(crate) fn put_blob(registry: &str, file: &str) -> String {
+    format!(
+        "location=$(curl -sf -X POST -D - -o /dev/null http://{registry}/v2/bare/blobs/uploads/ | tr -d '\\r' | \
+         sed -n 's/^[Ll]ocation: //p'); case $location in /*) location=http://{registry}$location;; esac; \
+         case $location in *\\?*) location=\"$location&\";; *) location=\"$location?\";; esac; \
+         curl -sf -T '{file}' \"${{location}}digest=sha256:$digest\""
+    )
+}
+
 /// One file in the registries: as an image, and as a bare blob.
-struct Image {
-    row: &'static str,
-    name: String,
+pub(crate) struct Image {
+    pub(crate) row: &'static str,
+    pub(crate) name: String,
     digest: String,
 }
 
 impl Image {
-    fn push(
+    pub(crate) fn push(
         dvcr: &Path,
         row: &'static str,
         file: &Path,
@@ -134,21 +144,16 @@ impl Image {
         }
         let sum = Command::new("sha256sum").arg(file).output()?;
         let sum = String::from_utf8(sum.stdout)?;
-        let digest = format!("sha256:{}", sum.split_whitespace().next().context("a checksum")?);
+        let sum = sum.split_whitespace().next().context("a checksum")?;
+        let digest = format!("sha256:{sum}");
         let image = Self { row, name, digest };
-        let session = format!(
-            "location=$(curl -sf -X POST -D - -o /dev/null http://{0}/v2/bare/blobs/uploads/ | tr -d '\\r' | \
-             sed -n 's/^[Ll]ocation: //p'); case $location in /*) location=http://{0}$location;; esac; \
-             case $location in *\\?*) location=\"$location&\";; *) location=\"$location?\";; esac; \
-             curl -sf -T \"$1\" \"${{location}}digest=$2\"",
-            ours.addr
-        );
-        success(Command::new("sh").args(["-ec", &session, "sh"]).arg(file).arg(&image.digest))?;
+        let put = format!("digest={sum}; {}", put_blob(&ours.addr.to_string(), &file.display().to_string()));
+        success(Command::new("sh").args(["-ec", &put]))?;
         Ok(image)
     }
 
     /// Where the bare file is.
-    fn url(&self, server: SocketAddr) -> String {
+    pub(crate) fn url(&self, server: SocketAddr) -> String {
         format!("http://{server}/v2/bare/blobs/{}", self.digest)
     }
 }

@@ -273,13 +273,13 @@ pub(crate) fn digest(bytes: &[u8]) -> String {
 }
 
 /// A registry process on an empty folder of its own; both are gone when it is dropped.
-struct Fresh {
-    server: Server,
+pub(crate) struct Fresh {
+    pub(crate) server: Server,
     _root: tempfile::TempDir,
 }
 
 impl Fresh {
-    fn start(name: &str, program: &Path, dir: &Path) -> anyhow::Result<Self> {
+    pub(crate) fn start(name: &str, program: &Path, dir: &Path) -> anyhow::Result<Self> {
         let root = tempfile::tempdir_in(dir)?;
         Ok(Self { server: Server::start(name, program, root.path())?, _root: root })
     }

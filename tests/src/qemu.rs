@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 /// A kernel under KVM is there in one or two seconds.
 const KVM_PROBE_TIMEOUT: Duration = Duration::from_secs(8);
-const BOOT_TIMEOUT: Duration = Duration::from_secs(5 * 60);
+const BOOT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 const CONSOLE_BYTES_MAX: usize = 1 << 20;
 const MEMORY_MIB: u32 = 768;
 
