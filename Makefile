@@ -18,7 +18,9 @@ demo: deps-demo ## Import a real Debian image and boot a disk made from it
 	cargo build --locked --workspace --bins
 	$(TARGET_DIR)/debug/demo
 
+# Many tests wait for other programs, so that there may be more of them at a time than cores.
 .PHONY: test
+test: export RUST_TEST_THREADS ?= $(shell echo $$((2 * $$(nproc))))
 test: deps-test tools ## Run all tests, end to end ones included
 	cargo build --locked --workspace --bins
 	cargo test --locked --workspace --no-fail-fast
