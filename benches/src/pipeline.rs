@@ -202,9 +202,10 @@ impl Place<'_> {
             (
                 "nbdkit, qemu-nbd, nbdcopy",
                 format!(
-                    "{nbdkit} \"qemu-nbd -r -f qcow2 --fork --pid-file='{scratch}' -k '{scratch}.sock' \\$uri; \
+                    "{nbdkit} \"qemu-nbd -r -t -e 8 -f qcow2 --fork --pid-file='{scratch}' -k '{scratch}.sock' \\$uri; \
                      truncate -s \\$(nbdinfo --size 'nbd+unix:///?socket={scratch}.sock') '{out}'; \
-                     nbdcopy --flush --destination-is-zero 'nbd+unix:///?socket={scratch}.sock' '{out}'\""
+                     nbdcopy --flush --destination-is-zero 'nbd+unix:///?socket={scratch}.sock' '{out}'; \
+                     result=\\$?; kill \\$(cat '{scratch}'); exit \\$result\""
                 ),
             ),
         ];
