@@ -131,7 +131,10 @@ impl From<store::Error> for ApiError {
         match kind {
             Kind::Full => {
                 answer.0.status = StatusCode::INSUFFICIENT_STORAGE;
-                answer.0.message = "the registry's disk is full; nothing was stored".to_owned();
+                answer.0.message = match error.no_room() {
+                    Some(no_room) => format!("the registry's disk is full: {no_room}; nothing was stored"),
+                    None => "the registry's disk is full; nothing was stored".to_owned(),
+                };
             }
             Kind::Unavailable => {
                 answer.0.status = StatusCode::SERVICE_UNAVAILABLE;

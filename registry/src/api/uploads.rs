@@ -41,6 +41,8 @@ use crate::store::{self, Ending, Intake, NOTE_BYTES_MAX, Session, UploadError};
 const SMALL_BODY_BYTES_MAX: u64 = 64 << 10;
 /// What the client of a named session is told when it comes back (docs/registry.md).
 const UPLOAD_NOTE: HeaderName = HeaderName::from_static("dvcr-upload-note");
+/// How long the blob is that a session is begun for (docs/registry.md).
+const UPLOAD_LENGTH: HeaderName = HeaderName::from_static("dvcr-upload-length");
 /// Longest name of a session, bytes.
 const SESSION_NAME_BYTES_MAX: usize = 128;
 const OCI_CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
@@ -83,9 +85,17 @@ pub(super) async fn post(app: Arc<App>, repo: RepoName, parts: Parts, body: Body
         })?,
         None => Algorithm::Sha256,
     };
+    let announced = announced(&parts)?;
     let mut response = match param(query, "session") {
-        Some(name) => return_to(&app, repo, &name, algorithm).await?,
+        Some(name) => return_to(&app, repo, &name, algorithm, announced).await?,
         None => {
+            let repo = match announced {
+                None => repo,
+                Some(bytes) => {
+                    let store = Arc::clone(&app.store);
+                    blocking(move || store.has_room(&repo, bytes).map(|()| repo)).await?
+                }
+            };
             let begun = app.ask(move |store| {
                 let id = store.begin_upload(&repo, algorithm)?;
                 Ok::<_, store::Error>((repo, id))
@@ -104,6 +114,7 @@ async fn return_to(
     repo: RepoName,
     name: &str,
     algorithm: Algorithm,
+    announced: Option<u64>,
 ) -> Result<Response, ApiError> {
     let is_name = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
     if name.is_empty() || name.len() > SESSION_NAME_BYTES_MAX || !name.bytes().all(is_name) {
@@ -115,7 +126,11 @@ async fn return_to(
     let id = store::session_id(&repo, name);
     let store = Arc::clone(&app.store);
     let (repo, offset, note) = blocking(move || {
-        let offset = match store.upload_offset(&repo, id)? {
+        let there = store.upload_offset(&repo, id)?;
+        if let Some(bytes) = announced {
+            store.has_room(&repo, bytes.saturating_sub(there.unwrap_or(0)))?;
+        }
+        let offset = match there {
             Some(offset) => offset,
             None => {
                 store.begin_upload_as(&repo, id, algorithm)?;
@@ -472,6 +487,17 @@ impl From<UploadError> for ApiError {
             UploadError::Store(error) => error.into(),
         }
     }
+}
+
+/// What a client says, when it begins a session, that it will bring.
+fn announced(parts: &Parts) -> Result<Option<u64>, ApiError> {
+    let number = |text: &str| {
+        text.parse().map_err(|_| {
+            let message = format!("{UPLOAD_LENGTH} is a number of bytes, not {text:?}");
+            ApiError::bad_request(Code::BlobUploadInvalid, message)
+        })
+    };
+    header_str(parts, UPLOAD_LENGTH).map(number).transpose()
 }
 
 fn content_length(parts: &Parts) -> Option<u64> {

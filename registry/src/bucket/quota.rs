@@ -309,6 +309,32 @@ impl Quotas {
         Err(Error::of(store::Kind::Unavailable, "cannot keep a quota", why))
     }
 
+    /// Has `ask` ask a ledger for room; one that refuses is counted again first, unless that was done just now.
+    async fn ask<T>(
+        &self,
+        prefix: &str,
+        known: &Known,
+        ask: impl Fn(&mut Ledger, u64) -> Result<T, Refused>,
+    ) -> Result<T> {
+        let began = self.now().await?;
+        let mut is_counted = false;
+        loop {
+            let asked = self.change(prefix, known, |ledger, now| {
+                ask(ledger, now).map_err(|refused| (refused, ledger.counted))
+            });
+            let (refused, counted) = match asked.await? {
+                Ok(granted) => return Ok(granted),
+                Err(refused) => refused,
+            };
+            let since = began.saturating_sub(COUNT_AGE_MIN.as_secs());
+            if is_counted || counted.is_some_and(|counted| counted >= since) {
+                return Err(refused.into_error(prefix, known.limit));
+            }
+            self.count(prefix, known, since).await?;
+            is_counted = true;
+        }
+    }
+
     /// Counts a prefix, unless that was done since a time; one replica does, and the others wait for it.
     async fn count(&self, prefix: &str, known: &Known, since: u64) -> Result<()> {
         let _one = known.counting.lock().await;
@@ -389,32 +415,29 @@ impl Room {
         else {
             return Ok(());
         };
-        let (id, limit, began) = (self.id.to_string(), known.limit, quotas.now().await?);
+        let (id, limit) = (self.id.to_string(), known.limit);
         let generous = match self.granted {
             // Most uploads tell their length with the first word.
             0 => bytes,
             granted => bytes.max(granted.saturating_add(GRANT_BYTES)),
         };
-        for is_counted in [false, true] {
-            let held = quotas.change(prefix, known, |ledger, now| {
-                let more = ledger.hold(&id, generous, limit, now).map(|()| generous);
-                more.or_else(|_| ledger.hold(&id, bytes, limit, now).map(|()| bytes))
-                    .map_err(|refused| (refused, ledger.counted))
-            });
-            let (refused, counted) = match held.await? {
-                Ok(granted) => {
-                    self.granted = granted;
-                    return Ok(());
-                }
-                Err(refused) => refused,
-            };
-            let since = began.saturating_sub(COUNT_AGE_MIN.as_secs());
-            if is_counted || counted.is_some_and(|counted| counted >= since) {
-                return Err(refused.into_error(prefix, limit));
-            }
-            quotas.count(prefix, known, since).await?;
-        }
+        let hold = |ledger: &mut Ledger, now| {
+            let more = ledger.hold(&id, generous, limit, now).map(|()| generous);
+            more.or_else(|_| ledger.hold(&id, bytes, limit, now).map(|()| bytes))
+        };
+        self.granted = quotas.ask(prefix, known, hold).await?;
         Ok(())
+    }
+
+    /// Tells whether there is room for an upload of so many bytes, and holds none.
+    ///
+    /// # Errors
+    /// As [`Self::reach`].
+    pub(super) async fn check(&self, bytes: u64) -> Result<()> {
+        let Some((quotas, known, prefix)) = &self.of else { return Ok(()) };
+        let (id, limit) = (self.id.to_string(), known.limit);
+        let look = |ledger: &mut Ledger, now| ledger.clone().hold(&id, bytes, limit, now);
+        quotas.ask(prefix, known, look).await
     }
 
     /// Makes room for so many bytes that a link is about to give to the repository, unless the link is there.
@@ -638,8 +661,15 @@ mod tests {
         push(&replicas[0], "q/free/c", had_not).unwrap();
         let used = |replica: &Bucket| replica.quotas.usage().into_iter().find(|usage| usage.prefix == "q/");
         assert_eq!(used(&replicas[1]).unwrap().used, Some(10_000));
+        let asked = |bytes| replicas[1].has_room(&repo("q/a"), bytes);
+        let refused = asked(1).unwrap_err();
+        assert_eq!(refused.exceeded().map(|no| (no.limit, no.used, no.more)), Some((10_000, 10_000, 1)));
         assert!(replicas[0].wait(replicas[0].delete_blob(&repo(name(had)), &digest(had))).unwrap());
         replicas[0].wait(replicas[0].quotas.count_all()).unwrap();
+        for _ in 0..3 {
+            asked(1000).unwrap();
+            assert!(asked(1001).is_err());
+        }
         assert!(is_refused(&push(&replicas[1], name(had), 99).and_then(|()| push(
             &replicas[0],
             name(had),

@@ -87,6 +87,10 @@ impl Store for Bucket {
         Ok(Box::new(Bucket::start_upload(self, repo, algorithm)))
     }
 
+    fn has_room(&self, repo: &RepoName, bytes: u64) -> Result<()> {
+        self.wait(async { self.quotas.room(repo, Uuid::new_v4(), 0).check(bytes).await })
+    }
+
     fn chunk_bytes_min(&self) -> u64 {
         // What is behind the last whole part is written anew with each chunk.
         self.client.settings().part_size.0

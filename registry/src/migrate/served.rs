@@ -296,6 +296,10 @@ impl Store for Served {
         Ok(self.guarded(session, repo, &store))
     }
 
+    fn has_room(&self, repo: &RepoName, bytes: u64) -> Result<()> {
+        self.current().has_room(repo, bytes)
+    }
+
     fn chunk_bytes_min(&self) -> u64 {
         self.current().chunk_bytes_min()
     }

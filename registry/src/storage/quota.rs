@@ -120,7 +120,10 @@ impl Prefix {
 
 /// The bytes are more than the quota leaves.
 #[derive(Debug, thiserror::Error)]
-#[error("{prefix} may have {limit} bytes and has {used}: there is no room for {more} more")]
+#[error(
+    "{prefix} may have {limit} bytes and has {used}: there is no room for {more} more, {} are missing",
+    .used.saturating_add(*.more).saturating_sub(*.limit)
+)]
 pub(crate) struct Exceeded {
     pub(crate) prefix: String,
     pub(crate) limit: u64,

@@ -3,12 +3,13 @@
 //! The filesystem is asked at most ten times a second. In between, what is granted is taken off what it said; what is
 //! granted and not yet written is taken off its next answer.
 
-use std::io::{self, ErrorKind};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Error, Result};
+use crate::store::Kind;
 
 /// How old an answer of the filesystem may be.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
@@ -39,6 +40,18 @@ pub(crate) struct Volume {
     pub(crate) bytes: u64,
     /// What it has for programs like ours, the reserve included.
     pub(crate) free: u64,
+}
+
+/// The bytes are more than the volume has besides the reserve.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error(
+    "there is no room for {more} bytes more: {free} are free, of which {reserve} are reserved, and {} are missing",
+    .more.saturating_add(*.reserve).saturating_sub(*.free)
+)]
+pub(crate) struct NoRoom {
+    pub(crate) more: u64,
+    pub(crate) free: u64,
+    pub(crate) reserve: u64,
 }
 
 /// What the bytes are for.
@@ -95,12 +108,8 @@ impl Space {
             Purpose::Manifest => self.reserve / 2,
         };
         if bytes.checked_add(reserve).is_none_or(|needed| needed > seen.free) {
-            let why = format!("{} bytes are free, of which {reserve} are reserved", seen.free);
-            let full = io::Error::new(ErrorKind::StorageFull, why);
-            return Err(Error::new(
-                format!("there is no room for {bytes} bytes in {}", self.root.display()),
-                full,
-            ));
+            let context = format!("there is no room in {}", self.root.display());
+            return Err(Error::of(Kind::Full, context, NoRoom { more: bytes, free: seen.free, reserve }));
         }
         seen.free -= bytes;
         seen.granted = seen.granted.saturating_add(bytes);

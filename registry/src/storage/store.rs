@@ -69,6 +69,10 @@ impl Store for Storage {
         session.ok_or_else(|| Error::other("an upload that was just begun is gone").into())
     }
 
+    fn has_room(&self, repo: &RepoName, bytes: u64) -> Result<()> {
+        self.has_room(repo, bytes)
+    }
+
     fn chunk_bytes_min(&self) -> u64 {
         CHUNK_BYTES_MIN
     }

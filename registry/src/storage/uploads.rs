@@ -313,6 +313,16 @@ impl Storage {
         }
     }
 
+    /// Fails if there is no room for so many more bytes; holds none.
+    pub(super) fn has_room(&self, repo: &RepoName, bytes: u64) -> Result<()> {
+        // What is granted is given back at once.
+        self.room(repo, Uuid::new_v4(), 0, bytes, None)?;
+        match bytes {
+            0 => Ok(()),
+            _ => self.space.check(bytes),
+        }
+    }
+
     /// Tells whether [`Storage::admit`] takes no time worth mentioning.
     pub(crate) fn admits_quickly(&self, repo: &RepoName) -> bool {
         self.quotas.is_quick(repo)

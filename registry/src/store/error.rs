@@ -6,6 +6,7 @@ use std::path::Path;
 use crate::digest::Digest;
 use crate::names::Tag;
 use crate::storage::quota::Exceeded;
+use crate::storage::space::NoRoom;
 
 /// Result of a store.
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
@@ -68,6 +69,11 @@ impl Error {
 
     /// The quota that is used up, if that is what went wrong.
     pub(crate) fn exceeded(&self) -> Option<&Exceeded> {
+        self.source.downcast_ref()
+    }
+
+    /// How much room there is, if that is known, and less than was asked for.
+    pub(crate) fn no_room(&self) -> Option<&NoRoom> {
         self.source.downcast_ref()
     }
 

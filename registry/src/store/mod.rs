@@ -118,6 +118,13 @@ pub(crate) trait Store: fmt::Debug + Send + Sync {
         algorithm: Algorithm,
     ) -> Result<Box<dyn Session>, UploadError>;
 
+    /// Fails if there is no room for so many more bytes in a repository. None are held: of several who ask, each may be told that
+    /// there is room for theirs alone.
+    ///
+    /// # Errors
+    /// When the quota or the free space does not leave so many; see [`Error::exceeded`] and [`Error::is_full`].
+    fn has_room(&self, repo: &RepoName, bytes: u64) -> Result<()>;
+
     /// Bytes of a chunk that clients are asked for at least; shorter ones are taken as well, but cost more than they need. Does not
     /// block.
     fn chunk_bytes_min(&self) -> u64;

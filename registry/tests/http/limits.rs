@@ -80,6 +80,39 @@ async fn what_a_quota_does_not_leave_is_refused_before_the_body_is_read() {
 }
 
 #[tokio::test]
+async fn a_session_that_says_how_much_will_come_is_refused_where_there_is_no_room_for_it() {
+    let served = served(|config| config.limits.quotas = quotas(&[("q/", 10_000)])).await;
+    served.push_blob("q/a", &noise(6000, 1)).await;
+    for path in ["/v2/q/b/blobs/uploads/", "/v2/q/b/blobs/uploads/?session=mine"] {
+        let begin =
+            async |length: &str| served.send("POST", path, &[("dvcr-upload-length", length)], "").await;
+        let refused = begin("5000").await.expect_error(403, "DENIED");
+        let error = &refused.json()["errors"][0];
+        assert_eq!(error["detail"], serde_json::json!({"prefix": "q/", "limit": 10_000, "used": 6000}));
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("no room for 5000 more, 1000 are missing"), "{message}");
+        let refused = begin("9000000000000000000").await;
+        assert!(refused.status == 403 || refused.status == 507, "{}", refused.status);
+        begin("5 KB").await.expect_error(400, "BLOB_UPLOAD_INVALID");
+        // Nothing is held for who only asks.
+        for _ in 0..3 {
+            begin("4000").await.expect(202);
+        }
+        assert_eq!(used(&served, "q/").await, 6000);
+    }
+    // What has come of it counts already.
+    let path = "/v2/q/b/blobs/uploads/?session=mine";
+    let location = served.ask("POST", path).await.expect(202).header("location").to_owned();
+    served.send("PATCH", &location, &[], noise(3000, 2)).await.expect(202);
+    served.send("POST", path, &[("dvcr-upload-length", "4000")], "").await.expect(202);
+    served.send("POST", path, &[("dvcr-upload-length", "4001")], "").await.expect_error(403, "DENIED");
+    served
+        .send("POST", "/v2/free/blobs/uploads/", &[("dvcr-upload-length", "1000000")], "")
+        .await
+        .expect(202);
+}
+
+#[tokio::test]
 async fn an_upload_that_tells_no_length_is_refused_as_soon_as_it_passes() {
     let served = served(|config| config.limits.quotas = quotas(&[("q/", 3 << 20)])).await;
     let location = served.begin("q/a").await;
@@ -277,6 +310,14 @@ async fn a_full_disk_refuses_uploads_loses_nothing_and_can_be_cleaned() {
     let line = format!("POST /v2/a/blobs/uploads/?digest={}", sha256(b"x"));
     let headers = [("content-length", "30000000"), ("expect", "100-continue")];
     Raw::start(served.address, &line, &headers).await.finish().await.expect_error(507, "UNKNOWN");
+    let announced = [("dvcr-upload-length", "30000000")];
+    let refused =
+        served.send("POST", "/v2/a/blobs/uploads/", &announced, "").await.expect_error(507, "UNKNOWN");
+    let message = refused.json()["errors"][0]["message"].as_str().unwrap().to_owned();
+    assert!(
+        message.contains("30000000 bytes more") && message.contains(&format!("{reserve} are reserved")),
+        "{message}"
+    );
 
     // Not known beforehand: chunks fill it up, and what was acknowledged stays.
     let location = served.begin("a").await;
