@@ -18,6 +18,8 @@ pub enum ErrorKind {
     Unauthorized,
     /// The registry knows the caller and refuses.
     Denied,
+    /// The registry has no room for it: its quota, or its disk.
+    Full,
     /// The registry cannot be reached or answers that it cannot serve now; trying later may help.
     Unavailable,
     /// The registry's TLS certificate is not accepted.

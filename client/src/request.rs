@@ -289,8 +289,15 @@ impl Transport {
         let origin = response.url().origin().ascii_serialization();
         let body = read_bounded(response, ANSWER_BYTES_MAX).await.unwrap_or_default();
         let mut text = format!("{what}: {origin} answered {status}");
-        if let Some(message) = registry_message(&body) {
-            text += &format!(" ({message})");
+        let told = RegistryError::first(&body);
+        if status == StatusCode::INSUFFICIENT_STORAGE || told.as_ref().is_some_and(RegistryError::is_quota) {
+            // Whoever shows it to others can tell it from what was said to whom.
+            let why = told.map_or_else(|| "it has no room".to_owned(), |told| printable(&told.message));
+            return Error::with(ErrorKind::Full, text, why);
+        }
+        if let Some(told) = told {
+            let message = printable(&format!("{}: {}", told.code, told.message));
+            text += &format!(" ({})", message.trim_end_matches([':', ' ']));
         }
         match kind {
             ErrorKind::Unauthorized if self.credentials.is_some() => {
@@ -571,22 +578,34 @@ fn secret_header(value: &str) -> Option<HeaderValue> {
     Some(value)
 }
 
-/// `CODE: message` of an OCI error body, cut to what a person reads and to printable characters.
-fn registry_message(body: &[u8]) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Errors {
-        errors: Vec<Entry>,
+/// What a registry says of a failure (distribution-spec 1.1, "Error Codes").
+#[derive(Deserialize)]
+struct RegistryError {
+    #[serde(default)]
+    code: String,
+    #[serde(default)]
+    message: String,
+    #[serde(default)]
+    detail: serde_json::Value,
+}
+
+impl RegistryError {
+    fn first(body: &[u8]) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Errors {
+            errors: Vec<RegistryError>,
+        }
+        let errors: Errors = serde_json::from_slice(body).ok()?;
+        errors.errors.into_iter().next()
     }
-    #[derive(Deserialize)]
-    struct Entry {
-        #[serde(default)]
-        code: String,
-        #[serde(default)]
-        message: String,
+
+    /// Whether it is a quota of our registry that is used up (docs/registry-limits.md).
+    fn is_quota(&self) -> bool {
+        self.code == "DENIED" && self.detail.get("limit").is_some() && self.detail.get("used").is_some()
     }
-    let errors: Errors = serde_json::from_slice(body).ok()?;
-    let first = errors.errors.into_iter().next()?;
-    let text = format!("{}: {}", first.code, first.message);
-    let printable = text.chars().map(|c| if c.is_control() { ' ' } else { c });
-    Some(printable.take(MESSAGE_CHARS_MAX).collect::<String>().trim_end_matches([':', ' ']).to_owned())
+}
+
+/// A text of somebody else's, as it can be shown.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MESSAGE_CHARS_MAX).collect()
 }

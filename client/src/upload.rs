@@ -34,6 +34,8 @@ const COMMIT_TIMEOUT_MS: u64 = 30 * 60 * 1_000;
 const OCI_CHUNK_MIN_LENGTH: HeaderName = HeaderName::from_static("oci-chunk-min-length");
 /// What whoever goes on with a named session needs to know; visible ASCII.
 const UPLOAD_NOTE: HeaderName = HeaderName::from_static("dvcr-upload-note");
+/// How long the blob is that a session is for.
+const UPLOAD_LENGTH: HeaderName = HeaderName::from_static("dvcr-upload-length");
 const OCTETS: &str = "application/octet-stream";
 
 /// An open upload session. Dropping it cancels the session in the background, unless a note was left with it.
@@ -45,8 +47,8 @@ pub struct Upload {
     offset: u64,
     what: String,
     open: bool,
-    /// Whether the registry keeps notes with this session.
-    is_named: bool,
+    /// What the session goes by, if the registry knows names, and keeps notes.
+    name: Option<String>,
     /// Sent with the next chunk.
     note: Option<String>,
     /// Whether it outlives us, for whoever asks for it by its name.
@@ -67,36 +69,47 @@ impl Repository {
     }
 
     /// Opens the upload session that goes by `name` (1 to 128 letters, digits, `-`, `_` and `.`), and returns the note that was
-    /// left with it: `None` if it is a new one, or the registry knows no names.
-    pub async fn return_to_upload(&self, name: &str) -> Result<(Upload, Option<String>)> {
-        let (upload, note) = self.open_named(name).await?;
+    /// left with it: `None` if it is a new one, or the registry knows no names. `bytes` is the length of the whole blob, as far as
+    /// known: see [`Upload::announce`].
+    pub async fn return_to_upload(&self, name: &str, bytes: Option<u64>) -> Result<(Upload, Option<String>)> {
+        let (upload, note) = self.open_named(name, bytes).await?;
         if upload.offset == 0 || note.is_some() {
             return Ok((upload, note));
         }
         // Nobody can tell what came of it.
         upload.cancel().await;
-        self.open_named(name).await
+        self.open_named(name, bytes).await
     }
 
-    async fn open_named(&self, name: &str) -> Result<(Upload, Option<String>)> {
+    async fn open_named(&self, name: &str, bytes: Option<u64>) -> Result<(Upload, Option<String>)> {
         let what = format!("pushing a blob to {}", self.name);
-        let mut url = self.url("blobs/uploads/").await?;
-        url.query_pairs_mut().append_pair("session", name);
-        let request = Outgoing::new(Method::POST, url, Access::Push, &self.name, &what);
-        let response = self.transport.send_retrying(&request).await?;
-        if response.status() != StatusCode::ACCEPTED {
-            return Err(self.transport.refused(response, &what).await);
-        }
+        let response = self.ask_for_named(name, bytes, &what).await?;
         let note = header(response.headers(), &UPLOAD_NOTE).map(str::to_owned);
         let received = header(response.headers(), &RANGE).and_then(received_bytes);
         let mut upload = Upload::adopt(self.clone(), &response, what)?;
         if note.is_some() {
             // `0-0` is also what registries say of an empty session.
-            (upload.is_named, upload.offset) = (true, received.filter(|bytes| *bytes > 1).unwrap_or(0));
+            upload.name = Some(name.to_owned());
+            upload.offset = received.filter(|bytes| *bytes > 1).unwrap_or(0);
         }
         let note = note.filter(|note| !note.is_empty());
         upload.stays = note.is_some();
         Ok((upload, note))
+    }
+
+    /// Has the registry find the session that goes by `name`, or begin it, for a blob of so many bytes.
+    async fn ask_for_named(&self, name: &str, bytes: Option<u64>, what: &str) -> Result<Response> {
+        let mut url = self.url("blobs/uploads/").await?;
+        url.query_pairs_mut().append_pair("session", name);
+        let mut request = Outgoing::new(Method::POST, url, Access::Push, &self.name, what);
+        if let Some(bytes) = bytes {
+            request = request.header(UPLOAD_LENGTH, &bytes.to_string());
+        }
+        let response = self.transport.send_retrying(&request).await?;
+        match response.status() {
+            StatusCode::ACCEPTED => Ok(response),
+            _ => Err(self.transport.refused(response, what).await),
+        }
     }
 
     /// Opens an upload session and hashes what goes into it.
@@ -124,16 +137,8 @@ impl Upload {
         })?;
         let location = repository.transport.resolve(response.url(), location)?;
         let minimum = header(response.headers(), &OCI_CHUNK_MIN_LENGTH).and_then(|v| v.parse::<u64>().ok());
-        let upload = Self {
-            repository,
-            location,
-            offset: 0,
-            what,
-            open: true,
-            is_named: false,
-            note: None,
-            stays: false,
-        };
+        let upload =
+            Self { repository, location, offset: 0, what, open: true, name: None, note: None, stays: false };
         match minimum.filter(|bytes| *bytes > CHUNK_BYTES as u64) {
             Some(bytes) => Err(Error::new(
                 ErrorKind::Unsupported,
@@ -151,8 +156,20 @@ impl Upload {
     /// Leaves a note with the next chunk, for whoever returns to this session: from then on it is not cancelled when this is
     /// dropped. Does nothing where the registry keeps no notes.
     pub fn leave_note(&mut self, note: String) {
-        if self.is_named {
+        if self.name.is_some() {
             (self.note, self.stays) = (Some(note), true);
+        }
+    }
+
+    /// Tells the registry how many bytes the whole blob will have, so that one that has no room for them refuses now. Does nothing
+    /// where the registry knows no names of sessions: it is asked by that.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Full`] when there is no room.
+    pub async fn announce(&self, bytes: u64) -> Result<()> {
+        match &self.name {
+            Some(name) => self.repository.ask_for_named(name, Some(bytes), &self.what).await.map(drop),
+            None => Ok(()),
         }
     }
 
@@ -382,6 +399,11 @@ impl BlobWriter {
     /// See [`Upload::leave_note`].
     pub fn leave_note(&mut self, note: String) {
         self.upload.leave_note(note);
+    }
+
+    /// See [`Upload::announce`].
+    pub async fn announce(&self, bytes: u64) -> Result<()> {
+        self.upload.announce(bytes).await
     }
 
     /// See [`Upload::cancel`].

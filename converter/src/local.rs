@@ -135,6 +135,17 @@ impl ReadAt for FileSource {
     }
 }
 
+/// Bytes that the filesystem has free on which a file at `path` is, or would be; `None` for a block device, and where nothing tells.
+pub fn free_bytes(path: &Path) -> Option<u64> {
+    if std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device()) {
+        return None;
+    }
+    let file = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let volume = rustix::fs::statvfs(folder).ok()?;
+    Some(volume.f_bavail.saturating_mul(volume.f_frsize))
+}
+
 /// Refuses to write over the storage that is read: the same block device under any name, a partition of it or the disk
 /// around it, the file behind it, or the same file.
 ///

@@ -157,7 +157,8 @@ impl Copier<'_> {
     /// bytes that were there already.
     async fn stream(&self, digest: &Digest, size: u64) -> Result<u64> {
         let name = format!("copy-{}", digest.digest());
-        let (upload, note) = self.to.return_to_upload(&name).await.map_err(|e| self.registry(e))?;
+        let (upload, note) =
+            self.to.return_to_upload(&name, Some(size)).await.map_err(|e| self.registry(e))?;
         let note = note.map(|text| read_note(&text).filter(|(position, _)| *position <= size));
         let (mut blob, begun) = match note {
             None => (BlobWriter::from(upload), 0),
@@ -248,7 +249,7 @@ impl Copier<'_> {
     }
 
     fn registry(&self, error: dvcr_image::Error) -> Error {
-        Error::with(ErrorKind::Registry, format!("copying to {}", self.request.destination), error)
+        Error::storing(format!("copying to {}", self.request.destination), error)
     }
 }
 

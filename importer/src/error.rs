@@ -26,6 +26,8 @@ pub enum ErrorKind {
     Image,
     /// The registry refused or failed.
     Registry,
+    /// The registry has no room for the image; the innermost cause says how much there is.
+    Full,
     /// The target cannot take the disk.
     Target,
     /// The caller asked to stop.
@@ -38,17 +40,28 @@ pub struct Error {
     kind: ErrorKind,
     context: String,
     cause: Option<Cause>,
+    /// Whoever made it knows that the same may succeed later.
+    passing: bool,
 }
 
 impl Error {
     /// Makes an error of `kind`; `context` says what was wrong, with the value, where, and what to do about it.
     pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), cause: None }
+        Self { kind, context: context.into(), cause: None, passing: false }
     }
 
     /// The same with the error that caused it.
     pub fn with(kind: ErrorKind, context: impl Into<String>, cause: impl Into<Cause>) -> Self {
-        Self { kind, context: context.into(), cause: Some(cause.into()) }
+        Self { kind, context: context.into(), cause: Some(cause.into()), passing: false }
+    }
+
+    /// The error of a registry that is written to.
+    pub(crate) fn storing(context: impl Into<String>, error: dvcr_image::Error) -> Self {
+        let kind = match error.kind() {
+            dvcr_image::ErrorKind::Full => ErrorKind::Full,
+            _ => ErrorKind::Registry,
+        };
+        Self::with(kind, context, error)
     }
 
     /// Tells why [`dvcr_converter::progress::Progress::check`] ended the work.
@@ -65,15 +78,35 @@ impl Error {
         self.kind
     }
 
-    /// Whether the same may succeed later: somebody could not be reached, or was not available.
+    /// The same, known to be of a kind that may be over later.
+    pub(crate) fn passing(self) -> Self {
+        Self { passing: true, ..self }
+    }
+
+    /// Whether the same may succeed later: somebody could not be reached, or said that it is not available now. A certificate that
+    /// was refused is refused again.
     pub fn is_passing(&self) -> bool {
-        let first = self.cause.as_deref().map(|cause| cause as &(dyn std::error::Error + 'static));
-        std::iter::successors(first, |cause| cause.source()).any(|cause| {
-            let registry = cause.downcast_ref::<dvcr_image::Error>();
-            let http = cause.downcast_ref::<reqwest::Error>();
-            registry.is_some_and(|e| e.kind() == dvcr_image::ErrorKind::Unavailable)
-                || http.is_some_and(|e| e.is_connect() || e.is_timeout() || e.is_body() || e.is_request())
-        })
+        std::iter::successors(Some(self as &(dyn std::error::Error + 'static)), |error| below(*error)).any(
+            |error| {
+                let ours = error.downcast_ref::<Self>();
+                let registry = error.downcast_ref::<dvcr_image::Error>();
+                let http = error.downcast_ref::<reqwest::Error>();
+                ours.is_some_and(|e| e.passing)
+                    || registry.is_some_and(|e| e.kind() == dvcr_image::ErrorKind::Unavailable)
+                    || http.is_some_and(|e| {
+                        (e.is_connect() || e.is_timeout() || e.is_body() || e.is_request())
+                            && !dvcr_image::is_certificate_refused(e)
+                    })
+            },
+        )
+    }
+}
+
+/// What caused an error; an I/O error is asked for what it holds, which its source leaves out.
+fn below<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a (dyn std::error::Error + 'static)> {
+    match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+        Some(held) => Some(held),
+        None => error.source(),
     }
 }
 
@@ -92,5 +125,42 @@ impl std::error::Error for Error {
 impl From<Error> for std::io::Error {
     fn from(error: Error) -> Self {
         std::io::Error::other(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use dvcr_image::ErrorKind as Registry;
+
+    use super::*;
+
+    #[test]
+    fn what_may_pass_is_told_from_what_may_not_however_deep_it_lies() {
+        let registry = |kind| Error::with(ErrorKind::Registry, "x", dvcr_image::Error::new(kind, "y"));
+        let read = |cause: Error| {
+            let io = std::io::Error::from(cause);
+            Error::with(ErrorKind::Image, "reading", dvcr_converter::Error::io("decoding", io))
+        };
+        let source = || Error::new(ErrorKind::Source, "x");
+        let unavailable = dvcr_image::Error::new(Registry::Unavailable, "y");
+        let held = Error::with(ErrorKind::Registry, "x", std::io::Error::other(unavailable));
+        for (error, passes) in [
+            (registry(Registry::Unavailable), true),
+            (registry(Registry::Untrusted), false),
+            (registry(Registry::Full), false),
+            (registry(Registry::Denied), false),
+            (registry(Registry::Unauthorized), false),
+            (registry(Registry::NotFound), false),
+            (registry(Registry::Mismatch), false),
+            (source(), false),
+            (source().passing(), true),
+            (read(source()), false),
+            (read(source().passing()), true),
+            (read(registry(Registry::Unavailable)), true),
+            (read(registry(Registry::Untrusted)), false),
+            (held, true),
+        ] {
+            assert_eq!(error.is_passing(), passes, "{error:?}");
+        }
     }
 }

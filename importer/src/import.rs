@@ -247,6 +247,9 @@ impl Transfer<'_> {
                 return Err(Error::new(ErrorKind::Source, "the source thread ended without a word"));
             }
             Ok(Route::Straight(file)) => {
+                if let Some(bytes) = tar::layer_bytes(file.size) {
+                    blob.announce(bytes).await.map_err(|e| self.registry(e))?;
+                }
                 let note =
                     |mark: Mark, layer| Note::new(validator.as_deref()?, layer, mark, file.clone()).write();
                 self.push_layer(blob, &mut chunks, note, thread, is_resumed).await?
@@ -296,7 +299,9 @@ impl Transfer<'_> {
         let ImportRequest { source, source_options, limits, destination, .. } = self.request;
         let checksums = Checksums::new(&self.request.checksums)?;
         let name = resume::session_name(destination.target(), &source.identity());
-        let (upload, text) = self.repository.return_to_upload(&name).await.map_err(|e| self.registry(e))?;
+        let bytes = source.stored_bytes().and_then(tar::layer_bytes);
+        let upload = self.repository.return_to_upload(&name, bytes).await;
+        let (upload, text) = upload.map_err(|e| self.registry(e))?;
         let Some(text) = text else {
             let opened = source.open(source_options, limits, None).await?;
             return Ok(Start { opened, checksums, blob: upload.into(), resumed: None });
@@ -479,7 +484,7 @@ impl Transfer<'_> {
     }
 
     fn registry(&self, error: dvcr_image::Error) -> Error {
-        Error::with(ErrorKind::Registry, format!("importing into {}", self.request.destination), error)
+        Error::storing(format!("importing into {}", self.request.destination), error)
     }
 }
 
@@ -594,8 +599,8 @@ impl Producer {
         if unwrapped.head.is_empty() {
             return Err(empty(&shown));
         }
-        if self.opened.is_html && looks_like_html(&unwrapped.head) {
-            let text = format!("{shown} is a web page, not a disk image; use the address of the file itself");
+        if let Some(advice) = self.opened.if_page.filter(|_| looks_like_html(&unwrapped.head)) {
+            let text = format!("{shown} is a web page, not a disk image; {advice}");
             return Err(Error::new(ErrorKind::Source, text));
         }
         let stored_len = self.len.filter(|_| unwrapped.wrappers.is_empty());

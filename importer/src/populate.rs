@@ -20,7 +20,7 @@ use dvcr_converter::format::{self, Format, Image};
 use dvcr_converter::forward::{ForwardReader, measure};
 use dvcr_converter::io::ReadAt;
 use dvcr_converter::limits::Limits;
-use dvcr_converter::local::RawTarget;
+use dvcr_converter::local::{self, RawTarget};
 use dvcr_converter::plain::{self, PlainReader};
 use dvcr_converter::progress::Progress;
 use dvcr_converter::sink::ImageTarget;
@@ -188,6 +188,7 @@ impl Work {
             if wrapper::detect(&head).is_none() {
                 let image =
                     format::open(Arc::new(window), &self.request.limits).map_err(|e| self.converting(e))?;
+                self.require_room(&image)?;
                 return self.write(&image, &Options::default(), || Ok(()));
             }
         }
@@ -249,6 +250,36 @@ impl Work {
             }
         };
         Ok(Made { source: image.info.format, virtual_size: size, written_bytes })
+    }
+
+    /// Refuses a disk whose data the target's filesystem has no room for, before any of it is transferred. What is stored without
+    /// tables, or inside compression, tells by its end alone how much of it is data.
+    fn require_room(&self, image: &Image) -> Result<()> {
+        let target = &self.request.target;
+        let Some(free) = local::free_bytes(target).filter(|free| *free < image.info.virtual_size) else {
+            return Ok(());
+        };
+        if image.info.format.is_plain() {
+            return Ok(());
+        }
+        let (mut at, mut data) = (0, 0_u64);
+        while at < image.info.virtual_size {
+            self.progress.check().map_err(Error::stopped)?;
+            let extent = image.disk.extent_at(at).map_err(|e| self.converting(e))?;
+            if extent.is_data() {
+                data = data.saturating_add(extent.end().saturating_sub(at));
+            }
+            at = extent.end();
+        }
+        if data <= free {
+            return Ok(());
+        }
+        let text = format!(
+            "the disk has {data} bytes of data, and {free} bytes are free where {} would be: {} are missing",
+            target.display(),
+            data - free
+        );
+        Err(Error::new(ErrorKind::Target, text))
     }
 
     /// Writes a raw disk that comes as a stream; its end is where the layer's digest is verified.

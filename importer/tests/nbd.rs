@@ -205,11 +205,16 @@ async fn an_export_behind_tls_needs_a_certificate_that_is_trusted() {
     let raw = files.path("disk.raw");
     let certificates = files.path("certificates");
     std::fs::create_dir(&certificates).unwrap();
-    let (key, cert) = (certificates.join("server-key.pem"), certificates.join("server-cert.pem"));
-    let subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"];
-    let kind = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"];
-    run("openssl", &[&kind[..], &["-keyout", path(&key), "-out", path(&cert)], &subject].concat());
-    std::fs::copy(&cert, certificates.join("ca-cert.pem")).unwrap();
+    let [ca_key, ca, key, cert] = ["ca-key.pem", "ca-cert.pem", "server-key.pem", "server-cert.pem"]
+        .map(|name| certificates.join(name));
+    let kind =
+        ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"];
+    let subject = ["-subj", "/CN=authority", "-keyout", path(&ca_key), "-out", path(&ca)];
+    run("openssl", &[&kind[..], &subject].concat());
+    let signed = ["-CA", path(&ca), "-CAkey", path(&ca_key), "-keyout", path(&key), "-out", path(&cert)];
+    let names = ["-subj", "/CN=server", "-addext", "subjectAltName=IP:127.0.0.1"];
+    let use_as = ["-addext", "basicConstraints=critical,CA:FALSE"];
+    run("openssl", &[&kind[..], &signed, &names, &use_as].concat());
     let folder = format!("--tls-certificates={}", path(&certificates));
     let server = Server::nbdkit(&["--tls=require", &folder, "file", path(&raw)]);
     let relay = server.relay(NEVER).await;
@@ -219,12 +224,14 @@ async fn an_export_behind_tls_needs_a_certificate_that_is_trusted() {
     assert!(chain(&error).contains("nbds://"), "{}", chain(&error));
     let error = fails(&url, &registry).await;
     assert_eq!(error.kind(), ErrorKind::Source);
-    assert!(error.to_string().contains("--insecure-source"), "{}", chain(&error));
-    let mut request = import_request(&url, &registry.reference("tls"));
-    request.source_options.insecure = true;
-    let done = import(request, Arc::new(Progress::default())).await;
-    let done = done.unwrap_or_else(|e| panic!("{}", chain(&e)));
-    assert_eq!(done.digest, digest_of(path(&raw), &registry, "file").await);
+    assert!(error.to_string().contains("--source-ca") && !error.is_passing(), "{}", chain(&error));
+    let expected = digest_of(path(&raw), &registry, "file").await;
+    for (insecure, roots) in [(true, Vec::new()), (false, std::fs::read(&ca).unwrap())] {
+        let mut request = import_request(&url, &registry.reference("tls"));
+        (request.source_options.insecure, request.source_options.roots) = (insecure, roots);
+        let done = import(request, Arc::new(Progress::default())).await;
+        assert_eq!(done.unwrap_or_else(|e| panic!("{}", chain(&e))).digest, expected);
+    }
 }
 
 /// A server that answers the first connection with `bytes`, whatever it is asked.

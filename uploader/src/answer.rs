@@ -39,7 +39,7 @@ pub(crate) fn with(mut response: Response, name: HeaderName, value: &str) -> Res
     response
 }
 
-/// Tells what became of the upload: 200 with the summary, 422 where its content is at fault, else 500.
+/// Tells what became of the upload: 200 with the summary, 422 where its content is at fault, 413 where there is no room, else 500.
 pub(crate) fn verdict(verdict: &Verdict) -> Response {
     match verdict {
         Ok(summary) => json(StatusCode::OK, &json!(**summary)),
@@ -52,6 +52,7 @@ pub(crate) fn status_of(error: &Error) -> StatusCode {
         ErrorKind::Source | ErrorKind::Changed | ErrorKind::Checksum | ErrorKind::Image => {
             StatusCode::UNPROCESSABLE_ENTITY
         }
+        ErrorKind::Full => StatusCode::PAYLOAD_TOO_LARGE,
         ErrorKind::Cancelled => StatusCode::SERVICE_UNAVAILABLE,
         ErrorKind::Invalid
         | ErrorKind::Policy
@@ -61,8 +62,13 @@ pub(crate) fn status_of(error: &Error) -> StatusCode {
     }
 }
 
-/// What the client learns of a failure. How the registry is reached, and what it says, is not its business.
+/// What the client learns of a failure. How the registry is reached, and what it says but for lack of room, is not its business.
 fn message(error: &Error) -> String {
+    if error.kind() == ErrorKind::Full {
+        let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+        let why = causes.last().map(ToString::to_string).unwrap_or_default();
+        return format!("there is no room for the image: {why}");
+    }
     match status_of(error) {
         StatusCode::INTERNAL_SERVER_ERROR => {
             "the image could not be stored; the log of the uploader tells why".to_owned()

@@ -11,6 +11,8 @@ use crate::{Error, ErrorKind, Result};
 
 /// Pieces that may wait for the import; whoever sends more waits.
 const PIECES_WAITING_MAX: usize = 16;
+/// What the names of images end with that are neither decoded nor encoded.
+const STORED_AS_IT_COMES: [&str; 6] = ["qcow2", "vmdk", "vdi", "vhdx", "ova", "iso"];
 /// How the source is called in messages.
 const SHOWN: &str = "the upload";
 
@@ -52,6 +54,12 @@ impl Feed {
         &self.0.id
     }
 
+    /// Its length, if its name says that it is stored as it comes; of what is named otherwise, its content will tell.
+    pub(crate) fn stored_bytes(&self) -> Option<u64> {
+        let (_, extension) = self.0.name.as_deref()?.rsplit_once('.')?;
+        self.0.len.filter(|_| STORED_AS_IT_COMES.iter().any(|known| extension.eq_ignore_ascii_case(known)))
+    }
+
     /// Opens it at its first byte, or where an import of the same upload was broken off.
     pub(crate) fn open(&self, at: Option<&Place>) -> Result<Opened> {
         let Inner { len, name, id, intake } = &*self.0;
@@ -73,7 +81,7 @@ impl Feed {
             validator: Some(id.clone()),
             name: name.clone(),
             // Nobody vouches for what is uploaded, so that it is looked at.
-            is_html: true,
+            if_page: Some("upload the image itself"),
             shown: SHOWN.to_owned(),
             pump: None,
         })

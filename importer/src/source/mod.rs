@@ -172,8 +172,8 @@ pub(crate) struct Opened {
     pub(crate) validator: Option<String>,
     /// What the source calls itself.
     pub(crate) name: Option<String>,
-    /// The server says that this is a web page.
-    pub(crate) is_html: bool,
+    /// What to do if this is a web page, where it may be one.
+    pub(crate) if_page: Option<&'static str>,
     /// The source without secrets, for messages.
     pub(crate) shown: String,
     /// Stops what runs in the background when the opened source goes away.
@@ -199,6 +199,14 @@ impl Source {
             Self::S3(object) => object.to_string(),
             Self::File(path) => path.display().to_string(),
             Self::Feed(feed) => format!("upload:{}", feed.id()),
+        }
+    }
+
+    /// Bytes that are stored of a source, where that can be told before it is opened.
+    pub(crate) fn stored_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Feed(feed) => feed.stored_bytes(),
+            _ => None,
         }
     }
 
@@ -273,7 +281,7 @@ fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
         len: Some(len),
         validator: version,
         name,
-        is_html: false,
+        if_page: None,
         shown,
         pump: None,
     })
@@ -281,7 +289,8 @@ fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
 
 async fn open_http(url: &str, options: &SourceOptions, at: Option<&Place>) -> Result<Opened> {
     let mut source = HttpSource::open(url, options, at).await?;
-    let (len, name, is_html, shown) = (source.len, source.name.clone(), source.is_html, source.display_url());
+    let (len, name, shown) = (source.len, source.name.clone(), source.display_url());
+    let if_page = source.is_html.then_some("use the address of the file itself");
     let validator = source.version();
     let (sender, pieces) = mpsc::channel(PIECES_WAITING_MAX);
     let pump = tokio::spawn(async move {
@@ -296,7 +305,7 @@ async fn open_http(url: &str, options: &SourceOptions, at: Option<&Place>) -> Re
     });
     let reader = Box::new(Pieces::of_task(pieces));
     let pump = Some(Pump(pump.abort_handle()));
-    Ok(Opened { reader, random: None, len, validator, name, is_html, shown, pump })
+    Ok(Opened { reader, random: None, len, validator, name, if_page, shown, pump })
 }
 
 /// Pieces that somebody sends, as a blocking reader. Only `Ok(None)` is the end; a sender that vanished is a failure.

@@ -439,7 +439,7 @@ impl HttpSource {
     fn back_off(&mut self, error: Error, wanted: Option<Duration>, attempts_max: u32) -> Result<()> {
         if wanted.is_some_and(|wait| wait > Duration::from_millis(RETRY_AFTER_MS_MAX)) {
             if self.tasks.is_empty() {
-                return Err(error);
+                return Err(error.passing());
             }
             // Those that were let in may finish.
             self.pace.only_one();
@@ -451,7 +451,7 @@ impl HttpSource {
         }
         self.attempts += 1;
         if self.attempts >= attempts_max {
-            return Err(error);
+            return Err(error.passing());
         }
         let doubled = self.tuning.backoff_first.saturating_mul(1 << (self.attempts - 1).min(16));
         let doubled = doubled.min(Duration::from_millis(BACKOFF_MS_MAX));

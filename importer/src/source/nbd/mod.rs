@@ -206,20 +206,22 @@ pub(super) async fn open(address: &Address, options: &SourceOptions, at: Option<
             io::ErrorKind::PermissionDenied => ErrorKind::Policy,
             _ => ErrorKind::Source,
         };
-        Error::with(kind, format!("cannot read {shown}"), e)
+        failure(kind, format!("cannot read {shown}"), e)
     };
+    let tls = |host: &str| Tls::new(host, options.insecure, &options.roots).map_err(failed);
     let tls = match (&address.server, address.tls) {
         (_, false) => None,
-        (Server::Tcp { host, .. }, true) => Some(Tls::new(host, options.insecure).map_err(failed)?),
-        (Server::Unix(_), true) => Some(Tls::new("localhost", options.insecure).map_err(failed)?),
+        (Server::Tcp { host, .. }, true) => Some(tls(host)?),
+        (Server::Unix(_), true) => Some(tls("localhost")?),
     };
     let mut attempt = 1;
     let connection = loop {
         match connect(address, tls.as_ref(), options.policy.as_deref()).await {
             Ok(connection) => break connection,
             Err(error) if is_certificate_refused(&error) => {
-                let text =
-                    format!("the certificate of {shown} is not accepted; --insecure-source accepts any");
+                let text = format!(
+                    "the certificate of {shown} is not accepted; --source-ca names whom to trust, --insecure-source accepts any"
+                );
                 return Err(Error::with(ErrorKind::Source, text, error));
             }
             Err(error) if is_passing(&error) && attempt < ATTEMPTS_MAX => back_off(attempt, &error).await,
@@ -247,7 +249,7 @@ pub(super) async fn open(address: &Address, options: &SourceOptions, at: Option<
         len: Some(export.size),
         validator: None,
         name,
-        is_html: false,
+        if_page: None,
         shown,
         pump: Some(Pump(pump.abort_handle())),
     })
@@ -266,6 +268,13 @@ async fn connect(
 }
 
 /// Whether another attempt may do better: not where the server said what is wrong.
+/// The error of an export that could not be reached, or read.
+fn failure(kind: ErrorKind, context: String, error: io::Error) -> Error {
+    let passes = is_passing(&error);
+    let error = Error::with(kind, context, error);
+    if passes { error.passing() } else { error }
+}
+
 fn is_passing(error: &io::Error) -> bool {
     !matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
         && !is_certificate_refused(error)
@@ -423,7 +432,7 @@ impl Shared {
     }
 
     fn unreadable(&self, error: io::Error) -> Error {
-        Error::with(ErrorKind::Source, format!("reading {}", self.address), error)
+        failure(ErrorKind::Source, format!("reading {}", self.address), error)
     }
 }
 

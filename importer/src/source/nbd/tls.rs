@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 use rustls_platform_verifier::Verifier;
@@ -20,12 +21,18 @@ pub(super) struct Tls {
 }
 
 impl Tls {
-    /// Prepares TLS with the server called `host`; `insecure` accepts any certificate.
-    pub(super) fn new(host: &str, insecure: bool) -> io::Result<Self> {
+    /// Prepares TLS with the server called `host`; `roots` (PEM) are trusted besides those of the system, `insecure` accepts any
+    /// certificate.
+    pub(super) fn new(host: &str, insecure: bool, roots: &[u8]) -> io::Result<Self> {
+        let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(roots).collect();
+        let roots = roots.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
         let provider = Arc::new(aws_lc_rs::default_provider());
         let verifier: Arc<dyn ServerCertVerifier> = match insecure {
             true => Arc::new(AnyCertificate(provider.clone())),
-            false => Arc::new(Verifier::new(provider.clone()).map_err(io::Error::other)?),
+            false => {
+                let verifier = Verifier::new_with_extra_roots(roots, provider.clone());
+                Arc::new(verifier.map_err(io::Error::other)?)
+            }
         };
         let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()

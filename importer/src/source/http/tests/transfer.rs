@@ -401,3 +401,24 @@ proptest! {
         });
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_not_available_may_be_later_and_one_that_refuses_may_not() {
+    for (status, passes) in [
+        ("408 Request Timeout", true),
+        ("429 Too Many Requests", true),
+        ("502 Bad Gateway", true),
+        ("503 Service Unavailable", true),
+        ("504 Gateway Timeout", true),
+        ("401 Unauthorized", false),
+        ("403 Forbidden", false),
+        ("404 Not Found", false),
+        ("500 Internal Server Error", false),
+    ] {
+        let server = Server::start(move |_| Reply::status(status)).await;
+        let error = open(&server.url("a")).await.err().unwrap();
+        assert!(error.is_passing() == passes && error.to_string().contains(status), "{error:?}");
+    }
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    assert!(open(&format!("http://{nobody}/a")).await.err().unwrap().is_passing());
+}
