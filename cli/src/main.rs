@@ -11,6 +11,7 @@ mod cmd;
 mod limits;
 mod logging;
 mod s3;
+mod sandbox;
 mod size;
 mod source;
 mod work;

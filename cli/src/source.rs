@@ -12,7 +12,7 @@ use dvcr_importer::signature::VerifyKey;
 use dvcr_importer::{HttpOptions, Source, SourceOptions, SourcePolicy};
 
 /// Largest file of options, secrets or certificates, bytes.
-const FILE_BYTES_MAX: u64 = 1 << 20;
+const FILE_BYTES_MAX: u64 = 4 << 20;
 /// Most files of a folder of certificates.
 const CA_FILES_MAX: usize = 1000;
 /// What a file of certificates is known by in a folder of many things.
@@ -110,14 +110,7 @@ impl Args {
     fn roots(&self) -> anyhow::Result<Vec<u8>> {
         let mut roots = Vec::new();
         for path in &self.source_ca {
-            let pem = match fs::metadata(path).with_context(|| path.display().to_string())?.is_dir() {
-                true => read_folder(path)?,
-                false => read(path)?,
-            };
-            if !holds_certificate(&pem) {
-                bail!("{} holds no certificate in PEM", path.display());
-            }
-            roots.extend(pem);
+            roots.extend(certificates(path)?);
             roots.push(b'\n');
         }
         Ok(roots)
@@ -159,6 +152,21 @@ impl Trust {
     }
 }
 
+/// Reads a file with certificates, or those of a folder.
+///
+/// # Errors
+/// Also when there is none.
+pub fn certificates(path: &Path) -> anyhow::Result<Vec<u8>> {
+    let pem = match fs::metadata(path).with_context(|| path.display().to_string())?.is_dir() {
+        true => read_folder(path)?,
+        false => read(path)?,
+    };
+    if !holds_certificate(&pem) {
+        bail!("{} holds no certificate in PEM", path.display());
+    }
+    Ok(pem)
+}
+
 /// The certificates of a folder, such as a mounted ConfigMap, which has other files and links beside them.
 fn read_folder(path: &Path) -> anyhow::Result<Vec<u8>> {
     let shown = || path.display().to_string();
@@ -189,7 +197,8 @@ fn holds_certificate(pem: &[u8]) -> bool {
     pem.windows(PEM_CERTIFICATE.len()).any(|window| window == PEM_CERTIFICATE)
 }
 
-fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+/// Reads a file of settings, secrets or certificates, which is not large.
+pub fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let file = File::open(path).with_context(|| path.display().to_string())?;
     file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).with_context(|| path.display().to_string())?;

@@ -8,11 +8,9 @@ use anyhow::Context;
 use dvcr_converter::progress::Progress;
 use dvcr_importer::ImportSummary;
 use dvcr_worker::metrics::{Family, Metrics, Server};
-use dvcr_worker::sandbox::Sandbox;
 use dvcr_worker::termination::{self, Report, nanoseconds};
 
-/// Most address space of a worker, bytes: far above what it needs, far below what a machine has.
-const ADDRESS_SPACE_BYTES_MAX: u64 = 16 << 30;
+use crate::sandbox;
 
 /// Metrics, the message at the end, and the sandbox.
 #[derive(Clone, Debug, clap::Args)]
@@ -30,24 +28,18 @@ pub struct Args {
     #[arg(long, env = "TERMINATION_MESSAGE_PATH", default_value = termination::PATH, value_name = "FILE")]
     termination_message: PathBuf,
 
-    /// Keep the privileges of whoever starts this: no Landlock, no seccomp, no limits
-    #[arg(long, env = "DVCR_NO_SANDBOX")]
-    no_sandbox: bool,
+    #[command(flatten)]
+    sandbox: sandbox::Args,
 }
 
 impl Args {
     /// Gives up all privileges that the work does not need. To be called before there are other threads.
     pub fn confine(&self, writable: &[&Path]) -> anyhow::Result<()> {
-        if self.no_sandbox {
-            return Ok(());
-        }
         let own = [self.termination_message.as_path(), Path::new("/tmp")];
-        let writable = own.into_iter().chain(writable.iter().copied()).map(Path::to_owned).collect();
-        let address_space_bytes_max = Some(ADDRESS_SPACE_BYTES_MAX);
-        let entered = Sandbox { writable, address_space_bytes_max, ..Sandbox::default() }
-            .enter()
-            .context("use --no-sandbox to do without")?;
-        tracing::info!(landlock = entered.landlock, seccomp = entered.seccomp, "confined");
+        let writable: Vec<&Path> = own.into_iter().chain(writable.iter().copied()).collect();
+        if let Some(entered) = self.sandbox.enter(&writable)? {
+            tracing::info!(landlock = entered.landlock, seccomp = entered.seccomp, "confined");
+        }
         Ok(())
     }
 

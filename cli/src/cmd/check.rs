@@ -36,6 +36,8 @@ pub struct Args {
     workers: Option<u8>,
     #[command(flatten)]
     limits: crate::limits::Args,
+    #[command(flatten)]
+    sandbox: crate::sandbox::Args,
 }
 
 /// Runs the command.
@@ -47,6 +49,7 @@ pub fn run(args: Args) -> anyhow::Result<ExitCode> {
     if let Some(workers) = args.workers {
         options.workers = workers.into();
     }
+    args.sandbox.confine(&[])?;
     let (format, report) = work::run(&name, |progress| async move {
         let check = move || {
             let input = Input { path: &path, disk: disk.as_deref() };

@@ -39,17 +39,20 @@ pub struct Args {
     workers: Option<u8>,
     #[command(flatten)]
     limits: crate::limits::Args,
+    #[command(flatten)]
+    sandbox: crate::sandbox::Args,
 }
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let Args { a, b, disk, other_disk, strict, output, workers, limits } = args;
+    let Args { a, b, disk, other_disk, strict, output, workers, limits, sandbox } = args;
     let limits = limits.limits();
     let names = [a.display().to_string(), b.display().to_string()];
     let mut options = Options::default();
     if let Some(workers) = workers {
         options.workers = workers.into();
     }
+    sandbox.confine(&[])?;
     let comparison = work::run(&names[0], |progress| async move {
         let compare = move || {
             let a = Input { path: &a, disk: disk.as_deref() };

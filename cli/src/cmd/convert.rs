@@ -12,6 +12,7 @@ use dvcr_converter::file::{self, Destination, Input, Output};
 use dvcr_converter::format::{Format, create_options};
 use dvcr_converter::local::Preallocation;
 
+use crate::sandbox;
 use crate::size::Human;
 use crate::work;
 
@@ -58,6 +59,8 @@ pub struct Args {
     workers: Option<u8>,
     #[command(flatten)]
     limits: crate::limits::Args,
+    #[command(flatten)]
+    sandbox: sandbox::Args,
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -83,6 +86,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let preallocation = args.preallocation;
     let to_stdout = args.output.as_os_str() == "-";
     let stdout = to_stdout.then(|| stdout_for_bytes(preallocation)).transpose()?;
+    let place = (!to_stdout).then(|| sandbox::place_of(&args.output));
+    let writable: Vec<_> = place.iter().map(PathBuf::as_path).collect();
+    args.sandbox.confine(&writable)?;
     let converted = work::run(&args.input.display().to_string(), |progress| async move {
         let convert = move || {
             let destination = match stdout {

@@ -44,6 +44,8 @@ pub struct Args {
     output: Output,
     #[command(flatten)]
     limits: crate::limits::Args,
+    #[command(flatten)]
+    sandbox: crate::sandbox::Args,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -68,6 +70,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         client: ClientOptions { insecure: args.insecure, auth, ..ClientOptions::default() },
         limits: args.limits.limits(),
     };
+    args.sandbox.confine(&[])?;
     let done = work::run(&title, |progress| async move { Ok(import(request, progress).await?) })?;
     match args.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&done).context("printing the summary")?),

@@ -26,6 +26,8 @@ pub struct Args {
     output: Output,
     #[command(flatten)]
     limits: crate::limits::Args,
+    #[command(flatten)]
+    sandbox: crate::sandbox::Args,
 }
 
 /// Runs the command.
@@ -33,6 +35,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let limits = args.limits.limits();
     let (path, disk) = (args.file.clone(), args.disk);
     let name = path.display().to_string();
+    args.sandbox.confine(&[])?;
     let inspection = work::run(&name, |progress| async move {
         let inspect = move || {
             let input = Input { path: &path, disk: disk.as_deref() };

@@ -29,6 +29,8 @@ pub struct Args {
     output: Output,
     #[command(flatten)]
     limits: crate::limits::Args,
+    #[command(flatten)]
+    sandbox: crate::sandbox::Args,
 }
 
 /// Runs the command.
@@ -42,6 +44,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         let input = Input { path: &path, disk: disk.as_deref() };
         file::open(input, &open_limits, &progress)
     };
+    args.sandbox.confine(&[])?;
     let opened = work::run(&name, |progress| async move {
         Ok(tokio::task::spawn_blocking(move || open(progress)).await??)
     })

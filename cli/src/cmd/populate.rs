@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::{PopulateRequest, TargetFormat, populate};
 
+use crate::sandbox;
 use crate::size::{self, Human};
 use crate::work::{self, Usage};
 
@@ -38,6 +39,8 @@ pub struct Args {
     authfile: Option<PathBuf>,
     #[command(flatten)]
     limits: crate::limits::Args,
+    #[command(flatten)]
+    sandbox: sandbox::Args,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -56,6 +59,7 @@ fn mode(text: &str) -> Result<u32, String> {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let reference: Reference = args.reference.parse().context(Usage("REFERENCE"))?;
     let auth = AuthStore::discover(args.authfile.as_deref(), |name| std::env::var_os(name))?;
+    args.sandbox.confine(&[&sandbox::place_of(&args.target)])?;
     let title = args.target.display().to_string();
     let request = PopulateRequest {
         reference,

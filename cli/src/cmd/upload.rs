@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use anyhow::Context;
 use dvcr_uploader::client::{UploadRequest, upload};
 
-use super::uploader::read;
 use crate::size::Human;
+use crate::source::read;
 use crate::work;
 
 /// Uploads a disk image to `dvcr uploader`, or whatever takes images by tus or PUT
@@ -42,7 +42,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let pem = |path: &PathBuf| read(path).with_context(|| format!("cannot read {}", path.display()));
+    let pem = |path: &PathBuf| read(path);
     let roots = args.cacert.as_ref().map(pem).transpose()?;
     let identity = match args.cert.iter().zip(&args.key).next() {
         Some((cert, key)) => Some([pem(cert)?, b"\n".to_vec(), pem(key)?].concat()),

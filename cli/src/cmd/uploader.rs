@@ -1,7 +1,7 @@
 //! `dvcr uploader`.
 
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,11 +20,10 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use super::{Secret, boolean, path};
+use crate::source::certificates;
 use crate::work::{self, Signals, Usage};
 use crate::worker::{self, chain};
 
-/// Largest file of certificates that is read, bytes.
-const CA_BYTES_MAX: u64 = 4 << 20;
 /// How long a thread may take to notice the end.
 const WIND_DOWN: Duration = Duration::from_secs(1);
 
@@ -222,7 +221,7 @@ fn config(args: &Args) -> anyhow::Result<Config> {
         }
     };
     let roots = args.destination_ca_bundle.as_deref().filter(|path| !path.as_os_str().is_empty());
-    let roots = roots.map(certificates).transpose()?.unwrap_or_default();
+    let roots = roots.map(certificates).transpose().context("--destination-ca-bundle")?.unwrap_or_default();
     let insecure = args.destination_insecure_tls.unwrap_or(false);
     // An empty variable is one that is not set.
     let demanded = args.checksums.iter().filter(|text| !text.is_empty());
@@ -256,30 +255,6 @@ fn tls(args: &Args) -> anyhow::Result<Option<Tls>> {
     let ciphers = args.tls_ciphers.iter().filter(|name| !name.is_empty()).cloned().collect();
     let terms = Terms { min_version: args.tls_min_version.clone(), ciphers };
     Ok(Some(Tls::open(&cert, &key, ca.as_deref(), name, &terms)?))
-}
-
-/// Reads a file with certificates, or all files of a folder.
-fn certificates(path: &Path) -> anyhow::Result<Vec<u8>> {
-    let failed = || format!("cannot read the certificates in {}", path.display());
-    if !path.is_dir() {
-        return read(path).with_context(failed);
-    }
-    let mut all = Vec::new();
-    for entry in std::fs::read_dir(path).with_context(failed)? {
-        let file = entry.with_context(failed)?.path();
-        // A volume of Kubernetes has folders beside the links to their files.
-        if file.is_file() {
-            all.append(&mut read(&file).with_context(failed)?);
-            all.push(b'\n');
-        }
-    }
-    Ok(all)
-}
-
-pub(super) fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
-    let len = std::fs::metadata(path)?.len();
-    ensure!(len <= CA_BYTES_MAX, "{} has more than {CA_BYTES_MAX} bytes", path.display());
-    Ok(std::fs::read(path)?)
 }
 
 #[cfg(test)]
