@@ -52,18 +52,14 @@ async fn whole(app: &Arc<App>, request: Request) -> Response {
     let Some(coding) = coding(&parts.headers) else { return unknown_coding() };
     let len = len.filter(|_| coding == Coding::Identity);
     let new = New { id: new_id(), len, name: wanted.name, metadata: None, resumable: false };
-    let incoming = |coding| Incoming::new(body, coding);
     let session = match app.begin(new, is_left_behind).await {
         Ok(session) => session,
-        Err(taken) => {
-            incoming(Coding::Identity).drain();
-            return answer::taken(&taken, StatusCode::SERVICE_UNAVAILABLE);
-        }
+        Err(taken) => return answer::taken(&taken, StatusCode::SERVICE_UNAVAILABLE),
     };
     let Some(mut seat) = session.try_take() else {
         return answer::refused(StatusCode::CONFLICT, "another request goes on with this upload");
     };
-    let mut incoming = incoming(coding);
+    let mut incoming = Incoming::new(body, coding);
     let poured = match seat.begin().await {
         Ok(_) => seat.pour(&mut incoming, len).await,
         Err(_) => Poured::Concluded,
@@ -76,8 +72,7 @@ async fn whole(app: &Arc<App>, request: Request) -> Response {
             concluded(app, &session).await
         }
         Poured::Concluded => {
-            drop(seat);
-            incoming.drain();
+            drop((seat, incoming));
             concluded(app, &session).await
         }
         poured => {

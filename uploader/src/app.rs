@@ -101,7 +101,10 @@ impl App {
             self.discard(&session, "nothing of it is left to go on with", false).await;
             return Ok(None);
         }
-        // What went wrong, if it did, is its verdict.
+        if begun.is_err() {
+            // Its verdict tells why.
+            let _ = session.verdict().await;
+        }
         Ok(Some(session))
     }
 
@@ -150,7 +153,7 @@ impl App {
         self.progress.send_replace(Arc::clone(&progress));
         let (tell, verdict) = watch::channel(None);
         tracing::info!(id = new.id, name = new.name, total = new.len, "upload begun");
-        let session = Arc::new(Session::new(new, writer, progress, verdict));
+        let session = Arc::new(Session::new(new, writer, progress, verdict, self.config.idle_timeout));
         tokio::spawn(Arc::clone(self).run(Arc::clone(&session), request, tell));
         tokio::spawn(Arc::clone(self).watch(Arc::clone(&session)));
         session

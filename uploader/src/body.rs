@@ -1,11 +1,17 @@
 //! What comes in a request's body: as it is, or decoded on a thread of its own.
 
 use std::io::{self, Read};
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::body::{Body, BodyDataStream};
+use axum::body::{Body, BodyDataStream, HttpBody};
+use axum::extract::Request;
 use bytes::{Buf, Bytes};
 use futures_util::StreamExt;
+use http::header::EXPECT;
+use hyper::body::{Frame, SizeHint};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
@@ -65,17 +71,56 @@ impl Incoming {
             Self::Whole(bytes) => Some(Ok(bytes.split_to(bytes.len().min(PIECE_BYTES_MAX)))),
         }
     }
+}
 
-    /// Reads on for a while, in the background.
-    pub(crate) fn drain(self) {
-        if let Self::Plain(body) = self {
-            tokio::spawn(drain(body));
+/// A body whose rest is read on for a while when nobody wants it: a sender that finds the connection broken does not read our answer.
+struct Patient {
+    body: Option<Body>,
+    /// Its sender waits to be asked for it, and has not been.
+    waits: bool,
+}
+
+/// Gives a request's body patience, whatever becomes of it.
+pub(crate) async fn patient(request: Request) -> Request {
+    let waits = request.headers().contains_key(EXPECT);
+    request.map(|body| Body::new(Patient { body: Some(body), waits }))
+}
+
+impl HttpBody for Patient {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.waits = false;
+        match &mut self.body {
+            Some(body) => Pin::new(body).poll_frame(cx),
+            None => Poll::Ready(None),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(HttpBody::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map_or_else(SizeHint::default, HttpBody::size_hint)
+    }
+}
+
+impl Drop for Patient {
+    fn drop(&mut self) {
+        let rest = self.body.take().filter(|body| !self.waits && !body.is_end_stream());
+        if let (Some(body), Ok(runtime)) = (rest, Handle::try_current()) {
+            runtime.spawn(drain(body.into_data_stream()));
         }
     }
 }
 
 /// Reads what is left of a body, for a while.
-pub(crate) async fn drain(mut body: BodyDataStream) {
+async fn drain(mut body: BodyDataStream) {
     let deadline = Instant::now() + DRAIN_TIMEOUT;
     let mut left = DRAIN_BYTES_MAX;
     while let Ok(Some(Ok(piece))) = timeout_at(deadline, body.next()).await {
@@ -90,7 +135,7 @@ pub(crate) async fn drain(mut body: BodyDataStream) {
 async fn pass(mut body: BodyDataStream, raw: mpsc::Sender<io::Result<Bytes>>) {
     while let Some(piece) = body.next().await {
         if raw.send(piece.map_err(io::Error::other)).await.is_err() {
-            return drain(body).await;
+            return;
         }
     }
 }

@@ -105,20 +105,20 @@ async fn part(
         Ok(None) if first > 0 => return out_of_place(0),
         Ok(None) => match app.begin(new(wanted, total), is_left_behind).await {
             Ok(session) => session,
-            Err(taken) => return turned_away(request, &taken),
+            Err(taken) => return turned_away(&taken),
         },
         Err(taken) => match taken {
             Taken::Busy(other) if first == 0 && is_left_behind(&other) => {
                 match app.begin(new(wanted, total), is_left_behind).await {
                     Ok(session) => session,
-                    Err(taken) => return turned_away(request, &taken),
+                    Err(taken) => return turned_away(&taken),
                 }
             }
-            taken => return turned_away(request, &taken),
+            taken => return turned_away(&taken),
         },
     };
     if session.is_storing() || session.concluded().is_some() {
-        Incoming::new(request.into_body(), Coding::Identity).drain();
+        drop(request);
         return held(app, &session).await;
     }
     let seat = match wanted.id {
@@ -140,16 +140,13 @@ async fn take(
 ) -> Response {
     let mut incoming = Incoming::new(request.into_body(), Coding::Identity);
     let Ok(position) = seat.begin().await else {
-        drop(seat);
-        incoming.drain();
+        drop((seat, incoming));
         return concluded(app, session).await;
     };
     if position != first {
-        incoming.drain();
         return out_of_place(position);
     }
     if total.is_some_and(|total| !session.set_len(total)) {
-        incoming.drain();
         return answer::refused(StatusCode::BAD_REQUEST, "the total is not the one that was told before");
     }
     let Some(end) = last.checked_add(1) else { return out_of_place(position) };
@@ -164,8 +161,7 @@ async fn take(
         }
         Poured::All => progress(end),
         Poured::Concluded => {
-            drop(seat);
-            incoming.drain();
+            drop((seat, incoming));
             concluded(app, session).await
         }
         poured => broken(poured),
@@ -209,8 +205,7 @@ fn busy(session: &Arc<Session>) -> Response {
     answer::taken(&Taken::Busy(Arc::clone(session)), StatusCode::SERVICE_UNAVAILABLE)
 }
 
-fn turned_away(request: Request, taken: &Taken) -> Response {
-    Incoming::new(request.into_body(), Coding::Identity).drain();
+fn turned_away(taken: &Taken) -> Response {
     answer::taken(taken, StatusCode::SERVICE_UNAVAILABLE)
 }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::middleware::map_request;
 use axum::routing::get;
 use dvcr_converter::progress::Progress;
 use dvcr_tls::{Clients, Terms};
@@ -23,11 +24,11 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
 use crate::app::{App, Phase};
-use crate::{Config, Outcome, answer, api};
+use crate::{Config, Outcome, answer, api, body};
 
 /// Connections at a time; more wait to be accepted.
 const CONNECTIONS_MAX: usize = 64;
-/// How long a request's head may take, and a connection may be idle.
+/// How long a request's head may take, and a connection may be idle, unless uploads may be so for less.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest head of a request, bytes.
 const HEAD_BYTES_MAX: usize = 16 << 10;
@@ -103,15 +104,17 @@ pub async fn serve(
     progress: watch::Sender<Arc<Progress>>,
     shutdown: impl Future<Output = ()>,
 ) -> Outcome {
+    let head_timeout = config.idle_timeout.min(HEAD_TIMEOUT);
     let app = Arc::new(App::new(config, progress));
     let mut beside = JoinSet::new();
     if let Some(health) = listeners.health {
         let router = Router::new().route("/healthz", get(async || "OK"));
-        let server = Server { router, tls: None, graceful: GracefulShutdown::new() };
+        let server = Server { router, tls: None, head_timeout, graceful: GracefulShutdown::new() };
         beside.spawn(async move { server.accept(health).await });
     }
     let router = Router::new().fallback(api::answer).with_state(Arc::clone(&app));
-    let server = Server { router, tls, graceful: GracefulShutdown::new() };
+    let router = router.layer(map_request(body::patient));
+    let server = Server { router, tls, head_timeout, graceful: GracefulShutdown::new() };
     let outcome = tokio::select! {
         () = server.accept(listeners.upload) => Outcome::Stopped,
         outcome = ended(&app) => outcome,
@@ -163,6 +166,7 @@ async fn ended(app: &App) -> Outcome {
 struct Server {
     router: Router,
     tls: Option<Tls>,
+    head_timeout: Duration,
     graceful: GracefulShutdown,
 }
 
@@ -171,7 +175,7 @@ impl Server {
     async fn accept(&self, listener: TcpListener) {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let mut http = http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+        http.timer(TokioTimer::new()).header_read_timeout(self.head_timeout);
         http.max_buf_size(RECEIVE_BYTES_MAX).max_header_size(HEAD_BYTES_MAX);
         loop {
             // The semaphore is never closed.
@@ -206,12 +210,13 @@ async fn secured(tls: Tls, stream: TcpStream, peer: SocketAddr, (router, http, w
     };
     let router = match tls.admits(&stream) {
         true => router,
-        false => Router::new().fallback(async || {
-            answer::refused(
-                StatusCode::UNAUTHORIZED,
-                "the certificate is not that of the client that may upload",
-            )
-        }),
+        false => {
+            let refuse = async || {
+                let why = "the certificate is not that of the client that may upload";
+                answer::refused(StatusCode::UNAUTHORIZED, why)
+            };
+            Router::new().fallback(refuse).layer(map_request(body::patient))
+        }
     };
     connection(stream, router, http, watcher, permit).await;
 }

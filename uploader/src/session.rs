@@ -19,12 +19,14 @@ use dvcr_importer::source::feed::{FeedWriter, Refused};
 use dvcr_importer::{Error, ErrorKind, ImportSummary};
 use http::HeaderValue;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use crate::body::Incoming;
 
-/// Longest silence in the middle of a body, after which its request gives up the seat.
+/// Longest time in which a request brings less than [`BODY_PROGRESS_BYTES_MIN`], after which it gives up the seat.
 const BODY_IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// What a body has to bring in that time, bytes, unless it ends before.
+const BODY_PROGRESS_BYTES_MIN: u64 = 16 << 10;
 
 /// What became of an upload.
 pub(crate) type Verdict = Result<Arc<ImportSummary>, Arc<Error>>;
@@ -64,6 +66,8 @@ pub(crate) struct Session {
     /// Whose turn it is: whoever raises it displaces those before.
     turn: watch::Sender<u64>,
     touched: Mutex<Instant>,
+    /// Longest time in which a request brings next to nothing.
+    patience: Duration,
     verdict: watch::Receiver<Option<Verdict>>,
 }
 
@@ -88,6 +92,7 @@ impl Session {
         feed: FeedWriter,
         progress: Arc<Progress>,
         verdict: watch::Receiver<Option<Verdict>>,
+        idle_timeout: Duration,
     ) -> Self {
         Self {
             progress,
@@ -103,6 +108,7 @@ impl Session {
             intake: tokio::sync::Mutex::new(Some(feed)),
             turn: watch::channel(0).0,
             touched: Mutex::new(Instant::now()),
+            patience: idle_timeout.min(BODY_IDLE_TIMEOUT),
             verdict,
         }
     }
@@ -245,20 +251,27 @@ impl Seat<'_> {
         let displaced = self.turn.wait_for(|turn| *turn != mine);
         let concluded = verdict.wait_for(Option::is_some);
         let Some(feed) = self.intake.as_mut() else { return Poured::Concluded };
+        let limit = session.patience;
         let pouring = async {
+            let (mut until, mut came) = (Instant::now() + limit, 0_u64);
             loop {
-                let piece = match timeout(BODY_IDLE_TIMEOUT, incoming.next()).await {
+                // What kept us from asking is not the client's fault.
+                if came >= BODY_PROGRESS_BYTES_MIN || until <= Instant::now() {
+                    (until, came) = (Instant::now() + limit, 0);
+                }
+                let piece = match timeout_at(until, incoming.next()).await {
                     Ok(Some(Ok(piece))) => piece,
                     Ok(None) => return Poured::All,
                     Ok(Some(Err(error))) => return Poured::Broke(chain(&error)),
                     Err(_) => {
-                        let text = format!("nothing came for {} s", BODY_IDLE_TIMEOUT.as_secs());
-                        return Poured::Broke(text);
+                        let (bytes, seconds) = (BODY_PROGRESS_BYTES_MIN, limit.as_secs_f32());
+                        return Poured::Broke(format!("less than {bytes} bytes came in {seconds} s"));
                     }
                 };
                 if piece.is_empty() {
                     continue;
                 }
+                came = came.saturating_add(piece.len() as u64);
                 let behind = feed.position().saturating_add(piece.len() as u64);
                 if end.is_some_and(|end| behind > end) {
                     return Poured::TooLong;
@@ -269,8 +282,10 @@ impl Seat<'_> {
             }
         };
         tokio::select! {
-            _ = displaced => Poured::Displaced,
+            // An import that has ended takes the seat as well: then its verdict is there.
+            biased;
             _ = concluded => Poured::Concluded,
+            _ = displaced => Poured::Displaced,
             poured = pouring => poured,
         }
     }

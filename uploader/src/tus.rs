@@ -110,10 +110,7 @@ async fn create(app: &Arc<App>, parts: Parts, wanted: Wanted, body: Body) -> Res
     };
     let session = match app.begin(new, replaces).await {
         Ok(session) => session,
-        Err(taken) => {
-            Incoming::new(body, Coding::Identity).drain();
-            return answer::taken(&taken, StatusCode::CONFLICT);
-        }
+        Err(taken) => return answer::taken(&taken, StatusCode::CONFLICT),
     };
     let begun = async {
         let mut seat = session.try_take()?;
@@ -123,7 +120,6 @@ async fn create(app: &Arc<App>, parts: Parts, wanted: Wanted, body: Body) -> Res
         None => return concluded(app, &session).await,
         // What was sent before under this id is gone on with.
         Some(position) if position > 0 || text(headers, &CONTENT_TYPE) != Some(OFFSET_STREAM) => {
-            Incoming::new(body, Coding::Identity).drain();
             offset(app, answer::empty(StatusCode::CREATED), &session)
         }
         Some(_) => {
@@ -203,7 +199,7 @@ async fn delete(app: &Arc<App>, wanted: Wanted) -> Response {
 async fn take(app: &Arc<App>, session: &Arc<Session>, parts: &Parts, body: Body, at: u64) -> Response {
     let Some(coding) = api::coding(&parts.headers) else { return api::unknown_coding() };
     if session.is_storing() || session.concluded().is_some() {
-        Incoming::new(body, Coding::Identity).drain();
+        drop(body);
         return match at == session.offset() || matches!(session.concluded(), Some(Err(_))) {
             true => held(app, session, &parts.headers).await,
             false => wrong_offset(session.offset()),
@@ -221,18 +217,15 @@ async fn take(app: &Arc<App>, session: &Arc<Session>, parts: &Parts, body: Body,
     };
     let mut seat = session.take().await;
     let Ok(position) = seat.begin().await else {
-        drop(seat);
-        incoming.drain();
+        drop((seat, incoming));
         return held(app, session, &parts.headers).await;
     };
     if at != position {
-        incoming.drain();
         return wrong_offset(position);
     }
     let len = session.len();
     let announced = number(&parts.headers, &CONTENT_LENGTH).filter(|_| coding == Coding::Identity);
     if len.zip(announced).is_some_and(|(len, more)| at.saturating_add(more) > len) {
-        incoming.drain();
         return broken(Poured::TooLong);
     }
     session.resumable.store(true, Ordering::Relaxed);
@@ -244,8 +237,7 @@ async fn take(app: &Arc<App>, session: &Arc<Session>, parts: &Parts, body: Body,
         }
         Poured::All => offset(app, answer::empty(StatusCode::NO_CONTENT), session),
         Poured::Concluded => {
-            drop(seat);
-            incoming.drain();
+            drop((seat, incoming));
             held(app, session, &parts.headers).await
         }
         Poured::TooLong => {

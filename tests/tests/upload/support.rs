@@ -173,6 +173,17 @@ impl ByHand {
         Ok(self.0.write_all(bytes)?)
     }
 
+    /// The same connection, for another thread to send on.
+    pub fn sender(&self) -> Result<TcpStream> {
+        Ok(self.0.try_clone()?)
+    }
+
+    /// Everything that comes until the connection ends.
+    pub fn read_to_end(&mut self, all: &mut Vec<u8>) -> Result<()> {
+        self.0.read_to_end(all)?;
+        Ok(())
+    }
+
     pub fn answer(mut self) -> Result<Answer> {
         let mut bytes = Vec::new();
         let mut piece = [0; 4096];
