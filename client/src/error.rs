@@ -20,6 +20,8 @@ pub enum ErrorKind {
     Denied,
     /// The registry cannot be reached or answers that it cannot serve now; trying later may help.
     Unavailable,
+    /// The registry has no room left on its disk; somebody has to make some.
+    Full,
     /// The registry's TLS certificate is not accepted.
     Untrusted,
     /// The caller's own [`crate::Gate`] does not let a request go where it would.

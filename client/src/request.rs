@@ -283,6 +283,7 @@ impl Transport {
             401 => ErrorKind::Unauthorized,
             403 => ErrorKind::Denied,
             404 => ErrorKind::NotFound,
+            507 => ErrorKind::Full,
             408 | 425 | 429 | 500..=599 => ErrorKind::Unavailable,
             _ => ErrorKind::Protocol,
         };
@@ -561,7 +562,7 @@ pub(crate) async fn next_chunk(response: &mut Response) -> Result<Option<Bytes>>
     }
 }
 
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     header(headers, &RETRY_AFTER)?.parse().ok().map(Duration::from_secs)
 }
 

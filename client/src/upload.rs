@@ -20,7 +20,7 @@ use url::Url;
 
 use crate::digest::{self, Digest, Hasher};
 use crate::repository::{Access, Repository, fixed};
-use crate::request::{ATTEMPTS_MAX, Outgoing, Transport, back_off, header, is_transient};
+use crate::request::{ATTEMPTS_MAX, Outgoing, Transport, back_off, header, is_transient, retry_after};
 use crate::{Error, ErrorKind, Result};
 
 /// Size of the chunks that [`BlobWriter`] is best fed with, bytes.
@@ -49,6 +49,8 @@ pub struct Upload {
     is_named: bool,
     /// Sent with the next chunk.
     note: Option<String>,
+    /// How long the registry wants to be left alone that did not take the last chunk.
+    wanted_wait: Option<Duration>,
     /// Whether it outlives us, for whoever asks for it by its name.
     stays: bool,
 }
@@ -132,6 +134,7 @@ impl Upload {
             open: true,
             is_named: false,
             note: None,
+            wanted_wait: None,
             stays: false,
         };
         match minimum.filter(|bytes| *bytes > CHUNK_BYTES as u64) {
@@ -213,7 +216,7 @@ impl Upload {
             ATTEMPTS_MAX => tracing::warn!(%error, "the registry takes no chunks, trying on"),
             _ => tracing::debug!(offset = self.offset, attempt, %error, "a chunk broke off, going on"),
         }
-        back_off(attempt, None).await;
+        back_off(attempt, self.wanted_wait.take()).await;
         match self.acknowledged().await {
             Ok(offset) => self.offset = offset,
             Err(error) if error.kind() == ErrorKind::Unavailable => {}
@@ -231,10 +234,13 @@ impl Upload {
             let mut request = self.request(Method::PUT, url);
             request.timeout = Some(Duration::from_millis(COMMIT_TIMEOUT_MS));
             let outcome = self.transport().send(&request).await;
-            let error = match outcome {
+            let (error, wanted_wait) = match outcome {
                 Ok(response) if response.status().is_success() => break,
-                Ok(response) => self.transport().refused(response, &self.what).await,
-                Err(error) => error,
+                Ok(response) => {
+                    let wanted_wait = retry_after(response.headers());
+                    (self.transport().refused(response, &self.what).await, wanted_wait)
+                }
+                Err(error) => (error, None),
             };
             // The answer may have been lost after the blob was made.
             if error.kind() != ErrorKind::Unavailable && attempt == 1 {
@@ -246,7 +252,7 @@ impl Upload {
             if error.kind() != ErrorKind::Unavailable || attempt == ATTEMPTS_MAX {
                 return Err(error);
             }
-            back_off(attempt, None).await;
+            back_off(attempt, wanted_wait).await;
             attempt += 1;
         }
         self.open = false;
@@ -270,6 +276,7 @@ impl Upload {
         // chunk that was broken off, of a process before this one perhaps.
         let is_passing = matches!(status, StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::CONFLICT);
         if is_passing || is_transient(status) {
+            self.wanted_wait = retry_after(response.headers());
             let error = self.transport().refused(response, &self.what).await;
             return Err(Error::new(ErrorKind::Unavailable, error.to_string()));
         }
