@@ -68,6 +68,10 @@ impl Error {
     /// Whether the same may succeed later: somebody could not be reached, or was not available.
     pub fn is_passing(&self) -> bool {
         let first = self.cause.as_deref().map(|cause| cause as &(dyn std::error::Error + 'static));
+        // A connection that fails, but not in passing.
+        if first.is_some_and(dvcr_image::is_certificate_refused) {
+            return false;
+        }
         std::iter::successors(first, |cause| cause.source()).any(|cause| {
             let registry = cause.downcast_ref::<dvcr_image::Error>();
             let http = cause.downcast_ref::<reqwest::Error>();

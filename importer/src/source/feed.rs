@@ -75,6 +75,7 @@ impl Feed {
             // Nobody vouches for what is uploaded, so that it is looked at.
             is_html: true,
             shown: SHOWN.to_owned(),
+            stamp: None,
             pump: None,
         })
     }

@@ -249,6 +249,7 @@ pub(super) async fn open(address: &Address, options: &SourceOptions, at: Option<
         name,
         is_html: false,
         shown,
+        stamp: None,
         pump: Some(Pump(pump.abort_handle())),
     })
 }
