@@ -45,6 +45,8 @@ pub struct Upload {
     offset: u64,
     what: String,
     open: bool,
+    /// What the session goes by, if it was asked for by a name.
+    name: Option<String>,
     /// Whether the registry keeps notes with this session.
     is_named: bool,
     /// Sent with the next chunk.
@@ -92,6 +94,7 @@ impl Repository {
         let note = header(response.headers(), &UPLOAD_NOTE).map(str::to_owned);
         let received = header(response.headers(), &RANGE).and_then(received_bytes);
         let mut upload = Upload::adopt(self.clone(), &response, what)?;
+        upload.name = Some(name.to_owned());
         if note.is_some() {
             // `0-0` is also what registries say of an empty session.
             (upload.is_named, upload.offset) = (true, received.filter(|bytes| *bytes > 1).unwrap_or(0));
@@ -132,6 +135,7 @@ impl Upload {
             offset: 0,
             what,
             open: true,
+            name: None,
             is_named: false,
             note: None,
             wanted_wait: None,
@@ -209,6 +213,12 @@ impl Upload {
     /// Waits after a failure that may pass, and asks what arrived; fails after too many attempts, unless it is to be patient.
     async fn recover(&mut self, failed: Result<()>, attempt: u32, patient: bool) -> Result<()> {
         let Err(error) = failed else { return Ok(()) };
+        // A registry that was started again may know nothing of a session that nothing had come to.
+        let is_forgotten = |error: &Error| error.kind() == ErrorKind::NotFound;
+        let is_empty = self.offset == 0 && attempt < ATTEMPTS_MAX;
+        if is_empty && is_forgotten(&error) {
+            return self.begin_again().await;
+        }
         if error.kind() != ErrorKind::Unavailable || (attempt >= ATTEMPTS_MAX && !patient) {
             return Err(error);
         }
@@ -220,8 +230,21 @@ impl Upload {
         match self.acknowledged().await {
             Ok(offset) => self.offset = offset,
             Err(error) if error.kind() == ErrorKind::Unavailable => {}
+            Err(error) if is_empty && is_forgotten(&error) => return self.begin_again().await,
             Err(error) => return Err(error),
         }
+        Ok(())
+    }
+
+    /// Opens another session in place of one that had nothing.
+    async fn begin_again(&mut self) -> Result<()> {
+        let mut fresh = match &self.name {
+            Some(name) => self.repository.open_named(name).await?.0,
+            None => self.repository.start_upload().await?,
+        };
+        tracing::debug!(what = self.what, "the registry forgot the session, beginning another");
+        fresh.open = false;
+        (self.location, self.offset, self.is_named) = (fresh.location.clone(), fresh.offset, fresh.is_named);
         Ok(())
     }
 

@@ -126,17 +126,20 @@ pub fn server_killed() -> Result<()> {
 }
 
 pub fn registry_killed() -> Result<()> {
-    let mut desk = Desk::new()?;
-    desk.bench.to.hold_at(Chance::new().below(image().size));
-    let mut upload = desk.start_upload()?;
-    desk.bench.to.wait_held()?;
-    desk.bench.kill_registry()?;
-    desk.bench.assert_invisible(1)?;
-    desk.bench.to.release();
-    desk.succeed(&mut upload)?;
-    desk.assert_right(image())?;
-    assert_again(desk.relay.pushed(), image().size, image().hundredth());
-    assert_again(desk.bench.to.pushed(), image().size, CHUNK_BYTES + image().hundredth());
+    // Before anything came to it, and anywhere.
+    for position in [0, Chance::new().below(image().size)] {
+        let mut desk = Desk::new()?;
+        desk.bench.to.hold_at(position);
+        let mut upload = desk.start_upload()?;
+        desk.bench.to.wait_held()?;
+        desk.bench.kill_registry()?;
+        desk.bench.assert_invisible(1)?;
+        desk.bench.to.release();
+        desk.succeed(&mut upload)?;
+        desk.assert_right(image())?;
+        assert_again(desk.relay.pushed(), image().size, image().hundredth());
+        assert_again(desk.bench.to.pushed(), image().size, CHUNK_BYTES + image().hundredth());
+    }
     Ok(())
 }
 
@@ -186,7 +189,7 @@ pub fn wrong_length() -> Result<()> {
     let state = || run(&cmd("curl", ["-sS", &url])).unwrap_or_default();
     let received = format!("\"received\":{},\"", image().size);
     wait_until(END_TIMEOUT, "all that came", || state().replace(' ', "").contains(&received))
-        .with_context(&state)?;
+        .with_context(state)?;
     assert!(state().contains(&length.to_string()), "{}", state());
     desk.bench.assert_invisible(1)?;
     drop(stream);
