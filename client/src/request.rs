@@ -568,7 +568,7 @@ pub(crate) async fn next_chunk(response: &mut Response) -> Result<Option<Bytes>>
     }
 }
 
-fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+pub(crate) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     header(headers, &RETRY_AFTER)?.parse().ok().map(Duration::from_secs)
 }
 

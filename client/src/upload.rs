@@ -20,7 +20,7 @@ use url::Url;
 
 use crate::digest::{self, Digest, Hasher};
 use crate::repository::{Access, Repository, fixed};
-use crate::request::{ATTEMPTS_MAX, Outgoing, Transport, back_off, header, is_transient};
+use crate::request::{ATTEMPTS_MAX, Outgoing, Transport, back_off, header, is_transient, retry_after};
 use crate::{Error, ErrorKind, Result};
 
 /// Size of the chunks that [`BlobWriter`] is best fed with, bytes.
@@ -47,10 +47,14 @@ pub struct Upload {
     offset: u64,
     what: String,
     open: bool,
-    /// What the session goes by, if the registry knows names, and keeps notes.
+    /// What the session goes by, if it was asked for by a name.
     name: Option<String>,
+    /// Whether the registry keeps notes with this session.
+    is_named: bool,
     /// Sent with the next chunk.
     note: Option<String>,
+    /// How long the registry wants to be left alone that did not take the last chunk.
+    wanted_wait: Option<Duration>,
     /// Whether it outlives us, for whoever asks for it by its name.
     stays: bool,
 }
@@ -87,9 +91,10 @@ impl Repository {
         let note = header(response.headers(), &UPLOAD_NOTE).map(str::to_owned);
         let received = header(response.headers(), &RANGE).and_then(received_bytes);
         let mut upload = Upload::adopt(self.clone(), &response, what)?;
+        upload.name = Some(name.to_owned());
         if note.is_some() {
             // `0-0` is also what registries say of an empty session.
-            upload.name = Some(name.to_owned());
+            upload.is_named = true;
             upload.offset = received.filter(|bytes| *bytes > 1).unwrap_or(0);
         }
         let note = note.filter(|note| !note.is_empty());
@@ -137,8 +142,18 @@ impl Upload {
         })?;
         let location = repository.transport.resolve(response.url(), location)?;
         let minimum = header(response.headers(), &OCI_CHUNK_MIN_LENGTH).and_then(|v| v.parse::<u64>().ok());
-        let upload =
-            Self { repository, location, offset: 0, what, open: true, name: None, note: None, stays: false };
+        let upload = Self {
+            repository,
+            location,
+            offset: 0,
+            what,
+            open: true,
+            name: None,
+            is_named: false,
+            note: None,
+            wanted_wait: None,
+            stays: false,
+        };
         match minimum.filter(|bytes| *bytes > CHUNK_BYTES as u64) {
             Some(bytes) => Err(Error::new(
                 ErrorKind::Unsupported,
@@ -156,7 +171,7 @@ impl Upload {
     /// Leaves a note with the next chunk, for whoever returns to this session: from then on it is not cancelled when this is
     /// dropped. Does nothing where the registry keeps no notes.
     pub fn leave_note(&mut self, note: String) {
-        if self.name.is_some() {
+        if self.is_named {
             (self.note, self.stays) = (Some(note), true);
         }
     }
@@ -167,7 +182,7 @@ impl Upload {
     /// # Errors
     /// [`ErrorKind::Full`] when there is no room.
     pub async fn announce(&self, bytes: u64) -> Result<()> {
-        match &self.name {
+        match self.name.as_ref().filter(|_| self.is_named) {
             Some(name) => self.repository.ask_for_named(name, Some(bytes), &self.what).await.map(drop),
             None => Ok(()),
         }
@@ -223,6 +238,12 @@ impl Upload {
     /// Waits after a failure that may pass, and asks what arrived; fails after too many attempts, unless it is to be patient.
     async fn recover(&mut self, failed: Result<()>, attempt: u32, patient: bool) -> Result<()> {
         let Err(error) = failed else { return Ok(()) };
+        // A registry that was started again may know nothing of a session that nothing had come to.
+        let is_forgotten = |error: &Error| error.kind() == ErrorKind::NotFound;
+        let is_empty = self.offset == 0 && attempt < ATTEMPTS_MAX;
+        if is_empty && is_forgotten(&error) {
+            return self.begin_again().await;
+        }
         if error.kind() != ErrorKind::Unavailable || (attempt >= ATTEMPTS_MAX && !patient) {
             return Err(error);
         }
@@ -230,12 +251,25 @@ impl Upload {
             ATTEMPTS_MAX => tracing::warn!(%error, "the registry takes no chunks, trying on"),
             _ => tracing::debug!(offset = self.offset, attempt, %error, "a chunk broke off, going on"),
         }
-        back_off(attempt, None).await;
+        back_off(attempt, self.wanted_wait.take()).await;
         match self.acknowledged().await {
             Ok(offset) => self.offset = offset,
             Err(error) if error.kind() == ErrorKind::Unavailable => {}
+            Err(error) if is_empty && is_forgotten(&error) => return self.begin_again().await,
             Err(error) => return Err(error),
         }
+        Ok(())
+    }
+
+    /// Opens another session in place of one that had nothing.
+    async fn begin_again(&mut self) -> Result<()> {
+        let mut fresh = match &self.name {
+            Some(name) => self.repository.open_named(name, None).await?.0,
+            None => self.repository.start_upload().await?,
+        };
+        tracing::debug!(what = self.what, "the registry forgot the session, beginning another");
+        fresh.open = false;
+        (self.location, self.offset, self.is_named) = (fresh.location.clone(), fresh.offset, fresh.is_named);
         Ok(())
     }
 
@@ -248,10 +282,13 @@ impl Upload {
             let mut request = self.request(Method::PUT, url);
             request.timeout = Some(Duration::from_millis(COMMIT_TIMEOUT_MS));
             let outcome = self.transport().send(&request).await;
-            let error = match outcome {
+            let (error, wanted_wait) = match outcome {
                 Ok(response) if response.status().is_success() => break,
-                Ok(response) => self.transport().refused(response, &self.what).await,
-                Err(error) => error,
+                Ok(response) => {
+                    let wanted_wait = retry_after(response.headers());
+                    (self.transport().refused(response, &self.what).await, wanted_wait)
+                }
+                Err(error) => (error, None),
             };
             // The answer may have been lost after the blob was made.
             if error.kind() != ErrorKind::Unavailable && attempt == 1 {
@@ -263,7 +300,7 @@ impl Upload {
             if error.kind() != ErrorKind::Unavailable || attempt == ATTEMPTS_MAX {
                 return Err(error);
             }
-            back_off(attempt, None).await;
+            back_off(attempt, wanted_wait).await;
             attempt += 1;
         }
         self.open = false;
@@ -287,6 +324,7 @@ impl Upload {
         // chunk that was broken off, of a process before this one perhaps.
         let is_passing = matches!(status, StatusCode::RANGE_NOT_SATISFIABLE | StatusCode::CONFLICT);
         if is_passing || is_transient(status) {
+            self.wanted_wait = retry_after(response.headers());
             let error = self.transport().refused(response, &self.what).await;
             return Err(Error::new(ErrorKind::Unavailable, error.to_string()));
         }

@@ -257,7 +257,9 @@ impl Copier<'_> {
 fn is_passing(error: &Error) -> bool {
     let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<dvcr_image::Error>());
     matches!(error.kind(), ErrorKind::Cancelled)
-        || cause.is_some_and(|cause| cause.kind() == dvcr_image::ErrorKind::Unavailable)
+        || cause.is_some_and(|cause| {
+            matches!(cause.kind(), dvcr_image::ErrorKind::Unavailable | dvcr_image::ErrorKind::Full)
+        })
 }
 
 /// What is left with a session: where its next chunk begins, and the state of the hash there.

@@ -543,8 +543,9 @@ struct Producer {
 }
 
 impl Producer {
-    fn run(self, tell_route: oneshot::Sender<Route>) -> Result<Produced> {
+    fn run(mut self, tell_route: oneshot::Sender<Route>) -> Result<Produced> {
         let received = self.received.clone();
+        let (stamp, shown) = (self.opened.stamp.take(), self.opened.shown.clone());
         // What went wrong at the source explains whatever failed after it.
         let produced = match &self.resumed {
             Some((layer, file)) => {
@@ -553,7 +554,9 @@ impl Producer {
             }
             None => self.produce(tell_route),
         };
-        produced.map_err(|error| received.failure().unwrap_or(error))
+        let produced = produced.map_err(|error| received.failure().unwrap_or(error));
+        // What was made of two versions is of no use, and what failed for them no fault of the image.
+        stamp.map_or(Ok(()), |stamp| stamp.verify(&shown)).and(produced)
     }
 
     /// Produces what is behind so many bytes of a layer, from a source that begins there.

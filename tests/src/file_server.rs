@@ -56,6 +56,10 @@ impl FileServer {
         Ok(Self { address, shared, stop: Some(stop), thread: Some(thread) })
     }
 
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Returns the URL of a file below the root.
     pub fn url(&self, name: &str) -> String {
         format!("http://{}/{name}", self.address)

@@ -5,7 +5,7 @@
 //!           /      |          \               \
 //!    fixture   FileServer   Registry           qemu (convert, compare, boot)
 //!  (images)   (HTTP source) PeerRegistry      /
-//!         |         |       S3Server          /
+//!         |       Relay     S3Server          /
 //!          \        |          |             /
 //!           programs (where binaries are), process (start, log, kill, wait), ControlGroup (what memory they use)
 //! ```
@@ -27,7 +27,9 @@ mod process;
 mod programs;
 pub mod qemu;
 mod registry;
+mod relay;
 mod s3;
+mod small_disk;
 
 pub use control_group::ControlGroup;
 pub use file_server::FileServer;
@@ -37,7 +39,9 @@ pub use process::{
 };
 pub use programs::{dvcr, tool, workspace};
 pub use registry::{PeerRegistry, Registry};
+pub use relay::{Relay, Reply, Requested};
 pub use s3::{Asked, Chaos, Fault, S3Proxy, S3Server};
+pub use small_disk::SmallDisk;
 pub use tempfile::TempDir;
 
 use anyhow::{Context, Result};

@@ -168,9 +168,12 @@ impl Daemon {
         matches!(self.process.try_wait(), Ok(None))
     }
 
-    /// Waits until the program ends by itself.
+    /// Waits until the program ends by itself; then the log has all that it said.
     pub fn wait(&mut self, timeout: Duration) -> Result<ExitStatus> {
-        self.process.wait(timeout)
+        let status = self.process.wait(timeout)?;
+        // The threads that read it hold the log. A grandchild may hold the pipes open for longer.
+        let _ = wait_until(KILL_TIMEOUT, "its last words", || Arc::strong_count(&self.log) == 1);
+        Ok(status)
     }
 
     /// Kills the program as a power cut would, without a chance to tidy up.

@@ -83,6 +83,7 @@ impl Feed {
             // Nobody vouches for what is uploaded, so that it is looked at.
             if_page: Some("upload the image itself"),
             shown: SHOWN.to_owned(),
+            stamp: None,
             pump: None,
         })
     }

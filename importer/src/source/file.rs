@@ -26,6 +26,31 @@ pub struct FileSource {
     pub version: Option<String>,
 }
 
+/// A file that was opened, to see whether it is still what it was then.
+pub(crate) struct Stamp {
+    file: File,
+    version: String,
+}
+
+impl Stamp {
+    /// # Errors
+    /// [`ErrorKind::Changed`] when somebody has written to the file since.
+    pub(crate) fn verify(&self, shown: &str) -> Result<()> {
+        let failed = |e| Error::with(ErrorKind::Source, format!("cannot look at {shown} again"), e);
+        if version(&self.file.metadata().map_err(failed)?) == self.version {
+            return Ok(());
+        }
+        let text = format!("{shown} was written to while it was read; import it when nobody writes to it");
+        Err(Error::new(ErrorKind::Changed, text))
+    }
+}
+
+/// What a file is known by: where it is, its length in bytes, and when it was written to.
+fn version(metadata: &Metadata) -> String {
+    let (dev, inode, len) = (metadata.dev(), metadata.ino(), metadata.len());
+    format!("{dev:x}-{inode:x}-{len:x}-{:x}.{:x}", metadata.mtime(), metadata.mtime_nsec())
+}
+
 impl FileSource {
     /// Opens a regular file, that of a folder, or a block device; anything else is refused.
     pub fn open(path: &Path) -> Result<Self> {
@@ -54,11 +79,14 @@ impl FileSource {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
         let metadata = file.metadata().map_err(failed)?;
         let random = reopened(&path, &metadata);
-        let version = metadata.is_file().then(|| {
-            let (dev, inode) = (metadata.dev(), metadata.ino());
-            format!("{dev:x}-{inode:x}-{len:x}-{:x}.{:x}", metadata.mtime(), metadata.mtime_nsec())
-        });
+        let version = metadata.is_file().then(|| version(&metadata));
         Ok(Self { file, random, len, name, version })
+    }
+
+    /// What tells, once it was read, whether it is the same; nothing does of a block device.
+    pub(crate) fn stamp(&self) -> std::io::Result<Option<Stamp>> {
+        let stamp = |version: &String| Ok(Stamp { file: self.file.try_clone()?, version: version.clone() });
+        self.version.as_ref().map(stamp).transpose()
     }
 }
 

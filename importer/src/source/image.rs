@@ -43,5 +43,15 @@ pub(super) async fn open(
     let stream =
         opened.map_err(|e| Error::with(ErrorKind::Source, "opening the source", e))?.map_err(failed)?;
     let reader = Box::new(stream);
-    Ok(Opened { reader, random: None, len, validator: None, name, if_page: None, shown, pump: None })
+    Ok(Opened {
+        reader,
+        random: None,
+        len,
+        validator: None,
+        name,
+        if_page: None,
+        shown,
+        stamp: None,
+        pump: None,
+    })
 }

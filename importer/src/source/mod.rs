@@ -26,7 +26,7 @@ use crate::checksum::{Checksum, Checksums};
 use crate::resume::Mark;
 use crate::{Error, ErrorKind, Result};
 use feed::Feed;
-use file::FileSource;
+use file::{FileSource, Stamp};
 use http::{HttpOptions, HttpSource};
 use policy::{RegistryGate, SourcePolicy};
 use s3::S3Options;
@@ -176,6 +176,8 @@ pub(crate) struct Opened {
     pub(crate) if_page: Option<&'static str>,
     /// The source without secrets, for messages.
     pub(crate) shown: String,
+    /// Tells at the end whether it is still the file that was opened.
+    pub(crate) stamp: Option<Stamp>,
     /// Stops what runs in the background when the opened source goes away.
     pub(crate) pump: Option<Pump>,
 }
@@ -266,14 +268,16 @@ fn changed(shown: &str) -> Error {
 }
 
 fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
-    let FileSource { mut file, random, len, name, version } = FileSource::open(path)?;
+    let source = FileSource::open(path)?;
     let shown = path.display().to_string();
+    let failed = |e| Error::with(ErrorKind::Source, format!("cannot read {shown}"), e);
+    let stamp = source.stamp().map_err(failed)?;
+    let FileSource { mut file, random, len, name, version } = source;
     if let Some(at) = at {
         if version.as_ref() != Some(&at.validator) || at.position > len {
             return Err(changed(&shown));
         }
-        let seek = file.seek(SeekFrom::Start(at.position));
-        seek.map_err(|e| Error::with(ErrorKind::Source, format!("cannot read {shown}"), e))?;
+        file.seek(SeekFrom::Start(at.position)).map_err(failed)?;
     }
     Ok(Opened {
         reader: Box::new(file),
@@ -283,6 +287,7 @@ fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
         name,
         if_page: None,
         shown,
+        stamp,
         pump: None,
     })
 }
@@ -305,7 +310,7 @@ async fn open_http(url: &str, options: &SourceOptions, at: Option<&Place>) -> Re
     });
     let reader = Box::new(Pieces::of_task(pieces));
     let pump = Some(Pump(pump.abort_handle()));
-    Ok(Opened { reader, random: None, len, validator, name, if_page, shown, pump })
+    Ok(Opened { reader, random: None, len, validator, name, if_page, shown, stamp: None, pump })
 }
 
 /// Pieces that somebody sends, as a blocking reader. Only `Ok(None)` is the end; a sender that vanished is a failure.

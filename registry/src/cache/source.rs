@@ -321,7 +321,7 @@ impl Source {
         let failure = match error.kind() {
             ErrorKind::NotFound => return Failure::Unknown,
             ErrorKind::Unauthorized | ErrorKind::Denied => Failure::Denied,
-            ErrorKind::Unavailable => Failure::Upstream("the upstream is not available"),
+            ErrorKind::Unavailable | ErrorKind::Full => Failure::Upstream("the upstream is not available"),
             ErrorKind::Untrusted => Failure::Upstream("the certificate of the upstream is not trusted"),
             ErrorKind::Mismatch => Failure::Upstream("the upstream has other content than its digest says"),
             _ => Failure::Upstream("the upstream gives answers that cannot be used"),

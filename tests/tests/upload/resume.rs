@@ -102,37 +102,6 @@ fn an_upload_whose_connections_break_anywhere_goes_on_by_itself() -> Result<()> 
 }
 
 #[test]
-fn one_break_costs_no_more_than_what_was_on_the_way() -> Result<()> {
-    let bench = Bench::new(64 << 20)?;
-    let mut uploader = bench.uploader(&[])?;
-    let relay = Relay::start(uploader.address);
-    relay.cut_at(&[bench.size / 2]);
-    run(&upload(&bench.image, &relay.url())?)?;
-    let again = relay.sent().saturating_sub(bench.size);
-    // What the server took before the break, in the middle of a part, it keeps.
-    assert!(again < bench.size / 50, "{again} of {} bytes were sent again", bench.size);
-    assert_eq!(uploader.ended()?, Some(0));
-    bench.assert_stored()
-}
-
-#[test]
-fn a_client_that_was_killed_goes_on_when_it_is_started_again() -> Result<()> {
-    let bench = Bench::new(64 << 20)?;
-    let mut uploader = bench.uploader(&[])?;
-    let relay = Relay::start(uploader.address);
-    relay.hold_after(bench.size / 2);
-    let mut client = Daemon::spawn(&upload(&bench.image, &relay.url())?)?;
-    relay.wait_held();
-    client.kill9()?;
-    relay.release();
-    run(&upload(&bench.image, &relay.url())?)?;
-    let again = relay.sent().saturating_sub(bench.size);
-    assert!(again < bench.size / 4, "{again} of {} bytes were sent again", bench.size);
-    assert_eq!(uploader.ended()?, Some(0));
-    bench.assert_stored()
-}
-
-#[test]
 fn an_uploader_that_was_killed_or_stopped_goes_on_when_it_is_started_again() -> Result<()> {
     let bench = Bench::new(64 << 20)?;
     for kills in [true, false] {

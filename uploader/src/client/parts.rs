@@ -95,7 +95,11 @@ impl Reader {
         let (mut plain, mut coded) = (Vec::new(), Vec::new());
         let mut is_coded = compresses;
         let mut trial = Trial { data: 0, coded: 0, time: Duration::ZERO };
-        let failed = |source| Error::File { path: self.image.path.clone(), source };
+        let failed = |source: io::Error| match source.kind() {
+            // It was longer when it was opened.
+            io::ErrorKind::UnexpectedEof => Error::Changed(self.image.path.clone()),
+            _ => Error::File { path: self.image.path.clone(), source },
+        };
         let mut block = Vec::new();
         while self.position < self.image.len
             && self.position - first < PART_BYTES_MAX

@@ -8,7 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use dvcr_converter::progress::Progress;
-use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
+use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, Method, StatusCode};
 use reqwest::{Body, Client, RequestBuilder, Response};
 use tokio::sync::mpsc;
@@ -21,10 +21,14 @@ use super::{Error, Image, TUS_RESUMABLE, TUS_VERSION, Uploaded, VERSION, answer,
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(600);
 /// Wait before the second attempt; it doubles from one to the next.
 const BACKOFF_FIRST: Duration = Duration::from_millis(200);
-/// Longest wait between attempts.
+/// Longest wait between attempts, but for a server that asks for more.
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// Longest wait that a server may ask for by Retry-After.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(300);
 /// Longest time for one request, with its part of the file.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(900);
+/// Longest wait for the server to forget an upload that is of no use.
+const TERMINATE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a part should take: what a break costs.
 const PART_SECONDS: f64 = 4.0;
 /// Compressed data worth sending has at most this share of its size.
@@ -108,12 +112,21 @@ impl Sender {
                 query.append_pair("filename", name);
             }
         }
+        let uploaded = self.go_through(&mut session).await;
+        if let Err(Error::Changed(_)) = &uploaded {
+            // Nobody can go on with it, and it would be in the way of the next one.
+            let _ = self.tus(Method::DELETE, &session).timeout(TERMINATE_TIMEOUT).send().await;
+        }
+        uploaded
+    }
+
+    async fn go_through(&mut self, session: &mut Url) -> Result<Uploaded, Error> {
         let mut next = Next::Ask;
         loop {
             next = match next {
-                Next::Ask => self.ask(&session).await?,
-                Next::Begin => self.begin(&mut session).await?,
-                Next::From(position) => self.send_from(&session, position).await?,
+                Next::Ask => self.ask(session).await?,
+                Next::Begin => self.begin(session).await?,
+                Next::From(position) => self.send_from(session, position).await?,
                 Next::Done(uploaded) => return Ok(uploaded),
             }
         }
@@ -226,7 +239,7 @@ impl Sender {
             // Another request of this upload was faster, or the server was replaced.
             (StatusCode::CONFLICT | StatusCode::NOT_FOUND, _) => {
                 self.patience
-                    .wait(Error::Protocol("the upload goes on elsewhere, or is gone again and again"))
+                    .wait(Error::Protocol("the upload goes on elsewhere, or is gone again and again"), None)
                     .await?;
                 Ok(Next::Ask)
             }
@@ -317,7 +330,8 @@ impl Patience {
     ) -> Result<Option<Response>, Error> {
         match response {
             Ok(response) if is_passing(response.status()) => {
-                self.wait(refused(response).await).await?;
+                let wanted = number(response.headers(), &RETRY_AFTER).map(Duration::from_secs);
+                self.wait(refused(response).await, wanted).await?;
                 Ok(None)
             }
             Ok(response) => Ok(Some(response)),
@@ -327,19 +341,20 @@ impl Patience {
                 let error = unreachable(what, error);
                 match is_final {
                     true => Err(error),
-                    false => self.wait(error).await.map(|()| None),
+                    false => self.wait(error, None).await.map(|()| None),
                 }
             }
         }
     }
 
-    /// Waits before the next attempt, or gives up with `error`.
-    async fn wait(&mut self, error: Error) -> Result<(), Error> {
+    /// Waits before the next attempt, as long as is `wanted` of us, or gives up with `error`.
+    async fn wait(&mut self, error: Error, wanted: Option<Duration>) -> Result<(), Error> {
         let since = *self.since.get_or_insert_with(Instant::now);
         if since.elapsed() >= GIVE_UP_TIMEOUT {
             return Err(error);
         }
-        let wait = BACKOFF_FIRST.saturating_mul(1 << self.attempts.min(8)).min(BACKOFF_MAX);
+        let doubled = BACKOFF_FIRST.saturating_mul(1 << self.attempts.min(8)).min(BACKOFF_MAX);
+        let wait = wanted.map_or(doubled, |wanted| wanted.min(RETRY_AFTER_MAX));
         self.attempts += 1;
         tracing::warn!(attempt = self.attempts, wait_ms = wait.as_millis() as u64, %error, "upload: trying again");
         tokio::time::sleep(wait).await;

@@ -417,17 +417,11 @@ impl HttpSource {
     /// A body ended before its end.
     fn broken(&mut self, position: u64, cause: Option<reqwest::Error>) -> Result<()> {
         let shown = self.display_url();
-        let error = match (cause, self.len) {
-            (Some(cause), _) => {
-                let text = format!("{shown} broke off after {position} bytes");
-                Error::with(ErrorKind::Source, text, cause.without_url())
-            }
-            (None, len) => {
-                let len = len.map_or_else(|| "more".to_owned(), |len| len.to_string());
-                let text =
-                    format!("{shown} broke off after {position} bytes, its length was announced as {len}");
-                Error::new(ErrorKind::Source, text)
-            }
+        let len = self.len.map_or_else(|| "more".to_owned(), |len| len.to_string());
+        let text = format!("{shown} broke off after {position} bytes, its length was announced as {len}");
+        let error = match cause {
+            Some(cause) => Error::with(ErrorKind::Source, text, cause.without_url()),
+            None => Error::new(ErrorKind::Source, text),
         };
         match self.resumable() {
             Some(_) => self.back_off(error, None, ATTEMPTS_MAX),

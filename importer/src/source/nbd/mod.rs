@@ -251,6 +251,7 @@ pub(super) async fn open(address: &Address, options: &SourceOptions, at: Option<
         name,
         if_page: None,
         shown,
+        stamp: None,
         pump: Some(Pump(pump.abort_handle())),
     })
 }
