@@ -28,6 +28,8 @@ pub enum ErrorKind {
     Registry,
     /// The target cannot take the disk.
     Target,
+    /// The disk is larger than it may be.
+    TooLarge,
     /// The caller asked to stop.
     Cancelled,
 }
@@ -68,12 +70,20 @@ impl Error {
     /// Whether the same may succeed later: somebody could not be reached, or was not available.
     pub fn is_passing(&self) -> bool {
         let first = self.cause.as_deref().map(|cause| cause as &(dyn std::error::Error + 'static));
-        std::iter::successors(first, |cause| cause.source()).any(|cause| {
+        std::iter::successors(first, |cause| below(*cause)).any(|cause| {
             let registry = cause.downcast_ref::<dvcr_image::Error>();
             let http = cause.downcast_ref::<reqwest::Error>();
             registry.is_some_and(|e| e.kind() == dvcr_image::ErrorKind::Unavailable)
                 || http.is_some_and(|e| e.is_connect() || e.is_timeout() || e.is_body() || e.is_request())
         })
+    }
+}
+
+/// What caused an error. An I/O error that carries another one names that one's cause as its own.
+fn below<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a (dyn std::error::Error + 'static)> {
+    match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+        Some(carried) => Some(carried),
+        None => error.source(),
     }
 }
 
@@ -92,5 +102,23 @@ impl std::error::Error for Error {
 impl From<Error> for std::io::Error {
     fn from(error: Error) -> Self {
         std::io::Error::other(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_pass_is_found_however_it_was_carried() {
+        let away = |kind| dvcr_image::Error::new(kind, "the registry is away");
+        let unavailable = dvcr_image::ErrorKind::Unavailable;
+        let carried = dvcr_converter::Error::io("reading", std::io::Error::other(away(unavailable)));
+        assert!(Error::with(ErrorKind::Registry, "reading", away(unavailable)).is_passing());
+        assert!(Error::with(ErrorKind::Registry, "making a disk", carried).is_passing());
+        let denied = std::io::Error::other(away(dvcr_image::ErrorKind::Denied));
+        assert!(!Error::with(ErrorKind::Registry, "making a disk", denied).is_passing());
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        assert!(!Error::with(ErrorKind::Registry, "making a disk", full).is_passing());
     }
 }

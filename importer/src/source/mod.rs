@@ -258,7 +258,7 @@ fn changed(shown: &str) -> Error {
 }
 
 fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
-    let FileSource { mut file, random, len, name, version } = FileSource::open(path)?;
+    let FileSource { mut file, random, len, name, version, .. } = FileSource::open(path)?;
     let shown = path.display().to_string();
     if let Some(at) = at {
         if version.as_ref() != Some(&at.validator) || at.position > len {
