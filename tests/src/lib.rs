@@ -7,7 +7,8 @@
 //!  (images)   (HTTP source) PeerRegistry      /
 //!         |         |       S3Server          /
 //!          \        |          |             /
-//!           programs (where binaries are), process (start, log, kill, wait), ControlGroup (what memory they use)
+//!           programs (where binaries are), process (start, log, kill, wait), ControlGroup (what memory they use),
+//!           Gate (a way to a server that closes), LoopDevice and Filesystem (volumes)
 //! ```
 //!
 //! Every child process dies with the test program, also when that one is killed: children are started through
@@ -22,15 +23,18 @@
 mod control_group;
 mod file_server;
 pub mod fixture;
+mod gate;
 mod main_job;
 mod process;
 mod programs;
 pub mod qemu;
 mod registry;
 mod s3;
+mod volume;
 
 pub use control_group::ControlGroup;
 pub use file_server::FileServer;
+pub use gate::Gate;
 pub use main_job::{Done, main_job};
 pub use process::{
     Daemon, Output, cmd, interrupt, interrupted, run, run_output, run_telling, run_visible, wait_until,
@@ -39,6 +43,7 @@ pub use programs::{dvcr, tool, workspace};
 pub use registry::{PeerRegistry, Registry};
 pub use s3::{Asked, Chaos, Fault, S3Proxy, S3Server};
 pub use tempfile::TempDir;
+pub use volume::{Filesystem, LoopDevice};
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};

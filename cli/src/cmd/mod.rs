@@ -8,6 +8,7 @@ mod importer;
 mod info;
 mod map;
 mod populate;
+mod pvc_importer;
 mod registry;
 mod upload;
 mod uploader;
@@ -38,6 +39,7 @@ pub enum Command {
     Upload(upload::Args),
     Uploader(Box<uploader::Args>),
     Importer(Box<importer::Args>),
+    PvcImporter(Box<pvc_importer::Args>),
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
@@ -110,6 +112,7 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Upload(args) => upload::run(args),
         Command::Import(args) => import::run(*args),
         Command::Importer(args) => importer::run(*args),
+        Command::PvcImporter(args) => pvc_importer::run(*args),
         Command::Populate(args) => populate::run(args),
         Command::Info(args) => info::run(args),
         Command::Map(args) => map::run(args),
@@ -142,7 +145,8 @@ mod tests {
         let common = include_str!("../../../docs/worker.md");
         let mut root = Cli::command();
         root.build();
-        for (worker, docs) in [("importer", ""), ("uploader", include_str!("../../../docs/upload.md"))] {
+        let upload = include_str!("../../../docs/upload.md");
+        for (worker, docs) in [("importer", ""), ("pvc-importer", ""), ("uploader", upload)] {
             let command = root.find_subcommand(worker).unwrap();
             let own = command.get_arguments().filter(|arg| !arg.is_global_set() && arg.get_env().is_some());
             let mut seen = 0;
@@ -161,11 +165,11 @@ mod tests {
             }
             assert!(seen > 15, "{worker}: {seen}");
         }
-        for line in common.lines().chain(include_str!("../../../docs/upload.md").lines()) {
+        for line in common.lines().chain(upload.lines()) {
             let Some(flag) = line.strip_prefix("| `--").and_then(|rest| rest.split_once('`')) else {
                 continue;
             };
-            let known = ["importer", "uploader", "upload"].iter().any(|name| {
+            let known = ["importer", "pvc-importer", "uploader", "upload"].iter().any(|name| {
                 let mut arguments = root.find_subcommand(name).unwrap().get_arguments();
                 arguments.any(|arg| arg.get_long() == Some(flag.0))
             });
