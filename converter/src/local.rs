@@ -40,6 +40,9 @@ const DEVICE_ZERO_BYTES_MIN: usize = 64 << 10;
 /// Bytes that go through the page cache, where writes past it are refused, before they are written out and dropped from it.
 const CACHED_BYTES_MAX: u64 = 32 << 20;
 
+/// Largest unit of the page cache, bytes: the kernel drops whole ones (on x86-64, a huge page).
+const FOLIO_BYTES_MAX: u64 = 2 << 20;
+
 /// Bits of a file's mode that a new file takes over from the one it replaces, and the owner's right to write.
 const PERMISSION_BITS: u32 = 0o777;
 const OWNER_WRITES: u32 = 0o600;
@@ -101,6 +104,9 @@ impl FileSource {
 
     /// Takes what was read out of the page cache, where nobody else uses it.
     pub fn forget(&self, offset: u64, len: u64) {
+        // What was read in order before belongs to the same folio, and is dropped with the end of it or not at all.
+        let start = offset / FOLIO_BYTES_MAX * FOLIO_BYTES_MAX;
+        let (len, offset) = (len.saturating_add(offset - start), start);
         // Mere advice: a file system without a cache has nothing to drop.
         let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(len), rustix::fs::Advice::DontNeed);
     }

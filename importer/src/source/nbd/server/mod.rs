@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dvcr_converter::io::ReadAt;
+use dvcr_converter::local::FileSource;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -54,7 +55,7 @@ impl Listener {
 /// Serves `disk` under every name until `shutdown` is over. With `tls` nobody gets it without.
 pub async fn serve(
     listener: Listener,
-    disk: Arc<dyn ReadAt>,
+    disk: Arc<FileSource>,
     tls: Option<TlsAcceptor>,
     shutdown: impl Future<Output = ()>,
 ) {
@@ -92,7 +93,7 @@ pub async fn serve(
 
 async fn connection(
     stream: Box<dyn Stream>,
-    disk: Arc<dyn ReadAt>,
+    disk: Arc<FileSource>,
     tls: Option<&TlsAcceptor>,
 ) -> io::Result<()> {
     let limit = Duration::from_millis(HANDSHAKE_TIMEOUT_MS);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dvcr_converter::io::ReadAt;
+use dvcr_converter::local::FileSource;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter, ReadHalf, WriteHalf};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -20,6 +21,8 @@ use super::wrong;
 const PIECE_BYTES: u32 = 1 << 20;
 /// Pieces that are read ahead for one connection.
 const PIECES_WAITING_MAX: usize = 4;
+/// Shortest read by somebody who copies the disk, and does not come back for the same, bytes: it need not stay in the page cache.
+const COPIED_BYTES_MIN: usize = 64 << 10;
 /// Most extents in one answer.
 const EXTENTS_MAX: usize = 4096;
 /// Longest time without a request, milliseconds.
@@ -52,7 +55,7 @@ enum Part {
 }
 
 /// Answers requests until the client leaves.
-pub(super) async fn transmit(stream: Box<dyn Stream>, disk: Arc<dyn ReadAt>, terms: Terms) -> io::Result<()> {
+pub(super) async fn transmit(stream: Box<dyn Stream>, disk: Arc<FileSource>, terms: Terms) -> io::Result<()> {
     let (reader, writer) = tokio::io::split(stream);
     let (pieces, waiting) = mpsc::channel(PIECES_WAITING_MAX);
     let answers =
@@ -63,7 +66,7 @@ pub(super) async fn transmit(stream: Box<dyn Stream>, disk: Arc<dyn ReadAt>, ter
 /// Begins to read what is asked for, as far ahead as there is room in `pieces`.
 async fn take_requests(
     mut reader: ReadHalf<Box<dyn Stream>>,
-    disk: Arc<dyn ReadAt>,
+    disk: Arc<FileSource>,
     terms: Terms,
     pieces: mpsc::Sender<Piece>,
 ) -> io::Result<()> {
@@ -96,7 +99,7 @@ async fn take_requests(
             wire::CMD_BLOCK_STATUS if terms.has_status && fits => {
                 let (disk, only_one) = (disk.clone(), request.flags & wire::FLAG_REQ_ONE != 0);
                 whole(Content::Status(tokio::task::spawn_blocking(move || {
-                    status(disk.as_ref(), start, len, if only_one { 1 } else { EXTENTS_MAX })
+                    status(&disk, start, len, if only_one { 1 } else { EXTENTS_MAX })
                 })))
             }
             wire::CMD_FLUSH => whole(Content::Nothing),
@@ -121,7 +124,7 @@ fn check_read(request: &wire::Request, fits: bool, terms: Terms) -> Option<u32> 
 
 /// Begins to read the pieces of a request; tells whether somebody takes them.
 async fn read_ahead(
-    disk: &Arc<dyn ReadAt>,
+    disk: &Arc<FileSource>,
     request: &wire::Request,
     terms: Terms,
     pieces: &mpsc::Sender<Piece>,
@@ -135,14 +138,14 @@ async fn read_ahead(
         // First the place, then the memory.
         let Ok(place) = pieces.reserve().await else { return false };
         let disk = disk.clone();
-        let read = tokio::task::spawn_blocking(move || read(disk.as_ref(), start, len, may_skip));
+        let read = tokio::task::spawn_blocking(move || read(&disk, start, len, may_skip));
         let is_last = done == request.len;
         place.send(Piece { cookie: request.cookie, is_first, is_last, content: Content::Data(read) });
     }
     true
 }
 
-fn read(disk: &dyn ReadAt, start: u64, len: u32, may_skip: bool) -> io::Result<Vec<Part>> {
+fn read(disk: &FileSource, start: u64, len: u32, may_skip: bool) -> io::Result<Vec<Part>> {
     let (mut parts, mut at, end) = (Vec::new(), start, start + u64::from(len));
     while at < end {
         let extent = disk.extent_at(at).filter(|_| may_skip);
@@ -153,6 +156,9 @@ fn read(disk: &dyn ReadAt, start: u64, len: u32, may_skip: bool) -> io::Result<V
         } else {
             let mut data = vec![0; n as usize];
             disk.read_exact_at(&mut data, at)?;
+            if data.len() >= COPIED_BYTES_MIN {
+                disk.forget(at, n.into());
+            }
             let is_zero = may_skip && data == ZEROS[..data.len()];
             parts.push(if is_zero { Part::Hole(at, n) } else { Part::Data(at, data) });
         }
@@ -162,7 +168,7 @@ fn read(disk: &dyn ReadAt, start: u64, len: u32, may_skip: bool) -> io::Result<V
 }
 
 /// The payload of block status: the runs from `start` on, inside of `len` bytes.
-fn status(disk: &dyn ReadAt, start: u64, len: u32, extents_max: usize) -> Vec<u8> {
+fn status(disk: &FileSource, start: u64, len: u32, extents_max: usize) -> Vec<u8> {
     let mut payload = wire::CONTEXT_ID.to_be_bytes().to_vec();
     let (mut at, end, mut extents) = (start, start + u64::from(len), 0);
     while at < end && extents < extents_max {
