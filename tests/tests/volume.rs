@@ -244,15 +244,19 @@ fn a_volume_that_is_full_in_the_middle_is_told_of_and_holds_no_half_of_a_disk() 
 }
 
 #[test]
-fn a_worker_that_fills_a_volume_needs_no_privileges() -> Result<()> {
+fn a_worker_that_fills_a_volume_needs_no_privileges_and_no_root_to_write_to() -> Result<()> {
     let pod = Pod::new()?;
     let inner = pod.command(&[])?;
     let program = pod.path("dvcr");
     fs::copy(dvcr()?, &program)?;
     run(&cmd("chmod", ["a+rX", utf8(pod.dir.path()), utf8(&program)]))?;
     run(&cmd("chmod", ["a+rwX", utf8(&pod.path("report")), utf8(&pod.data())]))?;
-    let mut command = Command::new("setpriv");
-    let unprivileged = ["--reuid=64535", "--regid=64535", "--clear-groups", "--bounding-set=-all"];
+    // Nothing can be written to but the volume and the report: the root is read-only.
+    let script = "mount --bind \"$1\" \"$1\"; mount --bind \"$2\" \"$2\"; shift 2
+        mount -o remount,bind,ro /; if touch /x 2>&-; then exit 9; fi; exec \"$@\"";
+    let (data, report) = (pod.data(), pod.path("report"));
+    let mut command = cmd("unshare", ["--mount", "sh", "-ec", script, "sh", utf8(&data), utf8(&report)]);
+    let unprivileged = ["setpriv", "--reuid=64535", "--regid=64535", "--clear-groups", "--bounding-set=-all"];
     command.args(unprivileged).args(["--no-new-privs", "--"]);
     command.arg(&program).args(inner.get_args());
     command.envs(inner.get_envs().filter_map(|(key, value)| Some((key, value?))));
@@ -260,6 +264,39 @@ fn a_worker_that_fills_a_volume_needs_no_privileges() -> Result<()> {
     pod.assert_filled(&mut worker)?;
     assert!(worker.log().contains("confined"), "{}", worker.log());
     pod.assert_holds(&pod.data(), 200 * MIB)
+}
+
+#[test]
+fn a_registry_that_wants_to_know_who_asks_is_told_by_a_file_or_by_variables() -> Result<()> {
+    let secrets = temp_dir();
+    let (password, auth) = (secrets.path().join("password"), secrets.path().join(".dockerconfigjson"));
+    fs::write(&password, "s3cret-of-admin\n")?;
+    let login = |host: &str| json!({"auths": {host: {"username": "admin", "password": "s3cret-of-admin"}}});
+    let registry =
+        Registry::start_with(&secrets.path().join("first"), &["--admin-password-file", utf8(&password)])?;
+    fs::write(&auth, login(&registry.address().to_string()).to_string())?;
+    let source = secrets.path().join("disk.qcow2");
+    fixture::noise_qcow2(&source, VIRTUAL_BYTES, DATA_BYTES)?;
+    run_dvcr(&["import", utf8(&source), &registry.reference("vi/ns/image:uid"), "--authfile", utf8(&auth)])?;
+    let pod = Pod::new()?;
+    let right = ("IMPORTER_SECRET_KEY", "s3cret-of-admin");
+    let wrong = ("IMPORTER_SECRET_KEY", "s3cret-of-nobody");
+    let by_variables = ("IMPORTER_ACCESS_KEY_ID", "admin");
+    for (variables, is_right) in [
+        (vec![("IMPORTER_AUTH_CONFIG", utf8(&auth))], true),
+        (vec![by_variables, right], true),
+        (vec![by_variables, wrong], false),
+        (vec![("DOCKER_CONFIG", "/nowhere")], false),
+    ] {
+        let mut worker = Daemon::spawn(&pod.command_for(&pod.data(), registry.address(), &variables)?)?;
+        match is_right {
+            true => pod.assert_filled(&mut worker)?,
+            false => pod.assert_fails(&mut worker, "vi/ns/image")?,
+        }
+        let told = pod.report()? + &worker.log();
+        assert!(!told.contains("s3cret"), "{told}");
+    }
+    Ok(())
 }
 
 /// The way back: what a machine has written on its volume becomes an image.
