@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use dvcr_image::AuthStore;
+use dvcr_image::{AuthStore, Network};
 use dvcr_importer::signature::VerifyKey;
 use dvcr_importer::{HttpOptions, Source, SourceOptions, SourcePolicy};
 
@@ -165,6 +165,12 @@ pub fn certificates(path: &Path) -> anyhow::Result<Vec<u8>> {
         bail!("{} holds no certificate in PEM", path.display());
     }
     Ok(pem)
+}
+
+/// What the client of a registry trusts; `roots` are files or folders with certificates (PEM).
+pub fn network(roots: Vec<PathBuf>) -> anyhow::Result<Network> {
+    let args = Args { source_ca: roots, ..Args::default() };
+    Ok(Network { roots: args.roots()?, ..Network::default() })
 }
 
 /// The certificates of a folder, such as a mounted ConfigMap, which has other files and links beside them.

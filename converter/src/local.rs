@@ -3,8 +3,9 @@
 //! A target is recognisably incomplete until it is finished: a file has another name, a block device begins with
 //! zeros (its real first MiB comes last, after everything else is on stable storage, and of that its first page).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, Metadata, OpenOptions, Permissions};
+use std::num::NonZeroU64;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -38,6 +39,9 @@ const DEVICE_ZERO_BYTES_MIN: usize = 64 << 10;
 
 /// Bytes that go through the page cache, where writes past it are refused, before they are written out and dropped from it.
 const CACHED_BYTES_MAX: u64 = 32 << 20;
+
+/// Largest unit of the page cache, bytes: the kernel drops whole ones (on x86-64, a huge page).
+const FOLIO_BYTES_MAX: u64 = 2 << 20;
 
 /// Bits of a file's mode that a new file takes over from the one it replaces, and the owner's right to write.
 const PERMISSION_BITS: u32 = 0o777;
@@ -96,6 +100,15 @@ impl FileSource {
             ));
         };
         Ok(Self { file, len, sparse: kind.is_file() })
+    }
+
+    /// Takes what was read out of the page cache, where nobody else uses it.
+    pub fn forget(&self, offset: u64, len: u64) {
+        // What was read in order before belongs to the same folio, and is dropped with the end of it or not at all.
+        let start = offset / FOLIO_BYTES_MAX * FOLIO_BYTES_MAX;
+        let (len, offset) = (len.saturating_add(offset - start), start);
+        // Mere advice: a file system without a cache has nothing to drop.
+        let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(len), rustix::fs::Advice::DontNeed);
     }
 
     /// Length in bytes.
@@ -425,6 +438,34 @@ impl RawTarget {
         shared.map_err(|e| Error::io(format!("making {} {size} bytes long", partial.temporary.display()), e))
     }
 
+    /// Copies some of `len` bytes at `offset` of `source` to the same place inside of the kernel, past the page cache as far as
+    /// it lets; returns how many. `None` where the kernel, or this target, cannot do that.
+    pub fn copy_within_kernel(&self, source: &FileSource, offset: u64, len: u64) -> Result<Option<u64>> {
+        let Kind::Fresh(_, Preallocation::Off) = &self.kind else { return Ok(None) };
+        let step = usize::try_from(len.min(CACHED_BYTES_MAX)).unwrap_or(ZERO_BYTES);
+        let (mut from, mut to) = (offset, offset);
+        let copied = rustix::fs::copy_file_range(
+            &source.file,
+            Some(&mut from),
+            &self.file.buffered,
+            Some(&mut to),
+            step,
+        );
+        match copied {
+            // Of another kind of file, or behind the end of one that was cut.
+            Ok(0) | Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM) => {
+                Ok(None)
+            }
+            Ok(copied) => {
+                let copied = copied as u64;
+                source.forget(offset, copied);
+                self.file.drop_behind(copied).map_err(|e| self.write_error(offset, e))?;
+                Ok(Some(copied))
+            }
+            Err(e) => Err(self.write_error(offset, e.into())),
+        }
+    }
+
     /// Completes the disk: everything is on stable storage, and under its name, when this returns.
     pub fn finish(self) -> Result<()> {
         self.sync()?;
@@ -552,10 +593,7 @@ impl Partial {
             Err(_) => None,
         };
         let name = path.file_name().ok_or_else(|| not_a_file("has no file name"))?;
-        let mut partial_name = OsString::from(".");
-        partial_name.push(name);
-        partial_name.push(".dvcr-partial");
-        let temporary = path.with_file_name(partial_name);
+        let temporary = partial_name(&path, name);
         let context = |e| Error::io(format!("creating {}", temporary.display()), e);
         let file = OpenOptions::new()
             .read(true)
@@ -626,6 +664,18 @@ impl Drop for Partial {
             let _ = std::fs::remove_file(&self.temporary);
         }
     }
+}
+
+/// Where the file at `path` is until it is complete; what is left there by a killed process is taken over by the next.
+pub fn partial_path(path: &Path) -> PathBuf {
+    path.file_name().map_or_else(|| path.to_owned(), |name| partial_name(path, name))
+}
+
+fn partial_name(path: &Path, name: &OsStr) -> PathBuf {
+    let mut partial = OsString::from(".");
+    partial.push(name);
+    partial.push(".dvcr-partial");
+    path.with_file_name(partial)
 }
 
 /// Gives `from..to` of a file its room on the file system; what is there stays.

@@ -10,7 +10,7 @@ use crate::{Error, ErrorKind, Result};
 
 /// Counters that workers raise and a display polls; also what stops the work: a switch, and the bounds of time and output.
 ///
-/// `done` counts work already dealt with and never goes back; `total` is zero while unknown.
+/// `done` counts work already dealt with and does not go back but by [`Progress::restart`]; `total` is zero while unknown.
 #[derive(Debug, Default)]
 pub struct Progress {
     done_bytes: AtomicU64,
@@ -30,6 +30,13 @@ struct Bounds {
 }
 
 impl Progress {
+    /// Counts from zero again, for work that is tried anew as a whole. Bounds and the switch stay.
+    pub fn restart(&self) {
+        for counter in [&self.done_bytes, &self.total_bytes, &self.skipped_bytes, &self.stored_bytes] {
+            counter.store(0, Ordering::Relaxed);
+        }
+    }
+
     /// Begins the time that [`Limits::wall_time_max`] gives, and bounds what is stored by [`Limits::output_bytes_max`].
     /// Only the first call counts; without one there is no bound.
     pub fn bound(&self, limits: &Limits) {

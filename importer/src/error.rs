@@ -30,6 +30,8 @@ pub enum ErrorKind {
     Full,
     /// The target cannot take the disk.
     Target,
+    /// The disk is larger than it may be.
+    TooLarge,
     /// The caller asked to stop.
     Cancelled,
 }
@@ -102,10 +104,10 @@ impl Error {
     }
 }
 
-/// What caused an error; an I/O error is asked for what it holds, which its source leaves out.
+/// What caused an error. An I/O error that carries another one names that one's cause as its own.
 fn below<'a>(error: &'a (dyn std::error::Error + 'static)) -> Option<&'a (dyn std::error::Error + 'static)> {
     match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
-        Some(held) => Some(held),
+        Some(carried) => Some(carried),
         None => error.source(),
     }
 }

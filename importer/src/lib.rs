@@ -8,6 +8,7 @@
 //!             └─────────────────────────────────────────────────┘  └────────────────────┘
 //!  image of our making ──> mount, or stream blob by blob ──────────────────────────────────> the same image
 //!  image ──> ranges (or a stream) ──> converter ──> raw file, block device or qcow2 file
+//!  file, device, nbd ──> shared blocks, the kernel's copy, or the converter's writers ──> file or block device
 //! ```
 //!
 //! The import is one pass over the source with bounded memory and nothing on the local disk. A layer begins with a
@@ -19,6 +20,7 @@
 
 pub mod checksum;
 mod chunks;
+mod clone;
 mod copy;
 mod decide;
 mod error;
@@ -31,6 +33,7 @@ mod resume;
 pub mod signature;
 pub mod source;
 
+pub use clone::{CloneRequest, CloneSummary, clone};
 pub use error::{Error, ErrorKind, Result};
 pub use import::{ImportRequest, ImportSummary, Outcome, import};
 pub use populate::{PopulateRequest, PopulateSummary, TargetFormat, populate};

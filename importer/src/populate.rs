@@ -77,8 +77,12 @@ pub struct PopulateRequest {
     /// Bytes of the new disk, rounded up to whole sectors of 512, and never less than the image's virtual size. If not
     /// given it is that size, or, for raw on a block device, the device's, so that nothing old stays behind the disk.
     pub size: Option<u64>,
+    /// Most bytes that the image's disk may have, where the target could take more.
+    pub size_max: Option<u64>,
     /// What to write.
     pub format: TargetFormat,
+    /// Threads that read and decode; by default one per core, from 2 to 8.
+    pub workers: Option<usize>,
     /// Permission bits of the file; by default those of the file that is replaced, or the usual ones. A block device keeps
     /// its own.
     pub mode: Option<u32>,
@@ -111,7 +115,7 @@ pub struct PopulateSummary {
 
 /// Makes a disk. The target is complete and on stable storage when this succeeds, recognisably incomplete before.
 ///
-/// `progress` counts bytes of the disk. When the future is dropped the work is cancelled through `progress`.
+/// `progress` counts bytes of the disk, from zero. When the future is dropped the work is cancelled through `progress`.
 pub async fn populate(mut request: PopulateRequest, progress: Arc<Progress>) -> Result<PopulateSummary> {
     let begun = Instant::now();
     if let Some(size) = request.size {
@@ -120,6 +124,7 @@ pub async fn populate(mut request: PopulateRequest, progress: Arc<Progress>) -> 
             || Error::new(ErrorKind::Target, format!("no disk has {size} bytes; ask for a smaller size"));
         request.size = Some(rounded.ok_or_else(too_large)?);
     }
+    progress.restart();
     progress.bound(&request.limits);
     progress.set_phase("transfer");
     let registry = {
@@ -152,7 +157,7 @@ pub async fn populate(mut request: PopulateRequest, progress: Arc<Progress>) -> 
 }
 
 /// Stops the writing thread when nobody waits for it any more.
-struct CancelOnDrop(Option<Arc<Progress>>);
+pub(crate) struct CancelOnDrop(pub(crate) Option<Arc<Progress>>);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
@@ -189,7 +194,7 @@ impl Work {
                 let image =
                     format::open(Arc::new(window), &self.request.limits).map_err(|e| self.converting(e))?;
                 self.require_room(&image)?;
-                return self.write(&image, &Options::default(), || Ok(()));
+                return self.write(&image, &self.options(), || Ok(()));
             }
         }
         let limits = &self.request.limits;
@@ -293,7 +298,7 @@ impl Work {
             }
             None => self.request.size.unwrap_or(self.capacity),
         };
-        let options = Options::default();
+        let options = self.options();
         let mut disk = PlainReader::new(reader);
         let reader = Box::new(&mut disk);
         match self.request.format {
@@ -301,7 +306,7 @@ impl Work {
                 let raw = self.create_raw(wanted)?;
                 let written =
                     stream_to_raw(reader, &raw, &options, &self.progress).map_err(|e| self.converting(e))?;
-                let size = self.final_size(raw.size())?;
+                let size = self.grown_size(wanted, raw.size())?;
                 self.commit_raw(raw)?;
                 Ok(Made {
                     source: disk.format(source),
@@ -314,7 +319,7 @@ impl Work {
                 let form = qcow2_form(wanted);
                 let finished = stream_to_image(reader, None, &mut file, &form, &options, &self.progress)
                     .map_err(|e| self.converting(e))?;
-                let size = self.final_size(finished.virtual_size)?;
+                let size = self.grown_size(wanted, finished.virtual_size)?;
                 self.progress.set_phase("commit");
                 file.finish(&finished).map_err(|e| self.converting(e))?;
                 Ok(Made {
@@ -348,7 +353,22 @@ impl Work {
     }
 
     fn final_size(&self, virtual_size: u64) -> Result<u64> {
-        final_size(self.request.size, self.capacity, virtual_size)
+        let Some(max) = self.request.size_max.filter(|max| virtual_size > *max) else {
+            return final_size(self.request.size, self.capacity, virtual_size);
+        };
+        let text =
+            format!("the disk has {virtual_size} bytes, and may have {max} here; make room for all of it");
+        Err(Error::new(ErrorKind::TooLarge, text))
+    }
+
+    /// The size of a target that was begun with `wanted` bytes and grew with the stream, if that was longer.
+    fn grown_size(&self, wanted: u64, size: u64) -> Result<u64> {
+        if size > wanted { self.final_size(size) } else { Ok(wanted) }
+    }
+
+    fn options(&self) -> Options {
+        let usual = Options::default();
+        Options { workers: self.request.workers.unwrap_or(usual.workers), ..usual }
     }
 
     fn reading(&self, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
@@ -373,7 +393,7 @@ impl Work {
 fn final_size(asked: Option<u64>, capacity: u64, virtual_size: u64) -> Result<u64> {
     match asked {
         Some(size) if size < virtual_size => Err(Error::new(
-            ErrorKind::Target,
+            ErrorKind::TooLarge,
             format!(
                 "the disk has {virtual_size} bytes and cannot be made {size} bytes small; ask for a size of \
                  {virtual_size} or more"

@@ -110,7 +110,7 @@ async fn a_disk_grows_but_never_shrinks() {
         std::fs::remove_file(&target).unwrap();
         request.size = Some(len - 512);
         let error = populate(request, Arc::new(Progress::default())).await.unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Target, "{case}");
+        assert_eq!(error.kind(), ErrorKind::TooLarge, "{case}");
         let text = chain(&error);
         assert!(text.contains(&len.to_string()) && text.contains(&(len - 512).to_string()), "{text}");
         assert!(!target.exists(), "{case}");

@@ -7,7 +7,8 @@
 //!  (images)   (HTTP source) PeerRegistry      /
 //!         |       Relay     S3Server          /
 //!          \        |          |             /
-//!           programs (where binaries are), process (start, log, kill, wait), ControlGroup (what memory they use)
+//!           programs (where binaries are), process (start, log, kill, wait), ControlGroup (what memory they use),
+//!           Gate (a way to a server that closes), LoopDevice and Filesystem (volumes)
 //! ```
 //!
 //! Every child process dies with the test program, also when that one is killed: children are started through
@@ -22,6 +23,7 @@
 mod control_group;
 mod file_server;
 pub mod fixture;
+mod gate;
 mod main_job;
 mod process;
 mod programs;
@@ -30,9 +32,11 @@ mod registry;
 mod relay;
 mod s3;
 mod small_disk;
+mod volume;
 
 pub use control_group::ControlGroup;
 pub use file_server::FileServer;
+pub use gate::Gate;
 pub use main_job::{Done, main_job};
 pub use process::{
     Daemon, Output, cmd, interrupt, interrupted, run, run_output, run_telling, run_visible, wait_until,
@@ -43,6 +47,7 @@ pub use relay::{Relay, Reply, Requested};
 pub use s3::{Asked, Chaos, Fault, S3Proxy, S3Server};
 pub use small_disk::SmallDisk;
 pub use tempfile::TempDir;
+pub use volume::{Filesystem, LoopDevice};
 
 use anyhow::{Context, Result};
 use sha2::{Digest, Sha256};

@@ -58,6 +58,7 @@ pub(crate) fn status_of(error: &Error) -> StatusCode {
         | ErrorKind::Policy
         | ErrorKind::Registry
         | ErrorKind::Target
+        | ErrorKind::TooLarge
         | ErrorKind::Untrusted => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -11,6 +11,8 @@
 //! Names, labels, ports and texts are those that operators, dashboards and scripts know already (docs/worker.md).
 
 pub mod metrics;
+pub mod quantity;
 pub mod retry;
 pub mod sandbox;
 pub mod termination;
+pub mod volume;

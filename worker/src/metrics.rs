@@ -5,6 +5,7 @@
 use std::fmt::Write;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,8 @@ pub struct Metrics {
     progress: Mutex<Arc<Progress>>,
     begun: Instant,
     sample: Mutex<Sample>,
+    /// The largest share of a volume that was told, thousandths: one that is begun anew does not go back.
+    told: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -65,7 +68,7 @@ impl Metrics {
         let begun = Instant::now();
         let sample = Mutex::new(Sample { at: begun, bytes: 0, speed: 0.0 });
         let (owner_uid, progress) = (owner_uid.to_owned(), Mutex::new(progress));
-        Arc::new(Self { family, owner_uid, progress, begun, sample })
+        Arc::new(Self { family, owner_uid, progress, begun, sample, told: AtomicU64::new(0) })
     }
 
     /// Tells of another transfer from now on: one that begins anew.
@@ -103,6 +106,11 @@ impl Metrics {
         }
     }
 
+    fn never_less(&self, percent: f64) -> f64 {
+        let share = (percent * 1000.0) as u64;
+        self.told.fetch_max(share, Ordering::Relaxed).max(share) as f64 / 1000.0
+    }
+
     fn take_sample(&self, now: Instant) {
         let bytes = self.bytes();
         let mut sample = self.sample.lock().unwrap_or_else(|e| e.into_inner());
@@ -131,7 +139,7 @@ impl Metrics {
             }
             Family::Volume => {
                 let help = "Share of the disk that is written, percent";
-                gauge("kubevirt_cdi_import_progress_total", help, "", percent);
+                gauge("kubevirt_cdi_import_progress_total", help, "", self.never_less(percent));
             }
         }
         gauge("dvcr_worker_done_bytes", "Bytes done", "", progress.done() as f64);
@@ -276,6 +284,22 @@ mod tests {
         let metrics = half_done(Family::Registry);
         metrics.progress().reach(1000);
         assert!(metrics.render().contains("registry_progress{ownerUID=\"a\\\"b\\\\c\"} 99.9\n"));
+    }
+
+    #[test]
+    fn a_volume_that_is_begun_anew_does_not_go_back() {
+        let metrics = half_done(Family::Volume);
+        let share = |metrics: &Metrics| {
+            let text = metrics.render();
+            let line = text.lines().find(|line| line.starts_with("kubevirt_cdi_import_progress_total{"));
+            line.unwrap().rsplit_once(' ').unwrap().1.to_owned()
+        };
+        assert_eq!(share(&metrics), "50");
+        metrics.progress().restart();
+        assert_eq!(share(&metrics), "50");
+        metrics.progress().set_total(1000);
+        metrics.progress().reach(625);
+        assert_eq!(share(&metrics), "62.5");
     }
 
     #[tokio::test]

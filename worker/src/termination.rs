@@ -56,6 +56,19 @@ impl Report {
     }
 }
 
+/// What a worker tells of a volume that it has filled, as CDI's importer does.
+pub fn import_complete() -> String {
+    let (preallocated, message) = (false, "Import Complete");
+    serde_json::json!({ "preallocationApplied": preallocated, "message": message }).to_string()
+}
+
+/// What a worker tells of a volume that it could not fill, as CDI's importer does; what makes it too long is cut off.
+pub fn unable_to_process(message: &str) -> String {
+    let mut text = format!("Unable to process data: {message}");
+    text.truncate(text.floor_char_boundary(MESSAGE_BYTES_MAX));
+    text
+}
+
 /// Nanoseconds, as much as fit.
 pub fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
@@ -98,6 +111,15 @@ mod tests {
             assert!(report.text().len() <= MESSAGE_BYTES_MAX);
             assert!(message.starts_with(&report.error_message) && report.error_message.len() > 1000);
         }
+    }
+
+    #[test]
+    fn a_volume_is_told_of_in_the_words_that_operators_know() {
+        let done: serde_json::Value = serde_json::from_str(&import_complete()).unwrap();
+        assert_eq!(done, serde_json::json!({"preallocationApplied": false, "message": "Import Complete"}));
+        assert_eq!(unable_to_process("no space"), "Unable to process data: no space");
+        let long = unable_to_process(&"ж".repeat(5000));
+        assert!(long.len() > MESSAGE_BYTES_MAX - 4 && long.len() <= MESSAGE_BYTES_MAX && long.ends_with('ж'));
     }
 
     #[test]

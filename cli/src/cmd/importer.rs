@@ -223,10 +223,10 @@ fn source(args: &Args) -> anyhow::Result<Source> {
 }
 
 /// An empty variable is one that is not set.
-fn is_given(path: &Path) -> bool {
+pub(super) fn is_given(path: &Path) -> bool {
     !path.as_os_str().is_empty()
 }
 
-fn authentication(file: Option<&Path>) -> anyhow::Result<AuthStore> {
+pub(super) fn authentication(file: Option<&Path>) -> anyhow::Result<AuthStore> {
     Ok(AuthStore::discover(file.filter(|path| is_given(path)), |name| std::env::var_os(name))?)
 }

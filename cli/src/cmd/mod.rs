@@ -1,6 +1,7 @@
 //! The commands, one file each.
 
 mod check;
+mod clone;
 mod compare;
 mod convert;
 mod import;
@@ -8,7 +9,9 @@ mod importer;
 mod info;
 mod map;
 mod populate;
+mod pvc_importer;
 mod registry;
+mod serve_nbd;
 mod upload;
 mod uploader;
 
@@ -35,9 +38,12 @@ pub enum Command {
     Registry(Box<registry::Args>),
     Import(Box<import::Args>),
     Populate(populate::Args),
+    Clone(Box<clone::Args>),
+    ServeNbd(serve_nbd::Args),
     Upload(upload::Args),
     Uploader(Box<uploader::Args>),
     Importer(Box<importer::Args>),
+    PvcImporter(Box<pvc_importer::Args>),
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
@@ -110,7 +116,10 @@ pub fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Upload(args) => upload::run(args),
         Command::Import(args) => import::run(*args),
         Command::Importer(args) => importer::run(*args),
+        Command::PvcImporter(args) => pvc_importer::run(*args),
         Command::Populate(args) => populate::run(args),
+        Command::Clone(args) => clone::run(*args),
+        Command::ServeNbd(args) => serve_nbd::run(args),
         Command::Info(args) => info::run(args),
         Command::Map(args) => map::run(args),
         Command::Convert(args) => convert::run(args),
@@ -139,10 +148,15 @@ mod tests {
     /// The pages are what operators write their pods by.
     #[test]
     fn every_variable_of_a_worker_has_its_row_in_the_docs() {
-        let common = include_str!("../../../docs/worker.md");
+        let page = include_str!("../../../docs/worker.md");
+        let section =
+            |title: &str| page.split("\n## ").find(|part| part.lines().next() == Some(title)).unwrap();
+        let common = section("All workers");
         let mut root = Cli::command();
         root.build();
-        for (worker, docs) in [("importer", ""), ("uploader", include_str!("../../../docs/upload.md"))] {
+        let upload = include_str!("../../../docs/upload.md");
+        let (importer, pvc_importer) = (section("dvcr importer"), section("dvcr pvc-importer"));
+        for (worker, docs) in [("importer", importer), ("pvc-importer", pvc_importer), ("uploader", upload)] {
             let command = root.find_subcommand(worker).unwrap();
             let own = command.get_arguments().filter(|arg| !arg.is_global_set() && arg.get_env().is_some());
             let mut seen = 0;
@@ -161,11 +175,11 @@ mod tests {
             }
             assert!(seen > 15, "{worker}: {seen}");
         }
-        for line in common.lines().chain(include_str!("../../../docs/upload.md").lines()) {
+        for line in page.lines().chain(upload.lines()) {
             let Some(flag) = line.strip_prefix("| `--").and_then(|rest| rest.split_once('`')) else {
                 continue;
             };
-            let known = ["importer", "uploader", "upload"].iter().any(|name| {
+            let known = ["importer", "pvc-importer", "uploader", "upload"].iter().any(|name| {
                 let mut arguments = root.find_subcommand(name).unwrap().get_arguments();
                 arguments.any(|arg| arg.get_long() == Some(flag.0))
             });

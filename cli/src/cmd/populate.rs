@@ -50,7 +50,7 @@ enum Format {
 }
 
 /// Permission bits as chmod takes them.
-fn mode(text: &str) -> Result<u32, String> {
+pub(super) fn mode(text: &str) -> Result<u32, String> {
     let mode = u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777);
     mode.ok_or_else(|| format!("{text:?} is no octal number from 0 to 777"))
 }
@@ -65,6 +65,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         reference,
         target: args.target,
         size: args.size,
+        size_max: None,
+        workers: None,
         format: match args.format {
             Format::Raw => TargetFormat::Raw,
             Format::Qcow2 => TargetFormat::Qcow2,

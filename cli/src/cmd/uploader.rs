@@ -129,7 +129,7 @@ pub struct Args {
     limits: crate::limits::Args,
 }
 
-fn time_or_zero(text: &str) -> Result<Time, String> {
+pub(super) fn time_or_zero(text: &str) -> Result<Time, String> {
     if text == "0" { Ok(Time::default()) } else { text.parse() }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::{File, Metadata};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dvcr_converter::local;
 
@@ -14,6 +14,8 @@ const DISK_IN_FOLDER: &str = "disk.img";
 
 /// A file opened for reading from its first byte.
 pub struct FileSource {
+    /// The path, of the disk where a folder was named.
+    pub path: PathBuf,
     /// At its first byte.
     pub file: File,
     /// The same, to be read at random.
@@ -80,7 +82,7 @@ impl FileSource {
         let metadata = file.metadata().map_err(failed)?;
         let random = reopened(&path, &metadata);
         let version = metadata.is_file().then(|| version(&metadata));
-        Ok(Self { file, random, len, name, version })
+        Ok(Self { path, file, random, len, name, version })
     }
 
     /// What tells, once it was read, whether it is the same; nothing does of a block device.

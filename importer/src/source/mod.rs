@@ -272,7 +272,7 @@ fn open_file(path: &Path, at: Option<&Place>) -> Result<Opened> {
     let shown = path.display().to_string();
     let failed = |e| Error::with(ErrorKind::Source, format!("cannot read {shown}"), e);
     let stamp = source.stamp().map_err(failed)?;
-    let FileSource { mut file, random, len, name, version } = source;
+    let FileSource { mut file, random, len, name, version, .. } = source;
     if let Some(at) = at {
         if version.as_ref() != Some(&at.validator) || at.position > len {
             return Err(changed(&shown));

@@ -248,6 +248,8 @@ pub fn populate_request(reference: &str, target: &Path) -> PopulateRequest {
         reference: reference.parse().unwrap(),
         target: target.to_owned(),
         size: None,
+        size_max: None,
+        workers: None,
         format: TargetFormat::Raw,
         mode: None,
         client: ClientOptions::default(),

@@ -36,8 +36,6 @@ const STATUS_BYTES_MAX: u32 = 8 + (8 << 20);
 const ERROR_BYTES_MAX: u32 = 4 << 10;
 /// Requests that may wait to be sent.
 const REQUESTS_WAITING_MAX: usize = 16;
-/// Longest request where the server does not tell, bytes (protocol, "Block size constraints").
-const REQUEST_BYTES_DEFAULT: u32 = 32 << 20;
 
 /// A connection's bytes, with TLS or without.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -393,7 +391,7 @@ async fn negotiate(
         })
         .await?;
     }
-    let (mut size, mut block_bytes, mut request_bytes_max) = (None, 1, REQUEST_BYTES_DEFAULT);
+    let (mut size, mut block_bytes, mut request_bytes_max) = (None, 1, wire::REQUEST_BYTES_MAX);
     let wanted = wire::go(name);
     let went = haggle(&mut stream, wire::OPT_GO, &wanted, |kind, mut fields| {
         if kind != wire::REP_INFO {

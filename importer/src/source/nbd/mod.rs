@@ -1,6 +1,7 @@
 //! An export of an NBD server: read at random by several threads, or as a stream; connected again when a connection is lost.
 
 mod connection;
+pub mod server;
 mod tls;
 mod wire;
 
@@ -169,7 +170,7 @@ impl Address {
 
 /// An export that can be read.
 #[derive(Clone)]
-struct Nbd {
+pub(crate) struct Nbd {
     shared: Arc<Shared>,
     runtime: Handle,
 }
@@ -201,6 +202,26 @@ pub(super) async fn open(address: &Address, options: &SourceOptions, at: Option<
     if at.is_some() {
         return Err(changed(&shown));
     }
+    let random = open_random(address, options).await?;
+    let name = Some(address.export.clone()).filter(|name| !name.is_empty());
+    let (sender, pieces) = mpsc::channel(PIECES_WAITING_MAX);
+    let pump = tokio::spawn(random.shared.clone().stream(sender));
+    Ok(Opened {
+        reader: Box::new(Pieces::of_task(pieces)),
+        len: Some(random.len()),
+        random: Some(Arc::new(random)),
+        validator: None,
+        name,
+        stamp: None,
+        if_page: None,
+        shown,
+        pump: Some(Pump(pump.abort_handle())),
+    })
+}
+
+/// Opens an export to be read at random, from threads outside of the runtime.
+pub(crate) async fn open_random(address: &Address, options: &SourceOptions) -> Result<Nbd> {
+    let shown = address.to_string();
     let failed = |e: io::Error| {
         let kind = match e.kind() {
             io::ErrorKind::PermissionDenied => ErrorKind::Policy,
@@ -239,21 +260,7 @@ pub(super) async fn open(address: &Address, options: &SourceOptions, at: Option<
         zeros: Mutex::new(Zeros { is_silent: !export.tells_zeros, ..Zeros::default() }),
         answers: AtomicU64::new(0),
     });
-    let name = Some(address.export.clone()).filter(|name| !name.is_empty());
-    let (sender, pieces) = mpsc::channel(PIECES_WAITING_MAX);
-    let pump = tokio::spawn(shared.clone().stream(sender));
-    let random = Nbd { shared, runtime: Handle::current() };
-    Ok(Opened {
-        reader: Box::new(Pieces::of_task(pieces)),
-        random: Some(Arc::new(random)),
-        len: Some(export.size),
-        validator: None,
-        name,
-        if_page: None,
-        shown,
-        stamp: None,
-        pump: Some(Pump(pump.abort_handle())),
-    })
+    Ok(Nbd { shared, runtime: Handle::current() })
 }
 
 async fn connect(

@@ -16,16 +16,31 @@ const CHUNK_MAGIC: u32 = 0x668e_33ef;
 pub(super) const FIXED_NEWSTYLE: u16 = 1;
 pub(super) const NO_ZEROES: u16 = 2;
 
+/// Transmission flags of an export.
+pub(super) const HAS_FLAGS: u16 = 1;
+pub(super) const READ_ONLY: u16 = 2;
+pub(super) const SEND_FLUSH: u16 = 4;
+pub(super) const SEND_DF: u16 = 1 << 7;
+pub(super) const CAN_MULTI_CONN: u16 = 1 << 8;
+
+pub(super) const OPT_EXPORT_NAME: u32 = 1;
+pub(super) const OPT_ABORT: u32 = 2;
+pub(super) const OPT_LIST: u32 = 3;
+pub(super) const OPT_INFO: u32 = 6;
+pub(super) const OPT_LIST_META_CONTEXT: u32 = 9;
 pub(super) const OPT_STARTTLS: u32 = 5;
 pub(super) const OPT_GO: u32 = 7;
 pub(super) const OPT_STRUCTURED_REPLY: u32 = 8;
 pub(super) const OPT_SET_META_CONTEXT: u32 = 10;
 
 pub(super) const REP_ACK: u32 = 1;
+pub(super) const REP_SERVER: u32 = 2;
 pub(super) const REP_INFO: u32 = 3;
 pub(super) const REP_META_CONTEXT: u32 = 4;
 /// Set in the type of every reply that is an error.
 pub(super) const REP_ERROR: u32 = 1 << 31;
+pub(super) const REP_ERR_UNSUP: u32 = REP_ERROR | 1;
+pub(super) const REP_ERR_INVALID: u32 = REP_ERROR | 3;
 pub(super) const REP_ERR_POLICY: u32 = REP_ERROR | 2;
 pub(super) const REP_ERR_TLS_REQD: u32 = REP_ERROR | 5;
 pub(super) const REP_ERR_UNKNOWN: u32 = REP_ERROR | 6;
@@ -35,12 +50,23 @@ pub(super) const INFO_BLOCK_SIZE: u16 = 3;
 
 /// The metadata context that tells holes.
 pub(super) const ALLOCATION: &str = "base:allocation";
-/// Of an extent of it: reads as zeros.
+/// What our server calls it.
+pub(super) const CONTEXT_ID: u32 = 1;
+/// Of an extent of it: takes no room; reads as zeros.
+pub(super) const STATE_HOLE: u32 = 1;
 pub(super) const STATE_ZERO: u32 = 2;
 
 pub(super) const CMD_READ: u16 = 0;
+pub(super) const CMD_WRITE: u16 = 1;
 pub(super) const CMD_DISC: u16 = 2;
+pub(super) const CMD_FLUSH: u16 = 3;
+pub(super) const CMD_TRIM: u16 = 4;
+pub(super) const CMD_WRITE_ZEROES: u16 = 6;
 pub(super) const CMD_BLOCK_STATUS: u16 = 7;
+
+/// Of a request: the answer is to be in one piece; block status is to have one extent.
+pub(super) const FLAG_DF: u16 = 1 << 2;
+pub(super) const FLAG_REQ_ONE: u16 = 1 << 3;
 
 pub(super) const CHUNK_NONE: u16 = 0;
 pub(super) const CHUNK_OFFSET_DATA: u16 = 1;
@@ -50,14 +76,70 @@ pub(super) const CHUNK_BLOCK_STATUS: u16 = 5;
 pub(super) const CHUNK_ERROR: u16 = 1 << 15;
 const CHUNK_DONE: u16 = 1;
 
+pub(super) const EPERM: u32 = 1;
+pub(super) const EIO: u32 = 5;
+pub(super) const EINVAL: u32 = 22;
+pub(super) const EOVERFLOW: u32 = 75;
 /// The server goes down, or does not want to go on.
 pub(super) const ESHUTDOWN: u32 = 108;
+
+/// Longest request without another word (protocol, "Block size constraints"), bytes.
+pub(super) const REQUEST_BYTES_MAX: u32 = 32 << 20;
 
 pub(super) const OPTION_REPLY_BYTES: usize = 20;
 pub(super) const REQUEST_BYTES: usize = 28;
 const SIMPLE_REPLY_BYTES: usize = 16;
 /// The longer of the two kinds of replies.
 pub(super) const CHUNK_BYTES: usize = 20;
+
+/// A reply to `option` with its data.
+pub(super) fn reply_to_option(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
+    let mut bytes = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
+    bytes.extend(option.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(length(data));
+    bytes.extend(data);
+    bytes
+}
+
+/// What a client asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Request {
+    pub(super) flags: u16,
+    pub(super) command: u16,
+    pub(super) cookie: u64,
+    pub(super) offset: u64,
+    pub(super) len: u32,
+}
+
+/// `None` if it does not begin as one.
+pub(super) fn parse_request(bytes: &[u8; REQUEST_BYTES]) -> Option<Request> {
+    let mut fields = Fields(bytes);
+    (fields.u32().ok()? == REQUEST_MAGIC).then_some(())?;
+    let (flags, command) = (fields.u16().ok()?, fields.u16().ok()?);
+    let (cookie, offset, len) = (fields.u64().ok()?, fields.u64().ok()?, fields.u32().ok()?);
+    Some(Request { flags, command, cookie, offset, len })
+}
+
+/// The head of a whole answer.
+pub(super) fn simple(error: u32, cookie: u64) -> [u8; SIMPLE_REPLY_BYTES] {
+    let mut bytes = [0; SIMPLE_REPLY_BYTES];
+    bytes[..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
+    bytes[4..8].copy_from_slice(&error.to_be_bytes());
+    bytes[8..].copy_from_slice(&cookie.to_be_bytes());
+    bytes
+}
+
+/// The head of a part of an answer that has `len` bytes of payload.
+pub(super) fn chunk(kind: u16, is_done: bool, cookie: u64, len: u32) -> [u8; CHUNK_BYTES] {
+    let mut bytes = [0; CHUNK_BYTES];
+    bytes[..4].copy_from_slice(&CHUNK_MAGIC.to_be_bytes());
+    bytes[4..6].copy_from_slice(&(if is_done { CHUNK_DONE } else { 0 }).to_be_bytes());
+    bytes[6..8].copy_from_slice(&kind.to_be_bytes());
+    bytes[8..16].copy_from_slice(&cookie.to_be_bytes());
+    bytes[16..].copy_from_slice(&len.to_be_bytes());
+    bytes
+}
 
 /// What a server says that it is not to say.
 pub(super) fn broken(text: impl Into<String>) -> io::Error {
@@ -157,12 +239,12 @@ pub(super) fn place(start: u64, asked: usize, offset: u64, len: u64) -> io::Resu
 /// An error number of the protocol.
 pub(super) fn errno(error: u32) -> &'static str {
     match error {
-        1 => "not permitted",
-        5 => "input/output error",
+        EPERM => "not permitted",
+        EIO => "input/output error",
         12 => "out of memory",
-        22 => "invalid request",
+        EINVAL => "invalid request",
         28 => "no space",
-        75 => "value too large",
+        EOVERFLOW => "value too large",
         95 => "not supported",
         ESHUTDOWN => "shutting down",
         _ => "failed",
@@ -183,6 +265,13 @@ impl Fields<'_> {
 
     pub(super) fn u64(&mut self) -> io::Result<u64> {
         self.take().map(u64::from_be_bytes)
+    }
+
+    pub(super) fn bytes(&mut self, len: usize) -> io::Result<&[u8]> {
+        let (bytes, rest) =
+            self.0.split_at_checked(len).ok_or_else(|| broken("sends less than it announced"))?;
+        self.0 = rest;
+        Ok(bytes)
     }
 
     fn take<const N: usize>(&mut self) -> io::Result<[u8; N]> {
