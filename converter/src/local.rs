@@ -148,7 +148,8 @@ impl ReadAt for FileSource {
     }
 }
 
-/// Bytes that the filesystem has free on which a file at `path` is, or would be; `None` for a block device, and where nothing tells.
+/// Bytes that the filesystem has free on which a file at `path` is, or would be, with what a killed process has left for the next
+/// to take over; `None` for a block device, and where nothing tells.
 pub fn free_bytes(path: &Path) -> Option<u64> {
     if std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device()) {
         return None;
@@ -156,7 +157,8 @@ pub fn free_bytes(path: &Path) -> Option<u64> {
     let file = path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let volume = rustix::fs::statvfs(folder).ok()?;
-    Some(volume.f_bavail.saturating_mul(volume.f_frsize))
+    let left = std::fs::symlink_metadata(partial_path(&file)).map_or(0, |left| left.blocks() * 512);
+    Some(volume.f_bavail.saturating_mul(volume.f_frsize).saturating_add(left))
 }
 
 /// Refuses to write over the storage that is read: the same block device under any name, a partition of it or the disk
@@ -667,7 +669,7 @@ impl Drop for Partial {
 }
 
 /// Where the file at `path` is until it is complete; what is left there by a killed process is taken over by the next.
-pub fn partial_path(path: &Path) -> PathBuf {
+fn partial_path(path: &Path) -> PathBuf {
     path.file_name().map_or_else(|| path.to_owned(), |name| partial_name(path, name))
 }
 

@@ -193,6 +193,8 @@ impl Work {
             if wrapper::detect(&head).is_none() {
                 let image =
                     format::open(Arc::new(window), &self.request.limits).map_err(|e| self.converting(e))?;
+                // A volume that is too small for the disk is told of before one that is too small for its data.
+                self.final_size(image.info.virtual_size)?;
                 self.require_room(&image)?;
                 return self.write(&image, &self.options(), || Ok(()));
             }

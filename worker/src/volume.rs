@@ -2,13 +2,10 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use dvcr_converter::local::{self, FileSource};
-
-/// Unit of `st_blocks`, bytes (stat(3type)).
-const STAT_BLOCK_BYTES: u64 = 512;
 
 /// Where the disk goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,14 +32,6 @@ impl Volume {
         }
     }
 
-    /// What has to be writable: the device, or the file's folder.
-    pub fn writable(&self) -> &Path {
-        match self {
-            Self::Block(path) => path,
-            Self::File(path) => folder(path),
-        }
-    }
-
     /// Bytes that the volume has for a disk: all of a device; of a filesystem what is available and what a killed worker's
     /// unfinished file holds, which the next one takes over, but for the share `overhead`.
     ///
@@ -56,10 +45,9 @@ impl Volume {
             }
             Self::Block(path) => Ok(FileSource::open(path).map_err(io::Error::other)?.file_bytes()),
             Self::File(path) => {
-                let stat = rustix::fs::statvfs(folder(path))?;
-                let left = fs::symlink_metadata(local::partial_path(path));
-                let left = left.map_or(0, |left| left.blocks().saturating_mul(STAT_BLOCK_BYTES));
-                let available = stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(left);
+                let untold =
+                    || io::Error::new(io::ErrorKind::NotFound, "nothing tells how much room there is");
+                let available = local::free_bytes(path).ok_or_else(untold)?;
                 Ok((available as f64 * (1.0 - overhead)) as u64)
             }
         }
@@ -76,10 +64,6 @@ impl Volume {
             _ => Ok(()),
         }
     }
-}
-
-fn folder(path: &Path) -> &Path {
-    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 #[cfg(test)]

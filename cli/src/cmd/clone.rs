@@ -1,6 +1,5 @@
 //! `dvcr clone`.
 
-use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,12 +7,12 @@ use anyhow::Context;
 use dvcr_importer::{CloneRequest, CloneSummary, Source, SourceOptions, clone};
 use dvcr_registry::Time;
 use dvcr_worker::metrics::Family;
-use dvcr_worker::termination;
-use dvcr_worker::volume::Volume;
+use dvcr_worker::{retry, termination};
 
 use super::Output;
 use super::populate::mode;
 use super::uploader::time_or_zero;
+use crate::sandbox;
 use crate::size::Human;
 use crate::work::{self, Usage};
 use crate::worker::{self, chain};
@@ -61,7 +60,14 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let outcome = if args.worker { as_worker(&args) } else { copy(&args) };
+    let place = sandbox::place_of(&args.target);
+    let outcome = args.pod.confine(&[&place]).and_then(|()| copy(&args));
+    if args.worker {
+        args.pod.leave(&match &outcome {
+            Ok(_) => termination::import_complete(),
+            Err(error) => termination::unable_to_process(&chain(error)),
+        });
+    }
     let done = outcome?;
     match args.output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&done).context("printing the summary")?),
@@ -76,18 +82,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         ),
     }
     Ok(())
-}
-
-fn as_worker(args: &Args) -> anyhow::Result<CloneSummary> {
-    let is_device = args.target.metadata().is_ok_and(|target| target.file_type().is_block_device());
-    let volume = if is_device { Volume::Block } else { Volume::File };
-    let volume = volume(args.target.clone());
-    let outcome = args.pod.confine(&[volume.writable()]).and_then(|()| copy(args));
-    args.pod.leave(&match &outcome {
-        Ok(_) => termination::import_complete(),
-        Err(error) => termination::unable_to_process(&chain(error)),
-    });
-    outcome
 }
 
 fn copy(args: &Args) -> anyhow::Result<CloneSummary> {
@@ -106,6 +100,9 @@ fn copy(args: &Args) -> anyhow::Result<CloneSummary> {
             true => Some(args.pod.serve(Family::Volume, progress.clone()).await?),
             false => None,
         };
-        Ok(clone(request, progress).await?)
+        Ok(match args.worker {
+            true => retry::run(|| clone(request.clone(), progress.clone())).await?,
+            false => clone(request, progress).await?,
+        })
     })
 }

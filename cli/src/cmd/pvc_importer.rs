@@ -12,9 +12,9 @@ use dvcr_worker::{quantity, retry, termination};
 
 use super::importer::{authentication, is_given};
 use super::{Secret, boolean, path};
-use crate::source;
 use crate::work::{self, Usage};
 use crate::worker::{self, chain};
+use crate::{sandbox, source};
 
 /// Unit of a disk's size, bytes.
 const SECTOR_BYTES: u64 = 512;
@@ -151,7 +151,8 @@ fn threads(text: &str) -> Result<Threads, String> {
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let volume = Volume::find(&args.block_device, &args.file);
-    let outcome = args.worker.confine(&[volume.writable()]).and_then(|()| transfer(&args, &volume));
+    let outcome =
+        args.worker.confine(&[&sandbox::place_of(volume.path())]).and_then(|()| transfer(&args, &volume));
     args.worker.leave(&match &outcome {
         Ok(_) => termination::import_complete(),
         Err(error) => termination::unable_to_process(&chain(error)),

@@ -275,7 +275,6 @@ async fn connect(
     Connection::open(stream, tls, &address.export).await
 }
 
-/// Whether another attempt may do better: not where the server said what is wrong.
 /// The error of an export that could not be reached, or read.
 fn failure(kind: ErrorKind, context: String, error: io::Error) -> Error {
     let passes = is_passing(&error);
@@ -283,6 +282,7 @@ fn failure(kind: ErrorKind, context: String, error: io::Error) -> Error {
     if passes { error.passing() } else { error }
 }
 
+/// Whether another attempt may do better: not where the server said what is wrong.
 fn is_passing(error: &io::Error) -> bool {
     !matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
         && !is_certificate_refused(error)
