@@ -1,6 +1,6 @@
 //! Keeps a part of the volume free: deletions, garbage collection and the machine itself need some to go on.
 //!
-//! The filesystem is asked at most ten times a second. In between, what is granted is taken off what it said; what is
+//! The filesystem is asked ten times a second, and before anybody is refused. In between, what is granted is taken off what it said; what is
 //! granted and not yet written is taken off its next answer.
 
 use std::io;
@@ -98,16 +98,18 @@ impl Space {
     /// When that would touch the reserve; [`Error::is_full`] is then true.
     pub(crate) fn take(&self, bytes: u64, purpose: Purpose) -> Result<Grant<'_>> {
         let mut seen = self.seen();
-        if seen.at.is_none_or(|at| at.elapsed() >= LOOK_INTERVAL) {
-            let free = self.free().map_err(Error::at("cannot ask for the free space of", &self.root))?;
-            seen.free = free.saturating_sub(seen.granted);
-            seen.at = Some(Instant::now());
-        }
         let reserve = match purpose {
             Purpose::Blob => self.reserve,
             Purpose::Manifest => self.reserve / 2,
         };
-        if bytes.checked_add(reserve).is_none_or(|needed| needed > seen.free) {
+        let is_little = |seen: &Seen| bytes.checked_add(reserve).is_none_or(|needed| needed > seen.free);
+        // Nobody is refused for what was so a moment ago.
+        if seen.at.is_none_or(|at| at.elapsed() >= LOOK_INTERVAL) || is_little(&seen) {
+            let free = self.free().map_err(Error::at("cannot ask for the free space of", &self.root))?;
+            seen.free = free.saturating_sub(seen.granted);
+            seen.at = Some(Instant::now());
+        }
+        if is_little(&seen) {
             let context = format!("there is no room in {}", self.root.display());
             return Err(Error::of(Kind::Full, context, NoRoom { more: bytes, free: seen.free, reserve }));
         }

@@ -160,8 +160,7 @@ pub fn importer_killed() -> Result<()> {
 pub fn disk_full() -> Result<()> {
     let disk = SmallDisk::new(20 << 20)?;
     let mut desk = Desk::before(Bench::on(disk.path())?, &[])?;
-    // Whoever uploads learns that it is not the image's fault, and the log of the uploader has the cause.
-    fail(&desk.upload()?)?.assert_names(&["could not be stored"]);
+    fail(&desk.upload()?)?.assert_names(&["disk is full", "missing"]);
     wait_for_trouble(&mut desk.uploader.daemon, "disk is full")?;
     desk.bench.assert_invisible(1)?;
     disk.grow(200 << 20)?;

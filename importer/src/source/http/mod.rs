@@ -451,7 +451,8 @@ impl HttpSource {
         let doubled = doubled.min(Duration::from_millis(BACKOFF_MS_MAX));
         let wait = wanted.unwrap_or(doubled);
         let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        tracing::warn!(attempt = self.attempts, wait_ms, %error, "source: trying again");
+        let cause = &error as &(dyn std::error::Error + 'static);
+        tracing::warn!(attempt = self.attempts, wait_ms, error = cause, "source: trying again");
         self.not_before = Some(Instant::now() + wait);
         Ok(())
     }

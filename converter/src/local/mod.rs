@@ -3,20 +3,26 @@
 //! A target is recognisably incomplete until it is finished: a file has another name, a block device begins with
 //! zeros (its real first MiB comes last, after everything else is on stable storage, and of that its first page).
 
-use std::ffi::{OsStr, OsString};
-use std::fs::{File, Metadata, OpenOptions, Permissions};
+mod direct;
+mod partial;
+mod same;
+
+use std::fs::{File, OpenOptions};
 use std::num::NonZeroU64;
-use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, FlockOperation, OFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use crate::buffer::ALIGN_BYTES;
+use self::direct::CACHED_BYTES_MAX;
+pub(crate) use self::direct::DirectFile;
+pub(crate) use self::partial::Partial;
+use self::partial::partial_path;
+pub use self::same::refuse_same_storage;
 use crate::io::{Extent, ExtentKind, ReadAt};
 use crate::zeros::runs;
 use crate::{Error, ErrorKind, Result};
@@ -37,15 +43,8 @@ const SPARSE_BYTES_MIN: usize = 4 << 10;
 /// Shortest run of zeros for which a device is asked to zero a range; a shorter one is written as data.
 const DEVICE_ZERO_BYTES_MIN: usize = 64 << 10;
 
-/// Bytes that go through the page cache, where writes past it are refused, before they are written out and dropped from it.
-const CACHED_BYTES_MAX: u64 = 32 << 20;
-
 /// Largest unit of the page cache, bytes: the kernel drops whole ones (on x86-64, a huge page).
 const FOLIO_BYTES_MAX: u64 = 2 << 20;
-
-/// Bits of a file's mode that a new file takes over from the one it replaces, and the owner's right to write.
-const PERMISSION_BITS: u32 = 0o777;
-const OWNER_WRITES: u32 = 0o600;
 
 /// When a new file gets its room on the file system.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -159,74 +158,6 @@ pub fn free_bytes(path: &Path) -> Option<u64> {
     let volume = rustix::fs::statvfs(folder).ok()?;
     let left = std::fs::symlink_metadata(partial_path(&file)).map_or(0, |left| left.blocks() * 512);
     Some(volume.f_bavail.saturating_mul(volume.f_frsize).saturating_add(left))
-}
-
-/// Refuses to write over the storage that is read: the same block device under any name, a partition of it or the disk
-/// around it, the file behind it, or the same file.
-///
-/// Fails with [`ErrorKind::Target`]. Only a target that is overwritten in place needs this; a new file does not.
-pub fn refuse_same_storage(source: &Path, target: &Path) -> Result<()> {
-    let (Ok(from), Ok(to)) = (source.metadata(), target.metadata()) else { return Ok(()) };
-    if same_storage(&from, &to) {
-        return Err(Error::new(
-            ErrorKind::Target,
-            format!(
-                "{} and {} are the same storage, and writing would destroy what is read; name another target",
-                source.display(),
-                target.display()
-            ),
-        ));
-    }
-    Ok(())
-}
-
-fn same_storage(from: &Metadata, to: &Metadata) -> bool {
-    if (from.dev(), from.ino()) == (to.dev(), to.ino()) {
-        return true;
-    }
-    if !to.file_type().is_block_device() {
-        return false;
-    }
-    let target = BlockDevice::find(to.rdev());
-    if !from.file_type().is_block_device() {
-        let backing = target.backing_file().and_then(|file| file.metadata().ok());
-        return backing.is_some_and(|file| (file.dev(), file.ino()) == (from.dev(), from.ino()));
-    }
-    // Two nodes of one device have different inodes; two partitions of one disk have nothing in common.
-    let source = BlockDevice::find(from.rdev());
-    let whole = |device: &BlockDevice| device.number == device.disk;
-    source.number == target.number || source.disk == target.disk && (whole(&source) || whole(&target))
-}
-
-/// A block device, as sysfs tells of it.
-struct BlockDevice {
-    number: u64,
-    /// The disk that it is, or is a partition of.
-    disk: u64,
-}
-
-impl BlockDevice {
-    fn find(number: u64) -> Self {
-        let disk = || {
-            let directory = Self::directory(number).canonicalize().ok()?;
-            directory.join("partition").try_exists().ok()?.then_some(())?;
-            let parent = std::fs::read_to_string(directory.parent()?.join("dev")).ok()?;
-            let (major, minor) = parent.trim().split_once(':')?;
-            Some(rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?))
-        };
-        Self { number, disk: disk().unwrap_or(number) }
-    }
-
-    /// The file that a loop device stands for.
-    fn backing_file(&self) -> Option<PathBuf> {
-        let file = std::fs::read(Self::directory(self.disk).join("loop/backing_file")).ok()?;
-        Some(PathBuf::from(OsString::from_vec(file.trim_ascii_end().to_vec())))
-    }
-
-    fn directory(number: u64) -> PathBuf {
-        let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
-        PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
-    }
 }
 
 /// A raw disk under construction: a sparse file or a block device, written by any number of threads.
@@ -516,170 +447,6 @@ impl RawTarget {
     }
 }
 
-/// A file that is written past the page cache where the file system can do that.
-#[derive(Debug)]
-pub(crate) struct DirectFile {
-    pub(crate) buffered: File,
-    direct: Option<File>,
-    direct_works: AtomicBool,
-    /// Bytes that went through the page cache since it was emptied.
-    cached: AtomicU64,
-}
-
-impl DirectFile {
-    /// `buffered` is the file at `path`, which is opened once more with these flags.
-    pub(crate) fn new(buffered: File, path: &Path, flags: OFlags) -> Self {
-        let flags = OFlags::DIRECT | flags;
-        let direct = OpenOptions::new().write(true).custom_flags(flags.bits() as i32).open(path).ok();
-        Self { buffered, direct, direct_works: AtomicBool::new(true), cached: AtomicU64::new(0) }
-    }
-
-    /// Writes all of `bytes` at `offset`; fast when both begin at multiples of [`ALIGN_BYTES`].
-    pub(crate) fn write_all_at(&self, bytes: &[u8], offset: u64) -> std::io::Result<()> {
-        let mut done = 0;
-        if let Some(direct) = &self.direct
-            && self.direct_works.load(Ordering::Relaxed)
-            && offset.is_multiple_of(ALIGN_BYTES as u64)
-            && bytes.as_ptr().addr().is_multiple_of(ALIGN_BYTES)
-        {
-            let whole = bytes.len() / ALIGN_BYTES * ALIGN_BYTES;
-            match direct.write_all_at(&bytes[..whole], offset) {
-                Ok(()) => done = whole,
-                // The file system took the flag but not the write.
-                Err(e) if e.kind() == std::io::ErrorKind::InvalidInput => {
-                    self.direct_works.store(false, Ordering::Relaxed);
-                }
-                Err(e) => return Err(e),
-            }
-        }
-        let rest = &bytes[done..];
-        self.buffered.write_all_at(rest, offset + done as u64)?;
-        self.drop_behind(rest.len() as u64)
-    }
-
-    /// Keeps the page cache small when `bytes` more went through it: what was written is not read again, and counts as
-    /// memory of whoever wrote it.
-    fn drop_behind(&self, bytes: u64) -> std::io::Result<()> {
-        if self.cached.fetch_add(bytes, Ordering::Relaxed) + bytes < CACHED_BYTES_MAX {
-            return Ok(());
-        }
-        self.cached.store(0, Ordering::Relaxed);
-        self.buffered.sync_data()?;
-        // Mere advice: a file system without a cache has nothing to drop.
-        let _ = rustix::fs::fadvise(&self.buffered, 0, None, rustix::fs::Advice::DontNeed);
-        Ok(())
-    }
-}
-
-/// A file that has a temporary name beside its own until it is complete, and vanishes if it never is.
-#[derive(Debug)]
-pub(crate) struct Partial {
-    pub(crate) file: File,
-    pub(crate) temporary: PathBuf,
-    path: PathBuf,
-    /// Permission bits of the file that is replaced.
-    mode: Option<u32>,
-    committed: bool,
-}
-
-impl Partial {
-    pub(crate) fn create(path: &Path) -> Result<Self> {
-        // Through a symbolic link: the file is replaced, not the link.
-        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let not_a_file = |what: &str| {
-            Error::new(ErrorKind::Target, format!("{} {what}: name a file or a block device", path.display()))
-        };
-        let mode = match path.metadata() {
-            Ok(metadata) if !metadata.is_file() => return Err(not_a_file("is not a regular file")),
-            Ok(metadata) => Some(metadata.mode() & PERMISSION_BITS),
-            Err(_) => None,
-        };
-        let name = path.file_name().ok_or_else(|| not_a_file("has no file name"))?;
-        let temporary = partial_name(&path, name);
-        let context = |e| Error::io(format!("creating {}", temporary.display()), e);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-            .open(&temporary)
-            .map_err(context)?;
-        let busy = || {
-            Error::new(
-                ErrorKind::Target,
-                format!("another process is writing {}; wait for it to end", temporary.display()),
-            )
-        };
-        // A file left by a killed process is taken over; one that a living process writes is not.
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            // Some network file systems have no locks: there two writers are not kept apart.
-            Ok(()) | Err(Errno::NOLCK | Errno::OPNOTSUPP) => {}
-            Err(Errno::WOULDBLOCK) => return Err(busy()),
-            Err(e) => return Err(Error::io(format!("locking {}", temporary.display()), e.into())),
-        }
-        // Nor one that the other process has just renamed or removed.
-        let named = std::fs::symlink_metadata(&temporary).map_err(|_| busy())?;
-        let locked = file.metadata().map_err(context)?;
-        if (named.dev(), named.ino()) != (locked.dev(), locked.ino()) {
-            return Err(busy());
-        }
-        file.set_len(0).map_err(context)?;
-        if let Some(mode) = mode {
-            // Never wider than it will be; but ours to write meanwhile.
-            file.set_permissions(Permissions::from_mode(mode | OWNER_WRITES)).map_err(context)?;
-        }
-        Ok(Self { file, temporary, path, mode, committed: false })
-    }
-
-    /// Gives the file these permission bits in the end, and at once what may be had of them.
-    pub(crate) fn set_mode(&mut self, mode: u32) -> Result<()> {
-        let mode = mode & PERMISSION_BITS;
-        self.mode = Some(mode);
-        self.file
-            .set_permissions(Permissions::from_mode(mode | OWNER_WRITES))
-            .map_err(|e| Error::io(format!("setting the mode of {}", self.temporary.display()), e))
-    }
-
-    pub(crate) fn commit(mut self) -> Result<()> {
-        let context =
-            |e| Error::io(format!("moving {} to {}", self.temporary.display(), self.path.display()), e);
-        if let Some(mode) = self.mode {
-            self.file.set_permissions(Permissions::from_mode(mode)).map_err(context)?;
-        }
-        std::fs::rename(&self.temporary, &self.path).map_err(context)?;
-        self.committed = true;
-        let directory = match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        File::open(directory)
-            .and_then(|directory| directory.sync_all())
-            .map_err(|e| Error::io(format!("syncing directory {}", directory.display()), e))
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if !self.committed {
-            // Nothing to do about a failure: the next run takes the file over.
-            let _ = std::fs::remove_file(&self.temporary);
-        }
-    }
-}
-
-/// Where the file at `path` is until it is complete; what is left there by a killed process is taken over by the next.
-fn partial_path(path: &Path) -> PathBuf {
-    path.file_name().map_or_else(|| path.to_owned(), |name| partial_name(path, name))
-}
-
-fn partial_name(path: &Path, name: &OsStr) -> PathBuf {
-    let mut partial = OsString::from(".");
-    partial.push(name);
-    partial.push(".dvcr-partial");
-    path.with_file_name(partial)
-}
-
 /// Gives `from..to` of a file its room on the file system; what is there stays.
 pub(crate) fn allocate(file: &File, from: u64, to: u64, path: &Path) -> Result<()> {
     if from >= to {
@@ -698,30 +465,4 @@ fn device_bytes(file: &File, path: &Path) -> Result<u64> {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used, reason = "a test fails by a panic")]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_cannot_go_past_the_page_cache_does_not_stay_in_it() {
-        // In the folder of the build, which is no tmpfs: that has nothing but the page cache.
-        let here = std::env::current_exe().unwrap();
-        let dir = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
-        let path = dir.path().join("disk");
-        let mut file = DirectFile::new(File::create_new(&path).unwrap(), &path, OFlags::empty());
-        file.direct = None;
-        let (step, steps) = (4 << 20, 48);
-        let bytes: Vec<u8> = (0..step).map(|n| (n % 251) as u8).collect();
-        for n in 0..steps {
-            file.write_all_at(&bytes, n * step as u64).unwrap();
-        }
-        let output = std::process::Command::new("fincore").args(["-bno", "RES"]).arg(&path).output().unwrap();
-        let kept: u64 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
-        assert!(kept <= CACHED_BYTES_MAX, "{kept} of {} bytes are in the page cache", steps * step as u64);
-        let read = std::fs::read(&path).unwrap();
-        assert!(read.chunks(step).all(|chunk| chunk == bytes));
-    }
 }
