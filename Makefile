@@ -57,7 +57,7 @@ bench-converter: deps-test ## Measure the converter beside qemu-img, version 10 
 	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr converter
 
 .PHONY: bench-pipeline
-bench-pipeline: deps-test deps-bench tools ## Measure registry to disk and into it beside skopeo, qemu-img, nbdkit, curl; takes an hour
+bench-pipeline: deps-test deps-bench tools ## Measure registry to disk and into it beside skopeo, qemu-img, nbdkit, curl; takes half an hour
 	tools/qemu10.sh || true
 	cargo build --locked --release -p dvcr -p dvcr-benches
 	$(TARGET_DIR)/release/dvcr-benches --dvcr $(TARGET_DIR)/release/dvcr pipeline

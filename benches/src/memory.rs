@@ -20,15 +20,16 @@ pub fn run(dvcr: &Path, dir: &Path, gib: u64, device: Option<&Path>) -> anyhow::
     let server = Server::start("dvcr", dvcr, work.path())?;
     let source = work.path().join("noise.qcow2");
     eprintln!("making {gib} GiB of noise");
+    let raw = work.path().join("noise.raw");
     let noise = format!(
-        "head -c {}G /dev/zero | openssl enc -aes-128-ctr -K {:032} -iv {:032} | '{}' convert -f raw -O qcow2 - '{}'",
-        gib,
+        "head -c {gib}G /dev/zero | openssl enc -aes-128-ctr -K {:032} -iv {:032} > '{}'",
         1,
         2,
-        dvcr.display(),
-        source.display()
+        raw.display()
     );
     success(Command::new("sh").args(["-ec", &noise]))?;
+    success(Command::new(dvcr).arg("convert").arg(&raw).arg(&source).args(["-O", "qcow2"]))?;
+    std::fs::remove_file(&raw)?;
     let reference = format!("{}/noise:1", server.addr);
     success(Command::new(dvcr).arg("import").arg(&source).arg(&reference))?;
     std::fs::remove_file(&source)?;
