@@ -97,6 +97,16 @@ impl Space {
     /// # Errors
     /// When that would touch the reserve; [`Error::is_full`] is then true.
     pub(crate) fn take(&self, bytes: u64, purpose: Purpose) -> Result<Grant<'_>> {
+        self.take_of(bytes, purpose, || self.free())
+    }
+
+    /// Grants what `look` says that the filesystem has.
+    fn take_of(
+        &self,
+        bytes: u64,
+        purpose: Purpose,
+        look: impl FnOnce() -> io::Result<u64>,
+    ) -> Result<Grant<'_>> {
         let mut seen = self.seen();
         let reserve = match purpose {
             Purpose::Blob => self.reserve,
@@ -105,7 +115,7 @@ impl Space {
         let is_little = |seen: &Seen| bytes.checked_add(reserve).is_none_or(|needed| needed > seen.free);
         // Nobody is refused for what was so a moment ago.
         if seen.at.is_none_or(|at| at.elapsed() >= LOOK_INTERVAL) || is_little(&seen) {
-            let free = self.free().map_err(Error::at("cannot ask for the free space of", &self.root))?;
+            let free = look().map_err(Error::at("cannot ask for the free space of", &self.root))?;
             seen.free = free.saturating_sub(seen.granted);
             seen.at = Some(Instant::now());
         }
@@ -153,24 +163,27 @@ mod tests {
         let space = Space::new(root.path(), None);
         assert!(space.reserve() > 0 && space.reserve() <= RESERVE_BYTES_DEFAULT);
         let (free, reserve) = (1000 + space.reserve(), space.reserve());
-        let pretend = |granted| {
-            // An answer that stays new for the test.
-            let at = Instant::now() + Duration::from_secs(3600);
-            *space.seen() = Seen { at: Some(at), free: free - granted, granted };
-        };
-        pretend(0);
-        space.check(1000).unwrap();
-        space.check(1000).unwrap();
-        let first = space.take(600, Purpose::Blob).unwrap();
-        let second = space.take(400, Purpose::Blob).unwrap();
-        let refused = space.take(1, Purpose::Blob).unwrap_err();
+        let take = |bytes, purpose, written| space.take_of(bytes, purpose, || Ok(free - written));
+        take(1001, Purpose::Blob, 0).unwrap_err();
+        let first = take(600, Purpose::Blob, 0).unwrap();
+        let second = take(400, Purpose::Blob, 0).unwrap();
+        let refused = take(1, Purpose::Blob, 0).unwrap_err();
         assert!(refused.is_full(), "{refused:?}");
-        drop(space.take(reserve / 2, Purpose::Manifest).unwrap());
-        space.take(2, Purpose::Manifest).unwrap_err();
+        drop(take(reserve / 2, Purpose::Manifest, 0).unwrap());
         drop((first, second));
-        space.take(1, Purpose::Blob).unwrap_err();
+        let written = 1000 + reserve / 2;
+        take(2, Purpose::Manifest, written).unwrap_err();
+        take(1, Purpose::Blob, written).unwrap_err();
         assert_eq!(space.seen().granted, 0);
-        space.take(u64::MAX, Purpose::Blob).unwrap_err();
+        take(u64::MAX, Purpose::Blob, written).unwrap_err();
+    }
+
+    #[test]
+    fn nobody_is_refused_for_what_was_so_a_moment_ago() {
+        let root = tempfile::tempdir().unwrap();
+        let space = Space::new(root.path(), Some(0));
+        space.take_of(1000, Purpose::Blob, || Ok(10)).unwrap_err();
+        drop(space.take_of(1000, Purpose::Blob, || Ok(2000)).unwrap());
     }
 
     #[test]
