@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The walk reads only the sizes in the headers of frames and blocks, which give the most that a frame can decode to.
-//! Whatever is odd goes the streaming way, so that libzstd alone says what is wrong with a frame.
+//! Whatever is odd goes the streaming way, so that libzstd alone says what is wrong with a frame. With one worker all frames do.
 
 use std::io::{self, BufRead, Read};
 
@@ -61,8 +61,9 @@ impl<R: BufRead> Decoder<R> {
     /// Makes a decoder with at most `workers` threads. Windows and batches are held inside `memory_bytes_max`; a frame
     /// that needs a larger window is an error.
     pub(super) fn new(input: R, memory_bytes_max: u64, workers: usize) -> io::Result<Self> {
-        let mut decoder = Self {
-            input: Some(Replay { ahead: Vec::new(), at: 0, inner: input, begun: false }),
+        let input = Replay { ahead: Vec::new(), at: 0, inner: input, begun: false, one_byte: false };
+        Ok(Self {
+            input: Some(input),
             stream: None,
             pool: Pool::new(workers, Batch::decode),
             workers,
@@ -72,11 +73,7 @@ impl<R: BufRead> Decoder<R> {
             spare: Vec::new(),
             held_bytes: 0,
             memory_bytes_max,
-        };
-        if workers == 1 {
-            decoder.start_stream()?;
-        }
-        Ok(decoder)
+        })
     }
 
     /// The largest window allowed, as a power of two.
@@ -84,19 +81,25 @@ impl<R: BufRead> Decoder<R> {
         self.memory_bytes_max.max(1 << 10).ilog2().min(31)
     }
 
-    /// Decodes the next frame, or with one worker all there are, as a stream.
+    /// Decodes the next frame as a stream.
     fn start_stream(&mut self) -> io::Result<()> {
-        let Some(input) = self.input.take() else { return Ok(()) };
+        let Some(mut input) = self.input.take() else { return Ok(()) };
+        // libzstd decodes a frame that it is handed as a whole in another way, which refuses some that the usual one takes.
+        input.one_byte = true;
         self.spare = Vec::new();
         self.held_bytes = 0;
         let mut stream = Streaming::with_buffer(input)?;
         stream.window_log_max(self.window_log_max())?;
-        self.stream = Some(if self.workers == 1 { stream } else { stream.single_frame() });
+        self.stream = Some(stream.single_frame());
         Ok(())
     }
 
     /// Reads ahead and submits batches, as far as memory and workers go.
     fn submit(&mut self) -> io::Result<()> {
+        if self.workers == 1 && matches!(self.next, Next::Unknown) {
+            let Some(input) = &mut self.input else { return Ok(()) };
+            self.next = if input.ahead()?.is_empty() { Next::End } else { Next::Stream };
+        }
         while matches!(self.next, Next::Unknown) && self.pool.pending() <= self.workers {
             let bytes_max = self.memory_bytes_max / BATCH_PART;
             let Some(mut batch) = self.empty_batch(bytes_max) else { break };
@@ -153,7 +156,7 @@ impl<R: BufRead> Read for Decoder<R> {
             }
             if let Some(stream) = &mut self.stream {
                 let n = stream.read(buf)?;
-                if n > 0 || self.workers == 1 {
+                if n > 0 {
                     return Ok(n);
                 }
                 self.input = self.stream.take().map(Streaming::finish);
@@ -341,6 +344,8 @@ struct Replay<R> {
     inner: R,
     /// Whether anything was read at all.
     begun: bool,
+    /// Whether the next byte comes alone.
+    one_byte: bool,
 }
 
 impl<R: BufRead> Replay<R> {
@@ -353,9 +358,13 @@ impl<R: BufRead> Replay<R> {
 
     /// The next bytes; none at the end.
     fn ahead(&mut self) -> io::Result<&[u8]> {
-        while let Err(e) = self.fill_buf() {
-            if e.kind() != io::ErrorKind::Interrupted {
-                return Err(e);
+        loop {
+            match self.fill_buf() {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+                // An end is not buffered: asking again may be interrupted again.
+                Ok([]) => return Ok(&[]),
+                Ok(_) => break,
             }
         }
         self.fill_buf()
@@ -412,14 +421,16 @@ impl<R: BufRead> Read for Replay<R> {
 
 impl<R: BufRead> BufRead for Replay<R> {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        match self.ahead.get(self.at..) {
-            Some(ahead) if !ahead.is_empty() => Ok(ahead),
-            _ => self.inner.fill_buf(),
-        }
+        let bytes = match self.ahead.get(self.at..) {
+            Some(ahead) if !ahead.is_empty() => ahead,
+            _ => self.inner.fill_buf()?,
+        };
+        Ok(if self.one_byte { &bytes[..bytes.len().min(1)] } else { bytes })
     }
 
     fn consume(&mut self, n: usize) {
         self.begun |= n > 0;
+        self.one_byte &= n == 0;
         if self.ahead.is_empty() {
             return self.inner.consume(n);
         }
