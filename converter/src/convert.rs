@@ -353,8 +353,8 @@ fn write_raw(
         Ok(())
     };
     // One buffer in the hands of each thread, and one waiting for each writer.
-    let free = (0..workers + 2 * WRITERS).map(|_| AlignedBuf::new(unit)).collect();
-    let team = Team::new(Buffers { free, filled: VecDeque::new(), workers });
+    let free: Result<_> = (0..workers + 2 * WRITERS).map(|_| AlignedBuf::new(unit)).collect();
+    let team = Team::new(Buffers { free: free?, filled: VecDeque::new(), workers });
     run_team(&team, workers + WRITERS, |n| if n < workers { work(&team) } else { write(&team) })?;
     Ok(written.into_inner().unwrap_or_else(|e| e.into_inner()))
 }

@@ -62,7 +62,7 @@ impl ImageTarget {
         let file = DirectFile::new(buffered, &partial.temporary, OFlags::NOFOLLOW);
         let name = partial.temporary.display().to_string();
         let writers = Writers::start(file, name)?;
-        let buffer = AlignedBuf::new(BUFFER_BYTES);
+        let buffer = AlignedBuf::new(BUFFER_BYTES)?;
         Ok(Self { writers, partial, preallocation, buffer, start: 0, filled: 0 })
     }
 
@@ -241,8 +241,8 @@ impl Queue {
                 state.made += 1;
                 return Some(AlignedBuf::new(BUFFER_BYTES));
             }
-            state.empty.pop()
-        })
+            state.empty.pop().map(Ok)
+        })?
     }
 
     fn push(&self, chunk: Chunk) {

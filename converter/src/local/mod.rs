@@ -345,7 +345,7 @@ impl RawTarget {
     }
 
     fn write_zero_bytes(&self, mut at: u64, end: u64) -> Result<()> {
-        let zeros = crate::buffer::AlignedBuf::new(ZERO_BYTES);
+        let zeros = crate::buffer::AlignedBuf::new(ZERO_BYTES)?;
         while at < end {
             let n = (end - at).min(ZERO_BYTES as u64);
             self.write_data(zeros.first(n as usize), at)?;
