@@ -1,6 +1,7 @@
 //! From a registry to a disk: the image is there, and a synced raw file is wanted.
 //!
-//! The peers read the bare file by HTTP from the same registry, where it is a blob of its own: they know no layers.
+//! The peers read the bare file by HTTP from the same registry, where it is a blob of its own: they know no layers. All are served
+//! by ours, and then by Debian's.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,8 @@ const FAR_BYTES_PER_SECOND: f64 = 100e6;
 const SOURCES: [(&str, &str); 2] = [("qcow2 plain", "plain.qcow2"), ("qcow2 zlib", "zlib.qcow2")];
 
 const OURS: &str = "dvcr";
-const OURS_FROM_DEBIAN: &str = "dvcr, from docker-registry 2.8";
+/// What the rows are called whose image comes from there.
+const FROM_DEBIAN: &str = ", from docker-registry 2.8";
 const CURL: &str = "curl of the stored blob";
 
 /// What runs.
@@ -58,24 +60,33 @@ pub fn run(programs: &Programs, content: &Path, dir: &Path, rounds: usize, only:
         .collect::<anyhow::Result<_>>()?;
     let far = Relay::start(ours.addr, FAR_DELAY, FAR_BYTES_PER_SECOND)?;
     let (out, scratch) = (work.path().join("out"), work.path().join("scratch"));
-    let place = Place { programs, out: &out, scratch: &scratch, near: ours.addr, far: far.addr };
+    let place = Place { programs, out: &out, scratch: &scratch };
+    let servers: Vec<(&str, SocketAddr)> = std::iter::once(("", ours.addr))
+        .chain(theirs.iter().map(|server| (FROM_DEBIAN, server.addr)))
+        .collect();
+    let rows: Vec<(String, &Image, SocketAddr)> = images
+        .iter()
+        .flat_map(|image| {
+            servers.iter().map(move |(from, addr)| (format!("{}{from}", image.row), image, *addr))
+        })
+        .collect();
     let mut tables = [Table::default(), Table::default(), Table::default()];
     let mut far_table = Table::default();
     for round in 0..rounds {
         let slow_too = round < (rounds * SLOW_SHARE).div_ceil(SHARE_OF);
-        for image in images.iter().filter(|image| image.row.contains(only)) {
-            let mut contest = place.contest(image, theirs.as_ref().map(|server| server.addr));
+        for (row, image, server) in rows.iter().filter(|(row, ..)| row.contains(only)) {
+            let mut contest = place.contest(image, *server);
             let first = round % contest.len();
             contest.rotate_left(first);
             for (name, slow, mut command) in contest {
                 if slow && !slow_too {
                     continue;
                 }
-                eprintln!("round {} of {rounds}: {}: {name}", round + 1, image.row);
+                eprintln!("round {} of {rounds}: {row}: {name}", round + 1);
                 let sample = measure(&mut command, &out).with_context(|| name.to_owned())?;
                 let values = [sample.seconds, sample.cpu_seconds, sample.rss_mib];
                 for (table, value) in tables.iter_mut().zip(values) {
-                    table.add(image.row, Better::Lower, name, value);
+                    table.add(row, Better::Lower, name, value);
                 }
                 let _ = std::fs::remove_file(&scratch);
             }
@@ -146,10 +157,11 @@ impl Image {
         let sum = String::from_utf8(sum.stdout)?;
         let sum = sum.split_whitespace().next().context("a checksum")?;
         let digest = format!("sha256:{sum}");
-        let image = Self { row, name, digest };
-        let put = format!("digest={sum}; {}", put_blob(&ours.addr.to_string(), &file.display().to_string()));
-        success(Command::new("sh").args(["-ec", &put]))?;
-        Ok(image)
+        for server in [Some(ours), theirs].into_iter().flatten() {
+            let put = put_blob(&server.addr.to_string(), &file.display().to_string());
+            success(Command::new("sh").args(["-ec", &format!("digest={sum}; {put}")]))?;
+        }
+        Ok(Self { row, name, digest })
     }
 
     /// Where the bare file is.
@@ -162,8 +174,6 @@ struct Place<'a> {
     programs: &'a Programs,
     out: &'a Path,
     scratch: &'a Path,
-    near: SocketAddr,
-    far: SocketAddr,
 }
 
 impl Place<'_> {
@@ -174,12 +184,10 @@ impl Place<'_> {
     }
 
     /// Who competes, whether it takes long, and what it runs. The first is us.
-    fn contest(&self, image: &Image, debian: Option<SocketAddr>) -> Vec<(&'static str, bool, Command)> {
-        debug_assert_ne!(self.near, self.far);
+    fn contest(&self, image: &Image, server: SocketAddr) -> Vec<(&'static str, bool, Command)> {
         let slow = image.row.contains("zlib");
-        let url = image.url(self.near);
-        let mut contest = vec![(OURS, false, self.populate(image, self.near))];
-        contest.extend(debian.map(|server| (OURS_FROM_DEBIAN, false, self.populate(image, server))));
+        let url = image.url(server);
+        let mut contest = vec![(OURS, false, self.populate(image, server))];
         let qemu_img = self.programs.qemu_img.display();
         let (out, scratch) = (self.out.display(), self.scratch.display());
         let nbdkit = format!("nbdkit -U - -r -f --filter=readahead --filter=retry curl url={url} --run");
