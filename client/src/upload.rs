@@ -168,6 +168,11 @@ impl Upload {
         self.offset
     }
 
+    /// Whether the registry keeps notes with this session: it was asked for by a name, and the registry knows such.
+    pub fn keeps_notes(&self) -> bool {
+        self.is_named
+    }
+
     /// Leaves a note with the next chunk, for whoever returns to this session: from then on it is not cancelled when this is
     /// dropped. Does nothing where the registry keeps no notes.
     pub fn leave_note(&mut self, note: String) {
