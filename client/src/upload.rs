@@ -154,13 +154,11 @@ impl Upload {
             wanted_wait: None,
             stays: false,
         };
-        match minimum.filter(|bytes| *bytes > CHUNK_BYTES as u64) {
-            Some(bytes) => Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("{}: the registry wants chunks of at least {bytes} bytes", upload.what),
-            )),
-            None => Ok(upload),
+        // Ours asks for the parts of its bucket and takes less; one that does not says so when it gets less.
+        if let Some(minimum) = minimum.filter(|bytes| *bytes > CHUNK_BYTES as u64) {
+            tracing::debug!(minimum, what = upload.what, "the registry asks for longer chunks than it gets");
         }
+        Ok(upload)
     }
 
     /// Bytes that the registry has.

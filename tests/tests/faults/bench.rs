@@ -198,7 +198,7 @@ pub struct Bench {
     pub registry: Registry,
     pub to: Relay,
     /// Runs as long as the registry does that is in it.
-    bucket: Option<Arc<S3Server>>,
+    _bucket: Option<Arc<S3Server>>,
 }
 
 impl Bench {
@@ -217,14 +217,17 @@ impl Bench {
     pub fn in_bucket() -> Result<Self> {
         let (dir, server) = (temp_dir(), S3Server::shared_minio());
         let bucket = server.new_bucket()?;
-        let registry =
-            Registry::start_in_bucket(&dir.path().join("registry"), (&server, &bucket, "/r"), &[])?;
-        Ok(Self { bucket: Some(server), ..Self::with(dir, registry)? })
+        let registry = Registry::start_in_bucket(
+            &dir.path().join("registry"),
+            (&server, &bucket, "/some/registry"),
+            &["--gc-schedule", "off"],
+        )?;
+        Ok(Self { _bucket: Some(server), ..Self::with(dir, registry)? })
     }
 
     fn with(dir: TempDir, registry: Registry) -> Result<Self> {
         let to = Relay::start(registry.address())?;
-        Ok(Self { dir, registry, to, bucket: None })
+        Ok(Self { dir, registry, to, _bucket: None })
     }
 
     /// Where images are brought to, by way of the relay.

@@ -119,7 +119,7 @@ pub fn importer_killed() -> Result<()> {
         assert_again(web.from.passed(), image().size, 2 * CHUNK_BYTES + image().hundredth());
     }
     for image in images_on_the_way() {
-        for is_in_bucket in [false, true] {
+        for is_in_bucket in [true, false] {
             keeping_importer_killed(image, is_in_bucket)?;
         }
     }
@@ -135,8 +135,8 @@ fn keeping_importer_killed(image: &Image, is_in_bucket: bool) -> Result<()> {
     web.from.hold_at(image.size - (1 << 20));
     let mut command = web.import()?;
     let mut import = Daemon::spawn(command.args(["--keep-after", "0s", "--log", "debug"]))?;
-    web.from.wait_held()?;
-    wait_kept(&mut import, image)?;
+    web.from.wait_held().with_context(|| import.log())?;
+    wait_kept(&mut import, image).with_context(|| import.log())?;
     import.kill9()?;
     if !is_in_bucket {
         web.bench.kill_registry()?;
