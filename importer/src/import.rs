@@ -173,7 +173,7 @@ enum Session {
     /// It decides when it sees what the source is; an earlier one may have kept something of it.
     Open(Upload, Kept),
     /// It goes on with a layer.
-    Layer(BlobWriter, Begun),
+    Layer(Box<BlobWriter>, Begun),
 }
 
 type SourceThread = JoinHandle<Result<Produced>>;
@@ -213,7 +213,7 @@ impl Transfer<'_> {
         let received = Received::new(reader, position, checksums, self.progress.clone());
         let (mut resumed, mut layer, mut keeper) = (None, None, None);
         match session {
-            Session::Layer(blob, begun) => (resumed, layer) = (Some((begun.layer, begun.file)), Some(blob)),
+            Session::Layer(blob, begun) => (resumed, layer) = (Some((begun.layer, begun.file)), Some(*blob)),
             Session::Open(session, kept) => {
                 let keep_after = self.keeps.load(Ordering::Relaxed).then_some(self.request.keep_after);
                 let (repository, source) = (self.repository.clone(), &self.request.source);
@@ -340,7 +340,7 @@ impl Transfer<'_> {
         let blob = BlobWriter::resume(upload, begun.layer, &hash).map_err(|e| self.lost(e, true))?;
         let read_again = there.saturating_sub(begun.layer);
         tracing::info!(position, read_again, "the import goes on where it was");
-        Ok(Start { opened, beginning: None, checksums, session: Session::Layer(blob, begun) })
+        Ok(Start { opened, beginning: None, checksums, session: Session::Layer(Box::new(blob), begun) })
     }
 
     /// Goes on behind what is kept of the source, which is read back before that.

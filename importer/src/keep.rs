@@ -485,7 +485,7 @@ mod tests {
     fn a_piece_is_a_hundredth_in_whole_chunks_and_the_list_of_them_is_bounded() {
         for len in [0, 1, 40 << 20, 1 << 30, 10 << 30, (3 << 40) + 1, u64::MAX / 2] {
             let piece = piece_bytes(Some(len));
-            assert!(piece >= PIECE_BYTES_MIN && piece % CHUNK == 0, "{len}: {piece}");
+            assert!(piece >= PIECE_BYTES_MIN && piece.is_multiple_of(CHUNK), "{len}: {piece}");
             assert!(len / piece <= PIECES_MAX as u64, "{len}: {piece}");
             assert!(
                 piece == PIECE_BYTES_MIN || piece < len / PIECES_MAX as u64 + 2 * CHUNK,
