@@ -154,18 +154,21 @@ impl Upload {
             wanted_wait: None,
             stays: false,
         };
-        match minimum.filter(|bytes| *bytes > CHUNK_BYTES as u64) {
-            Some(bytes) => Err(Error::new(
-                ErrorKind::Unsupported,
-                format!("{}: the registry wants chunks of at least {bytes} bytes", upload.what),
-            )),
-            None => Ok(upload),
+        // Ours asks for the parts of its bucket and takes less; one that does not says so when it gets less.
+        if let Some(minimum) = minimum.filter(|bytes| *bytes > CHUNK_BYTES as u64) {
+            tracing::debug!(minimum, what = upload.what, "the registry asks for longer chunks than it gets");
         }
+        Ok(upload)
     }
 
     /// Bytes that the registry has.
     pub fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Whether the registry keeps notes with this session: it was asked for by a name, and the registry knows such.
+    pub fn keeps_notes(&self) -> bool {
+        self.is_named
     }
 
     /// Leaves a note with the next chunk, for whoever returns to this session: from then on it is not cancelled when this is

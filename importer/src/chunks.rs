@@ -45,6 +45,17 @@ impl ChunkWriter {
         self.mark = Some(mark);
     }
 
+    /// Bytes until the chunk is full.
+    pub(crate) fn room(&self) -> usize {
+        CHUNK_BYTES - self.filled
+    }
+
+    /// Forgets what is in the chunk that is filled now.
+    pub(crate) fn forget(&mut self) {
+        self.written -= self.filled as u64;
+        self.filled = 0;
+    }
+
     /// Takes everything that `reader` has, read right into the chunks; returns how much. `mark` tells, at the beginning of a
     /// chunk, where in the source that is; it gets the bytes that were taken by then.
     pub(crate) fn read_all(
@@ -120,19 +131,28 @@ impl ChunkReader {
         note: impl Fn(Mark, (u64, Vec<u8>)) -> Option<String>,
         mut pushed: impl FnMut(u64),
     ) -> dvcr_image::Result<()> {
-        while let Some((chunk, mark)) = self.chunks.recv().await {
+        while let Some((chunk, mark)) = self.next().await {
             if let Some(note) = mark.and_then(|mark| note(mark, blob.state())) {
                 blob.leave_note(note);
             }
             blob.push(chunk.clone()).await?;
             pushed(chunk.len() as u64);
-            // As good as always nobody else holds the chunk any more; then its memory serves again.
-            if let Ok(buf) = chunk.try_into_mut()
-                && buf.len() == CHUNK_BYTES
-            {
-                let _ = self.empty.try_send(buf);
-            }
+            self.give_back(chunk);
         }
         Ok(())
+    }
+
+    /// The next chunk, and where it begins in the source if that was told; `None` when the writer finished, or vanished.
+    pub(crate) async fn next(&mut self) -> Option<(Bytes, Option<Mark>)> {
+        self.chunks.recv().await
+    }
+
+    /// Lets the memory of a chunk serve again. As good as always nobody else holds it any more.
+    pub(crate) fn give_back(&self, chunk: Bytes) {
+        if let Ok(buf) = chunk.try_into_mut()
+            && buf.len() == CHUNK_BYTES
+        {
+            let _ = self.empty.try_send(buf);
+        }
     }
 }

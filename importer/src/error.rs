@@ -36,6 +36,13 @@ pub enum ErrorKind {
     Cancelled,
 }
 
+impl ErrorKind {
+    /// Whether what an import had come to is of no use to the next one.
+    pub(crate) fn spoils(self) -> bool {
+        matches!(self, Self::Changed | Self::Checksum | Self::Image | Self::Invalid)
+    }
+}
+
 /// An error with its place; `Display` does not repeat the source, the logger prints the chain.
 #[derive(Debug)]
 pub struct Error {

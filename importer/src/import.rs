@@ -3,40 +3,33 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use dvcr_converter::convert::{Options, stream_to_image};
-use dvcr_converter::format::{self, Format};
-use dvcr_converter::io::ReadAt;
+use dvcr_converter::format;
 use dvcr_converter::limits::Limits;
-use dvcr_converter::plain::PlainReader;
 use dvcr_converter::progress::Progress;
-use dvcr_converter::sink::StreamTarget;
-use dvcr_converter::{qcow2, wrapper};
 use dvcr_image::digest::{self, Digest, Hasher};
 use dvcr_image::index::{Builder, Index};
 use dvcr_image::layout::DiskLabels;
-use dvcr_image::{BlobWriter, ClientOptions, RangedBlob, Reference, Repository, Window, tar};
+use dvcr_image::{BlobWriter, ClientOptions, RangedBlob, Reference, Repository, Upload, Window, tar};
 use serde::Serialize;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use uuid::Uuid;
 
 use crate::checksum::{Checksum, Checksums};
-use crate::chunks::{self, ChunkReader, ChunkWriter};
+use crate::chunks::{self, ChunkReader};
 use crate::decide;
-use crate::name::file_name;
-use crate::random;
-use crate::resume::{self, Mark, Note, StoredFile};
-use crate::source::{Opened, Received, Source, SourceOptions};
+use crate::keep::{self, Keeper, KeptReader};
+use crate::produce::{Produced, Producer, Route, SALT_BYTES, empty};
+use crate::resume::{self, Begun, Kept, Mark, Note, Rest, StoredFile};
+use crate::source::{Opened, Place, Pump, Received, Source, SourceOptions};
 use crate::{Error, ErrorKind, Result};
 
 /// How often a running import looks whether it was cancelled, milliseconds.
 const CANCEL_POLL_MS: u64 = 50;
 /// Times that an import begins anew because its source, or the registry, has changed under it.
 const ATTEMPTS_MAX: u32 = 3;
-/// Length of the random bytes that a staged blob begins with.
-const STAGED_SALT_BYTES: usize = 32;
 
 /// What to import, and where to.
 #[derive(Clone, Debug)]
@@ -53,6 +46,9 @@ pub struct ImportRequest {
     pub client: ClientOptions,
     /// Do nothing if the tag names what was made of the very version of the source that is there now.
     pub if_changed: bool,
+    /// Keep what comes of a source that is decoded or encoded on the way when the rest is expected to take so long, so that the next
+    /// import need not read it again if this one is killed. The registry has it meanwhile; see docs/import.md.
+    pub keep_after: Duration,
     /// Bounds for the image.
     pub limits: Limits,
 }
@@ -142,7 +138,7 @@ pub(crate) async fn transfer(
     repository: &Repository,
     progress: &Arc<Progress>,
 ) -> Result<ImportSummary> {
-    Transfer { request, repository, progress }.run().await
+    Transfer { request, repository, progress, keeps: AtomicBool::new(true) }.run().await
 }
 
 /// Waits until somebody cancels, or the time is over.
@@ -159,34 +155,25 @@ struct Transfer<'a> {
     request: &'a ImportRequest,
     repository: &'a Repository,
     progress: &'a Arc<Progress>,
-}
-
-/// How the stored file reaches its layer; known once the first bytes are.
-#[derive(Debug)]
-enum Route {
-    /// The chunks are the layer around this file.
-    Straight(StoredFile),
-    /// The chunks are the file, or all of it but its first cluster.
-    Staged,
-}
-
-/// What the source thread tells at its end.
-struct Produced {
-    file: StoredFile,
-    source_size: u64,
-    /// The part of the file that goes before what was staged.
-    header: Vec<u8>,
-    /// Of a file that went straight into its layer, from its beginning; that of others is made when they are read back.
-    index: Option<Index>,
+    /// Whether anything is kept of the source: not again where it was in the way.
+    keeps: AtomicBool,
 }
 
 /// Where an import begins, or goes on.
 struct Start {
     opened: Opened,
+    /// Of the first bytes of the source, where these are read by themselves.
+    beginning: Option<Pump>,
     checksums: Checksums,
-    /// By the session that goes by the import's name; gone on with, or new.
-    blob: BlobWriter,
-    resumed: Option<Note>,
+    session: Session,
+}
+
+/// What an import does with the session that goes by its name.
+enum Session {
+    /// It decides when it sees what the source is; an earlier one may have kept something of it.
+    Open(Upload, Kept),
+    /// It goes on with a layer.
+    Layer(Box<BlobWriter>, Begun),
 }
 
 type SourceThread = JoinHandle<Result<Produced>>;
@@ -209,30 +196,42 @@ impl Transfer<'_> {
 
     async fn attempt(&self, begun: Instant) -> Result<ImportSummary> {
         self.progress.set_phase("transfer");
-        let Start { mut opened, checksums, blob, resumed } = self.start().await?;
-        // Lives as long as this future: when it is dropped, the source thread is not left waiting.
-        let _pump = opened.pump.take();
+        let Start { mut opened, beginning, checksums, session } = self.start().await?;
+        // Live as long as this future: when it is dropped, the source thread is not left waiting.
+        let _pumps = (beginning, opened.pump.take());
         if opened.len == Some(0) {
             return Err(empty(&opened.shown));
         }
         let validator = opened.validator.clone();
-        let position = resumed.as_ref().map_or(0, |note| note.mark.position);
-        let is_resumed = resumed.is_some();
+        let (position, resumed_bytes, kept_end) = match &session {
+            Session::Layer(_, begun) => (begun.mark.position, begun.mark.position, 0),
+            Session::Open(_, kept) => (0, kept.bytes(), kept.end()),
+        };
+        let reader = std::mem::replace(&mut opened.reader, Box::new(io::empty()));
+        let begin = Mark::new(position, &checksums);
+        self.progress.skip_to(resumed_bytes);
+        let received = Received::new(reader, position, checksums, self.progress.clone());
+        let (mut resumed, mut layer, mut keeper) = (None, None, None);
+        match session {
+            Session::Layer(blob, begun) => (resumed, layer) = (Some((begun.layer, begun.file)), Some(*blob)),
+            Session::Open(session, kept) => {
+                let keep_after = self.keeps.load(Ordering::Relaxed).then_some(self.request.keep_after);
+                let (repository, source) = (self.repository.clone(), &self.request.source);
+                let (new, tee) = Keeper::new(repository, session, kept, source, &opened, keep_after);
+                received.keep(tee);
+                keeper = Some(new);
+            }
+        }
         let (writer, mut chunks) = chunks::channel();
         let (tell_route, route) = oneshot::channel();
-        let begin = Mark::new(position, &checksums);
         let is_plain = self.request.checksums.is_empty();
         let producer = Producer {
             len: opened.len,
             random: opened.random.take().filter(|_| is_plain),
-            received: Received::new(
-                std::mem::replace(&mut opened.reader, Box::new(io::empty())),
-                position,
-                checksums,
-                self.progress.clone(),
-            ),
+            received,
             opened,
-            resumed: resumed.map(|note| (note.layer, note.file)),
+            kept_end,
+            resumed,
             limits: self.request.limits.clone(),
             progress: self.progress.clone(),
             begin,
@@ -240,42 +239,45 @@ impl Transfer<'_> {
         };
         let thread = tokio::task::spawn_blocking(move || producer.run(tell_route));
 
-        let (layer, mut produced) = match route.await {
-            // The source thread failed before it knew.
-            Err(_) => {
-                ended(thread).await?;
-                return Err(Error::new(ErrorKind::Source, "the source thread ended without a word"));
-            }
-            Ok(Route::Straight(file)) => {
+        let (manifest, produced, virtual_size) = match (route.await, keeper) {
+            (Ok(Route::Straight(file)), keeper) => {
+                let is_resumed = layer.is_some();
+                let blob = match (layer, keeper) {
+                    (Some(blob), _) => blob,
+                    (None, Some(keeper)) => keeper.into_layer().await?,
+                    (None, None) => {
+                        return Err(Error::new(ErrorKind::Registry, "an import without a session"));
+                    }
+                };
                 if let Some(bytes) = tar::layer_bytes(file.size) {
                     blob.announce(bytes).await.map_err(|e| self.registry(e))?;
                 }
-                let note =
-                    |mark: Mark, layer| Note::new(validator.as_deref()?, layer, mark, file.clone()).write();
-                self.push_layer(blob, &mut chunks, note, thread, is_resumed).await?
+                let note = |mark: Mark, layer| {
+                    let begun = Begun::new(layer, mark, file.clone());
+                    Note::new(validator.as_deref()?, Rest::Layer(begun)).write()
+                };
+                let (layer, mut produced) =
+                    self.push_layer(blob, &mut chunks, note, thread, is_resumed).await?;
+                if is_resumed {
+                    produced.index = self.index_again(&layer, produced.file.size).await?;
+                }
+                self.publish(&layer, produced).await?
             }
-            Ok(Route::Staged) => {
-                // Nothing goes on with what a decoder or an encoder has in its memory.
-                drop(blob);
-                let mut blob = self.repository.start_blob().await.map_err(|e| self.registry(e))?;
-                chunks.push_to(&mut blob, |_, _| None, |_| {}).await.map_err(|e| self.registry(e))?;
-                let mut produced = ended(thread).await?;
-                let (digest, size) = blob.finish().await.map_err(|e| self.registry(e))?;
-                let staged = Staged { repository: self.repository.clone(), digest, size };
-                self.progress.set_phase("assemble");
-                let (layer, index) = self.assemble(&staged, &produced).await?;
-                produced.index = index;
-                (layer, produced)
+            (Ok(Route::Staged), Some(keeper)) => self.stage_and_keep(chunks, thread, keeper).await?,
+            // The source thread failed before it knew.
+            (_, keeper) => {
+                let error = ended(thread).await.err();
+                let outcome = Err(error.unwrap_or_else(|| {
+                    Error::new(ErrorKind::Source, "the source thread ended without a word")
+                }));
+                if let Some(keeper) = keeper {
+                    keeper.end(&outcome).await;
+                }
+                return outcome;
             }
         };
-        self.progress.set_phase("commit");
-        if is_resumed {
-            produced.index = self.index_again(&layer, produced.file.size).await?;
-        }
-        let (digest, manifest, virtual_size) = self.publish(&layer, &produced).await?;
-        tracing::debug!(layer = %digest, %manifest, "the image is published");
         let seconds = begun.elapsed().as_secs_f64();
-        let received = produced.source_size - position;
+        let received = produced.source_size - resumed_bytes;
         Ok(ImportSummary {
             reference: self.request.destination.to_string(),
             digest: manifest.to_string(),
@@ -285,7 +287,7 @@ impl Transfer<'_> {
             virtual_size,
             stored_size: produced.file.size,
             source_size: produced.source_size,
-            resumed_bytes: position,
+            resumed_bytes,
             seconds,
             bytes_per_second: (received as f64 / seconds.max(1e-9)) as u64,
         })
@@ -304,28 +306,124 @@ impl Transfer<'_> {
         let (upload, text) = upload.map_err(|e| self.registry(e))?;
         let Some(text) = text else {
             let opened = source.open(source_options, limits, None).await?;
-            return Ok(Start { opened, checksums, blob: upload.into(), resumed: None });
+            let session = Session::Open(upload, Kept::default());
+            return Ok(Start { opened, beginning: None, checksums, session });
         };
+        match Note::read(&text).map(|note| (note.version_of_source(), note.rest)) {
+            Some((version, Rest::Layer(begun))) => self.go_on(upload, version, begun, checksums).await,
+            Some((version, Rest::Pieces(kept))) => self.go_on_behind(upload, version, kept, checksums).await,
+            None => Err(unusable(upload).await),
+        }
+    }
+
+    /// Goes on with a layer.
+    async fn go_on(
+        &self,
+        upload: Upload,
+        version: Place,
+        begun: Begun,
+        mut checksums: Checksums,
+    ) -> Result<Start> {
         let there = upload.offset();
-        let mut restored = checksums;
-        let fits = |note: &Note| note.mark.position == note.layer.saturating_sub(tar::DATA_OFFSET);
-        let note = Note::read(&text).filter(|note| fits(note) && note.mark.restore(&mut restored));
-        let Some((note, hash)) = note.and_then(|note| note.hash().map(|hash| (note, hash))) else {
-            upload.cancel().await;
-            let text = "what was begun had other checksums demanded, or was begun by another version of this program";
-            return Err(Error::new(ErrorKind::Changed, text));
+        let position = begun.mark.position;
+        let fits = position == begun.layer.saturating_sub(tar::DATA_OFFSET);
+        let Some(hash) = begun.hash().filter(|_| fits && begun.mark.restore(&mut checksums)) else {
+            return Err(unusable(upload).await);
         };
-        let opened = match source.open(source_options, limits, Some(&note.place())).await {
+        let opened = match self.open(Place { position, ..version }).await {
             Err(error) if error.kind() == ErrorKind::Changed => {
                 upload.cancel().await;
                 return Err(error);
             }
             opened => opened?,
         };
-        let blob = BlobWriter::resume(upload, note.layer, &hash).map_err(|e| self.lost(e, true))?;
-        let (position, read_again) = (note.mark.position, there.saturating_sub(note.layer));
+        let blob = BlobWriter::resume(upload, begun.layer, &hash).map_err(|e| self.lost(e, true))?;
+        let read_again = there.saturating_sub(begun.layer);
         tracing::info!(position, read_again, "the import goes on where it was");
-        Ok(Start { opened, checksums: restored, blob, resumed: Some(note) })
+        Ok(Start { opened, beginning: None, checksums, session: Session::Layer(Box::new(blob), begun) })
+    }
+
+    /// Goes on behind what is kept of the source, which is read back before that.
+    async fn go_on_behind(
+        &self,
+        upload: Upload,
+        version: Place,
+        kept: Kept,
+        checksums: Checksums,
+    ) -> Result<Start> {
+        match self.open_behind(version, &kept).await {
+            Ok((opened, beginning)) => {
+                let (position, read_again) = (kept.end(), kept.from);
+                tracing::info!(position, read_again, "the import goes on where it was");
+                Ok(Start { opened, beginning, checksums, session: Session::Open(upload, kept) })
+            }
+            Err(error) => {
+                if error.kind() == ErrorKind::Changed {
+                    keep::forget(self.repository, Some(upload), &kept.pieces).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Opens the source as a whole: its beginning, what is kept, and the rest.
+    async fn open_behind(&self, version: Place, kept: &Kept) -> Result<(Opened, Option<Pump>)> {
+        let missing = keep::missing(self.repository, kept).await.map_err(|e| self.registry(e))?;
+        if let Some(piece) = missing {
+            let text = format!("the registry does not have any more what was kept of the source, {piece}");
+            return Err(Error::new(ErrorKind::Changed, text));
+        }
+        let mut opened = self.open(Place { position: kept.end(), ..version.clone() }).await?;
+        let rest = std::mem::replace(&mut opened.reader, Box::new(io::empty()));
+        let pieces = KeptReader::new(self.repository.clone(), kept);
+        if kept.from == 0 {
+            opened.reader = Box::new(pieces.chain(rest));
+            return Ok((opened, None));
+        }
+        let beginning = self.open(Place { position: 0, ..version }).await?;
+        opened.reader = Box::new(beginning.reader.take(kept.from).chain(pieces).chain(rest));
+        Ok((opened, beginning.pump))
+    }
+
+    async fn open(&self, at: Place) -> Result<Opened> {
+        let ImportRequest { source, source_options, limits, .. } = self.request;
+        source.open(source_options, limits, Some(&at)).await
+    }
+
+    /// Makes the image by way of a staged blob, while what comes of the source is kept for the next import.
+    async fn stage_and_keep(
+        &self,
+        chunks: ChunkReader,
+        thread: SourceThread,
+        mut keeper: Keeper,
+    ) -> Result<(Digest, Produced, u64)> {
+        let outcome = keeper.beside(self.stage(chunks, thread)).await;
+        let is_full = outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Full);
+        let took_room = is_full && keeper.has_kept() && self.request.source.opens_again();
+        keeper.end(&outcome).await;
+        match outcome {
+            Err(error) if took_room => {
+                self.keeps.store(false, Ordering::Relaxed);
+                self.repository.settle().await;
+                let text = "the registry has no room for the image beside what was kept of the source";
+                Err(Error::with(ErrorKind::Changed, text, error))
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Makes the image by way of a staged blob.
+    async fn stage(&self, mut chunks: ChunkReader, thread: SourceThread) -> Result<(Digest, Produced, u64)> {
+        let mut blob = self.repository.start_blob().await.map_err(|e| self.registry(e))?;
+        chunks.push_to(&mut blob, |_, _| None, |_| {}).await.map_err(|e| self.registry(e))?;
+        let mut produced = ended(thread).await?;
+        let (digest, size) = blob.finish().await.map_err(|e| self.registry(e))?;
+        let staged = Staged { repository: self.repository.clone(), digest, size };
+        self.progress.set_phase("assemble");
+        let (layer, index) = self.assemble(&staged, &produced).await?;
+        produced.index = index;
+        self.progress.set_phase("commit");
+        self.publish(&layer, produced).await
     }
 
     /// Pushes the layer as it is produced. What it had come to stays with the registry when this fails, unless it is of no use.
@@ -346,8 +444,7 @@ impl Transfer<'_> {
         let produced = match produced {
             Ok(produced) => produced,
             Err(error) => {
-                use ErrorKind::{Changed, Checksum, Image, Invalid};
-                if matches!(error.kind(), Changed | Checksum | Image | Invalid) {
+                if error.kind().spoils() {
                     blob.cancel().await;
                 }
                 return Err(error);
@@ -358,10 +455,10 @@ impl Transfer<'_> {
         Ok((layer, produced))
     }
 
-    /// Makes the image; returns the digests of the layer and of the manifest, and the bytes a guest sees.
-    async fn publish(&self, layer: &(Digest, u64), produced: &Produced) -> Result<(Digest, Digest, u64)> {
+    /// Makes the image; returns the digest of its manifest, and the bytes a guest sees.
+    async fn publish(&self, layer: &(Digest, u64), produced: Produced) -> Result<(Digest, Produced, u64)> {
         let (digest, size) = layer;
-        let Produced { file, index, .. } = produced;
+        let Produced { file, index, .. } = &produced;
         let virtual_size = match file.virtual_size {
             Some(virtual_size) => virtual_size,
             None => self.look_inside(digest, *size, file).await?,
@@ -374,9 +471,11 @@ impl Transfer<'_> {
                 "the file is too long for an index; ranges of it cannot be verified"
             );
         }
-        let layer = (digest, *size);
-        let manifest = dvcr_image::publish(self.repository, target, &labels, layer, index.as_ref()).await;
-        Ok((digest.clone(), manifest.map_err(|e| self.registry(e))?, virtual_size))
+        let manifest =
+            dvcr_image::publish(self.repository, target, &labels, (digest, *size), index.as_ref()).await;
+        let manifest = manifest.map_err(|e| self.registry(e))?;
+        tracing::debug!(layer = %digest, %manifest, "the image is published");
+        Ok((manifest, produced, virtual_size))
     }
 
     /// Reads a layer back and makes the index of the file in it: of one that several processes have pushed, none has seen
@@ -415,7 +514,7 @@ impl Transfer<'_> {
         let mut index = Builder::new();
         index.update(&produced.header);
         let end = tar::suffix(size);
-        let whole = (begin.len() + end.len()) as u64 + staged.size.saturating_sub(STAGED_SALT_BYTES as u64);
+        let whole = (begin.len() + end.len()) as u64 + staged.size.saturating_sub(SALT_BYTES as u64);
         let mut share = Share::new(self.progress, produced.source_size, whole);
 
         let (mut writer, mut chunks) = chunks::channel();
@@ -425,7 +524,7 @@ impl Transfer<'_> {
         let runtime = tokio::runtime::Handle::current();
         let thread = tokio::task::spawn_blocking(move || -> io::Result<Option<Index>> {
             writer.write_all(&begin)?;
-            let mut salt_left = STAGED_SALT_BYTES;
+            let mut salt_left = SALT_BYTES;
             while let Some(mut bytes) = runtime.block_on(stream.next())? {
                 hasher.update(&bytes);
                 let salt = bytes.split_to(salt_left.min(bytes.len()));
@@ -526,207 +625,14 @@ impl<'a> Share<'a> {
     }
 }
 
-/// The source thread: from received bytes to chunks.
-struct Producer {
-    received: Received,
-    len: Option<u64>,
-    /// The source's bytes in any order, unless something is to be verified that needs them in theirs.
-    random: Option<Arc<dyn ReadAt>>,
-    opened: Opened,
-    /// Bytes of the layer that were produced before, and the file in it.
-    resumed: Option<(u64, StoredFile)>,
-    limits: Limits,
-    progress: Arc<Progress>,
-    /// The state of the source at its beginning.
-    begin: Mark,
-    writer: ChunkWriter,
-}
-
-impl Producer {
-    fn run(mut self, tell_route: oneshot::Sender<Route>) -> Result<Produced> {
-        let received = self.received.clone();
-        let (stamp, shown) = (self.opened.stamp.take(), self.opened.shown.clone());
-        // What went wrong at the source explains whatever failed after it.
-        let produced = match &self.resumed {
-            Some((layer, file)) => {
-                let (layer, file) = (*layer, file.clone());
-                self.go_on(tell_route, layer, file)
-            }
-            None => self.produce(tell_route),
-        };
-        let produced = produced.map_err(|error| received.failure().unwrap_or(error));
-        // What was made of two versions is of no use, and what failed for them no fault of the image.
-        stamp.map_or(Ok(()), |stamp| stamp.verify(&shown)).and(produced)
-    }
-
-    /// Produces what is behind so many bytes of a layer, from a source that begins there.
-    fn go_on(self, tell_route: oneshot::Sender<Route>, layer: u64, file: StoredFile) -> Result<Produced> {
-        self.progress.set_total(file.size);
-        tell(tell_route, Route::Straight(file.clone()))?;
-        let received = self.received.clone();
-        self.layer(Box::new(received), layer, file)
-    }
-
-    /// Hands over the layer around a file, from so many bytes on; `reader` begins where the file does, or goes on.
-    fn layer(
-        mut self,
-        mut reader: Box<dyn Read + Send>,
-        from: u64,
-        mut file: StoredFile,
-    ) -> Result<Produced> {
-        let position = from.saturating_sub(tar::DATA_OFFSET);
-        let received = self.received.clone();
-        if from == 0 {
-            let begin = tar::prefix(&file.name, file.size)
-                .map_err(|e| Error::with(ErrorKind::Image, "making the layer's header", e))?;
-            self.writer.mark(self.begin.clone());
-            self.writer.write_all(&begin).map_err(pushing)?;
-        }
-        let mark = |taken: u64| received.mark(position + taken);
-        let mut indexed = Indexing { reader: &mut reader, index: Builder::new() };
-        let mut reader = self.progress.storing(&mut indexed);
-        let read = self.writer.read_all(&mut reader, &mark).map_err(|e| self.reading(e))?;
-        drop(reader);
-        file.size = position.saturating_add(read);
-        let source_size = self.received.clone().finish(self.len)?;
-        self.writer.write_all(&tar::suffix(file.size)).map_err(pushing)?;
-        self.writer.finish().map_err(pushing)?;
-        let index = if from == 0 { indexed.index.finish() } else { None };
-        Ok(Produced { file, source_size, header: Vec::new(), index })
-    }
-
-    fn produce(mut self, tell_route: oneshot::Sender<Route>) -> Result<Produced> {
-        let shown = self.opened.shown.clone();
-        let unwrapped = wrapper::unwrap(Box::new(self.received.clone()), &self.limits);
-        let unwrapped = unwrapped.map_err(|e| self.refused(e))?;
-        if unwrapped.head.is_empty() {
-            return Err(empty(&shown));
-        }
-        if let Some(advice) = self.opened.if_page.filter(|_| looks_like_html(&unwrapped.head)) {
-            let text = format!("{shown} is a web page, not a disk image; {advice}");
-            return Err(Error::new(ErrorKind::Source, text));
-        }
-        let stored_len = self.len.filter(|_| unwrapped.wrappers.is_empty());
-        let probe = format::probe(&unwrapped.head, stored_len, &self.limits).map_err(|e| self.refused(e))?;
-        let re_encoded = probe.format == Format::Raw;
-        let format = if re_encoded { Format::Qcow2 } else { probe.format };
-        let name = file_name(self.opened.name.as_deref(), &unwrapped.wrappers, format, re_encoded);
-
-        let straight = stored_len.filter(|_| !re_encoded);
-        if let Some(len) = self.len {
-            let legs = if straight.is_some() { 1 } else { 2 };
-            self.progress.set_total(len.saturating_mul(legs));
-        }
-        if let Some(size) = straight {
-            let file = StoredFile { name, format, size, virtual_size: probe.virtual_size };
-            tell(tell_route, Route::Straight(file.clone()))?;
-            return self.layer(unwrapped.reader, 0, file);
-        }
-        tell(tell_route, Route::Staged)?;
-        let mut reader = unwrapped.reader;
-        self.writer.write_all(&staged_salt()).map_err(pushing)?;
-        let at_random = match self.random.take().filter(|_| re_encoded && unwrapped.wrappers.is_empty()) {
-            Some(source) => random::open_raw(source, &self.limits).map_err(|e| self.refused(e))?,
-            None => None,
-        };
-        let is_streamed = at_random.is_none();
-        let (size, virtual_size, header) = if let Some(disk) = at_random {
-            drop(reader);
-            let form = qcow2::WriteOptions::default();
-            let mut target = StreamTarget::new(&mut self.writer, form.cluster_size as usize);
-            let finished = random::encode(disk, &mut target, &form, &self.limits, &self.progress);
-            let header = finished.and_then(|finished| Ok((finished, target.finish()?)));
-            let (finished, header) = header.map_err(|e| match e.kind() {
-                dvcr_converter::ErrorKind::Io => Error::with(ErrorKind::Source, "reading the source", e),
-                _ => self.refused(e),
-            })?;
-            (finished.file_bytes, Some(finished.virtual_size), header)
-        } else if re_encoded {
-            // Cancelling stops the reader; the counts of the conversion are not the source's.
-            let uncounted = Progress::default();
-            uncounted.bound(&self.limits);
-            let form = qcow2::WriteOptions::default();
-            let mut target = StreamTarget::new(&mut self.writer, form.cluster_size as usize);
-            let disk = Box::new(PlainReader::new(reader));
-            let finished = stream_to_image(disk, None, &mut target, &form, &Options::default(), &uncounted);
-            let header = finished.and_then(|finished| Ok((finished, target.finish()?)));
-            let (finished, header) = header.map_err(|e| self.refused(e))?;
-            (finished.file_bytes, Some(finished.virtual_size), header)
-        } else {
-            let stored = self.writer.read_all(&mut self.progress.storing(&mut reader), &|_| None);
-            let size = stored.map_err(|e| self.reading(e))?;
-            drop(reader);
-            // With its whole length known, the header is held against it.
-            let probe =
-                format::probe(&unwrapped.head, Some(size), &self.limits).map_err(|e| self.refused(e))?;
-            (size, probe.virtual_size, Vec::new())
-        };
-        let source_size = match self.len.filter(|_| !is_streamed) {
-            Some(len) => len,
-            None => self.received.clone().finish(self.len)?,
-        };
-        tracing::debug!(bytes = self.writer.written(), "the source is read");
-        self.writer.finish().map_err(pushing)?;
-        let file = StoredFile { name, format, size, virtual_size };
-        Ok(Produced { file, source_size, header, index: None })
-    }
-
-    fn refused(&self, error: dvcr_converter::Error) -> Error {
-        let kind = match error.kind() {
-            dvcr_converter::ErrorKind::Cancelled => ErrorKind::Cancelled,
-            _ => ErrorKind::Image,
-        };
-        Error::with(kind, format!("{} is not an image that can be imported", self.opened.shown), error)
-    }
-
-    fn reading(&self, error: io::Error) -> Error {
-        self.refused(dvcr_converter::Error::io("reading the image", error))
-    }
-}
-
-fn pushing(error: io::Error) -> Error {
-    Error::with(ErrorKind::Registry, "handing bytes to the upload", error)
-}
-
-/// Tells the async side how the file reaches its layer.
-fn tell(tell_route: oneshot::Sender<Route>, route: Route) -> Result<()> {
-    tell_route.send(route).map_err(|_| Error::new(ErrorKind::Cancelled, "the transfer was stopped"))
+/// The error of a note that nothing can be done with; its session is gone.
+async fn unusable(upload: Upload) -> Error {
+    upload.cancel().await;
+    let text = "what was begun had other checksums demanded, or was begun by another version of this program";
+    Error::new(ErrorKind::Changed, text)
 }
 
 /// Waits for what the source thread produced.
 async fn ended(thread: SourceThread) -> Result<Produced> {
     thread.await.map_err(|e| Error::with(ErrorKind::Source, "the source thread ended early", e))?
-}
-
-/// Makes the index of what is read.
-struct Indexing<R> {
-    reader: R,
-    index: Builder,
-}
-
-impl<R: Read> Read for Indexing<R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let count = self.reader.read(buf)?;
-        self.index.update(&buf[..count]);
-        Ok(count)
-    }
-}
-
-/// 244 random bits, as two version 4 UUIDs have them.
-fn staged_salt() -> [u8; STAGED_SALT_BYTES] {
-    let mut salt = [0; STAGED_SALT_BYTES];
-    for half in salt.chunks_exact_mut(STAGED_SALT_BYTES / 2) {
-        half.copy_from_slice(Uuid::new_v4().as_bytes());
-    }
-    salt
-}
-
-fn empty(shown: &str) -> Error {
-    Error::new(ErrorKind::Source, format!("{shown} is empty (0 bytes); there is no image to import"))
-}
-
-fn looks_like_html(head: &[u8]) -> bool {
-    let start = head.trim_ascii_start();
-    let begins = |tag: &[u8]| start.get(..tag.len()).is_some_and(|s| s.eq_ignore_ascii_case(tag));
-    begins(b"<!doctype html") || begins(b"<html") || begins(b"<head") || begins(b"<?xml") || begins(b"<!--")
 }

@@ -17,6 +17,9 @@
 //! raw disk re-encoded) is **staged in the destination's own repository**: its bytes are pushed as a blob while they
 //! come, then read back, verified, into the layer; the staged blob, which nothing refers to, is deleted as far as
 //! the registry lets, and is any garbage collection's to take otherwise.
+//!
+//! An import that is killed is gone on with by the next one: `resume` tells how of a layer that was begun, `keep` of a source that is
+//! slow and is decoded or encoded on the way.
 
 pub mod checksum;
 mod chunks;
@@ -25,8 +28,10 @@ mod copy;
 mod decide;
 mod error;
 mod import;
+mod keep;
 mod name;
 mod populate;
+mod produce;
 mod random;
 mod refresh;
 mod resume;

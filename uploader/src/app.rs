@@ -146,6 +146,7 @@ impl App {
             checksums: self.config.checksums.clone(),
             source_options: SourceOptions::default(),
             if_changed: false,
+            keep_after: self.config.keep_after,
             client: self.config.client.clone(),
             limits: self.config.limits.clone(),
         };

@@ -50,6 +50,8 @@ pub struct Config {
     pub start_timeout: Option<Duration>,
     /// How long the client of a broken upload may stay away.
     pub idle_timeout: Duration,
+    /// See [`dvcr_importer::ImportRequest::keep_after`].
+    pub keep_after: Duration,
 }
 
 /// Why the service ended.

@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::checksum::Checksum;
 use dvcr_importer::{ImportRequest, Source, import};
+use dvcr_registry::Time;
 
 use crate::size::Human;
 use crate::work::{self, Usage};
@@ -36,6 +37,10 @@ pub struct Args {
     /// Do nothing if the tag was made of the version of the source that is there now, as ETag, time, length or digest tell.
     #[arg(long)]
     if_changed: bool,
+    /// Keep what comes of a raw or compressed source in the registry, so that the next import goes on if this one is killed, once
+    /// reading the rest is to take so long; 0s is at once.
+    #[arg(long, value_name = "TIME", default_value = "60s")]
+    keep_after: Time,
     /// Credentials of the registries, as docker and podman keep them.
     #[arg(long, value_name = "FILE")]
     authfile: Option<PathBuf>,
@@ -67,6 +72,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         checksums: args.checksums,
         source_options,
         if_changed: args.if_changed,
+        keep_after: args.keep_after.0,
         client: ClientOptions { insecure: args.insecure, auth, ..ClientOptions::default() },
         limits: args.limits.limits(),
     };

@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use dvcr_image::{AuthStore, ClientOptions, Reference};
 use dvcr_importer::checksum::Checksum;
 use dvcr_importer::{ImportRequest, ImportSummary, Source, SourceOptions, import};
+use dvcr_registry::Time;
 use dvcr_worker::metrics::Family;
 use dvcr_worker::retry;
 use dvcr_worker::termination::Report;
@@ -89,6 +90,10 @@ pub struct Args {
     /// What the source may be (YAML; docs/import.md)
     #[arg(long, env = "IMPORTER_SOURCE_POLICY", value_name = "FILE", value_parser = path)]
     source_policy: Option<PathBuf>,
+
+    /// Keep what comes of a raw or compressed source, so that it goes on after a kill, once the rest is to take so long
+    #[arg(long, env = "IMPORTER_KEEP_AFTER", default_value = "60s", value_name = "TIME")]
+    keep_after: Time,
 
     /// Taken, and of no meaning here: images are stored as they are found
     #[arg(
@@ -202,6 +207,7 @@ fn request(args: &Args) -> anyhow::Result<ImportRequest> {
         checksums: checksums.context(Usage("--checksums"))?,
         source_options,
         if_changed: false,
+        keep_after: args.keep_after.0,
         client: ClientOptions { insecure: args.destination_insecure_tls, auth, ..ClientOptions::default() },
         limits: args.limits.limits(),
     })

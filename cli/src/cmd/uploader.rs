@@ -122,6 +122,10 @@ pub struct Args {
     #[arg(long, env = "UPLOADER_IDLE_TIMEOUT", default_value = "10m", value_name = "TIME")]
     idle_timeout: Time,
 
+    /// Keep what comes of a raw or compressed image, so that it goes on after a restart, once the rest is to take so long
+    #[arg(long, env = "UPLOADER_KEEP_AFTER", default_value = "60s", value_name = "TIME")]
+    keep_after: Time,
+
     #[command(flatten)]
     worker: worker::Args,
 
@@ -233,6 +237,7 @@ fn config(args: &Args) -> anyhow::Result<Config> {
         limits: args.limits.limits(),
         start_timeout: Some(args.start_timeout.0).filter(|limit| !limit.is_zero()),
         idle_timeout: args.idle_timeout.0,
+        keep_after: args.keep_after.0,
     })
 }
 

@@ -23,6 +23,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
 use crate::checksum::{Checksum, Checksums};
+use crate::keep::Tee;
 use crate::resume::Mark;
 use crate::{Error, ErrorKind, Result};
 use feed::Feed;
@@ -204,6 +205,16 @@ impl Source {
         }
     }
 
+    /// Whether its bytes come from far away: reading them again costs more than reading them from the registry.
+    pub(crate) fn is_far(&self) -> bool {
+        matches!(self, Self::Http(_) | Self::S3(_) | Self::Feed(_))
+    }
+
+    /// Whether it can be opened more than once.
+    pub(crate) fn opens_again(&self) -> bool {
+        !matches!(self, Self::Feed(_))
+    }
+
     /// Bytes that are stored of a source, where that can be told before it is opened.
     pub(crate) fn stored_bytes(&self) -> Option<u64> {
         match self {
@@ -359,6 +370,8 @@ struct State {
     checksums: Option<Checksums>,
     progress: Arc<Progress>,
     bytes: u64,
+    /// Copies what is received, if it is to be kept.
+    tee: Option<Tee>,
     /// The source's own failure: decoders wrap it beyond recognition.
     failure: Option<Error>,
 }
@@ -372,8 +385,26 @@ impl Received {
         progress: Arc<Progress>,
     ) -> Self {
         progress.skip_to(position);
-        let state = State { reader, checksums: Some(checksums), progress, bytes: position, failure: None };
+        let checksums = Some(checksums);
+        let state = State { reader, checksums, progress, bytes: position, tee: None, failure: None };
         Self(Arc::new(Mutex::new(state)))
+    }
+
+    /// Has what is received copied from now on, or not any more.
+    pub(crate) fn keep(&self, tee: Option<Tee>) {
+        self.lock().tee = tee;
+    }
+
+    /// Tells that whoever keeps what is received is there now.
+    pub(crate) fn arm(&self) {
+        if let Some(tee) = &mut self.lock().tee {
+            tee.arm();
+        }
+    }
+
+    /// Bytes that were received, with those before the place where it was opened.
+    pub(crate) fn position(&self) -> u64 {
+        self.lock().bytes
     }
 
     /// Marks the place, if it is behind so many bytes of the source.
@@ -432,6 +463,11 @@ impl Read for Received {
         };
         if let Some(checksums) = &mut state.checksums {
             checksums.update(&buf[..count]);
+        }
+        if let Some(tee) = &mut state.tee
+            && !tee.take(state.bytes, &buf[..count])
+        {
+            state.tee = None;
         }
         state.bytes += count as u64;
         state.progress.reach(state.bytes);

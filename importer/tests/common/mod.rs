@@ -235,6 +235,7 @@ pub fn import_request(source: &str, destination: &str) -> ImportRequest {
         source_options: SourceOptions::default(),
         client: ClientOptions::default(),
         if_changed: false,
+        keep_after: Duration::from_secs(60),
         limits: Limits::default(),
     }
 }

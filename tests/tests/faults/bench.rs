@@ -3,20 +3,22 @@
 
 use anyhow::{Context, Result, ensure};
 use dvcr_tests::{
-    Daemon, PeerRegistry, Registry, Relay, TempDir, assert_same_bytes, cmd, dvcr, fixture, qemu, run,
-    temp_dir, utf8, wait_until,
+    Daemon, PeerRegistry, Registry, Relay, S3Server, TempDir, assert_same_bytes, cmd, dvcr, fixture, qemu,
+    run, temp_dir, utf8, wait_until,
 };
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
 /// Noise in each image, bytes; four chunks of 8 MiB.
 const DATA_BYTES: usize = 32 << 20;
+/// The same in those that are decoded or encoded on the way.
+pub const LONGER_BYTES: usize = 48 << 20;
 /// What every image is called, wherever it is.
 pub const FILE_NAME: &str = "disk.qcow2";
 /// The repository and the tag that images are brought to.
@@ -24,6 +26,8 @@ const NAME: &str = "vi/faults";
 const TAG: &str = "1";
 /// What a pusher sends at a time, and what is sent again when it, or a registry, is killed: that, and what it was about to do.
 pub const CHUNK_BYTES: u64 = 8 * MIB;
+/// What is kept at a time of a source that is decoded or encoded on the way.
+pub const PIECE_BYTES: u64 = 16 * MIB;
 /// Everything here ends by itself long before; what does not is the fault that is looked for.
 pub const END_TIMEOUT: Duration = Duration::from_secs(100);
 
@@ -51,15 +55,46 @@ pub fn other_image() -> &'static Image {
     IMAGE.get_or_init(|| Image::make(65 * MIB).unwrap())
 }
 
+/// One that is compressed as a whole, and one that is raw: they are decoded, or encoded, on the way.
+pub fn images_on_the_way() -> [&'static Image; 2] {
+    static IMAGES: [OnceLock<Image>; 2] = [const { OnceLock::new() }; 2];
+    [
+        IMAGES[0].get_or_init(|| Image::make_as(66 * MIB, LONGER_BYTES, Form::Gz).unwrap()),
+        IMAGES[1].get_or_init(|| Image::make_as(67 * MIB, LONGER_BYTES, Form::Raw).unwrap()),
+    ]
+}
+
+/// What an image is, whatever it is called.
+#[derive(Clone, Copy, Debug)]
+enum Form {
+    Qcow2,
+    Gz,
+    Raw,
+}
+
 impl Image {
     fn make(virtual_bytes: u64) -> Result<Self> {
-        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("faults-{virtual_bytes}-{DATA_BYTES}"));
+        Self::make_as(virtual_bytes, DATA_BYTES, Form::Qcow2)
+    }
+
+    fn make_as(virtual_bytes: u64, data_bytes: usize, form: Form) -> Result<Self> {
+        let name = format!("faults-{virtual_bytes}-{data_bytes}-{form:?}");
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         let (file, raw) = (dir.join(FILE_NAME), dir.join("disk.raw"));
         if !dir.exists() {
             // Appears as a whole, also for those who make it at the same time.
             let made = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
-            fixture::noise_qcow2(&made.path().join(FILE_NAME), virtual_bytes, DATA_BYTES)?;
-            qemu::convert(&made.path().join(FILE_NAME), "qcow2", &made.path().join("disk.raw"), "raw")?;
+            let (file, raw) = (made.path().join(FILE_NAME), made.path().join("disk.raw"));
+            fixture::noise_qcow2(&file, virtual_bytes, data_bytes)?;
+            qemu::convert(&file, "qcow2", &raw, "raw")?;
+            match form {
+                Form::Qcow2 => {}
+                Form::Raw => fs::copy(&raw, &file).map(drop)?,
+                Form::Gz => {
+                    run(&cmd("gzip", ["-1", utf8(&file)]))?;
+                    fs::rename(made.path().join(format!("{FILE_NAME}.gz")), &file)?;
+                }
+            }
             let renamed = fs::rename(made.keep(), &dir);
             ensure!(renamed.is_ok() || file.is_file(), "cannot make {}: {renamed:?}", dir.display());
         }
@@ -162,6 +197,8 @@ pub struct Bench {
     pub dir: TempDir,
     pub registry: Registry,
     pub to: Relay,
+    /// Runs as long as the registry does that is in it.
+    _bucket: Option<Arc<S3Server>>,
 }
 
 impl Bench {
@@ -176,9 +213,21 @@ impl Bench {
         Self::with(temp_dir(), Registry::start(&root.join("registry"))?)
     }
 
+    /// With a registry in a bucket.
+    pub fn in_bucket() -> Result<Self> {
+        let (dir, server) = (temp_dir(), S3Server::shared_minio());
+        let bucket = server.new_bucket()?;
+        let registry = Registry::start_in_bucket(
+            &dir.path().join("registry"),
+            (&server, &bucket, "/some/registry"),
+            &["--gc-schedule", "off"],
+        )?;
+        Ok(Self { _bucket: Some(server), ..Self::with(dir, registry)? })
+    }
+
     fn with(dir: TempDir, registry: Registry) -> Result<Self> {
         let to = Relay::start(registry.address())?;
-        Ok(Self { dir, registry, to })
+        Ok(Self { dir, registry, to, _bucket: None })
     }
 
     /// Where images are brought to, by way of the relay.
@@ -196,11 +245,24 @@ impl Bench {
         self.registry.restart()
     }
 
-    /// Checks that the tag is what an undisturbed import makes of `image`, that a disk comes out of it, and that nothing else is
-    /// left.
+    /// Checks that the tag is what an undisturbed import makes of `image`, that a disk comes out of it, and that no session is left.
     pub fn assert_right(&self, image: &Image) -> Result<()> {
-        assert_eq!(self.tagged()?.as_deref(), Some(&*image.digest));
         assert_eq!(self.sessions(), 0, "sessions are left");
+        self.assert_published(image)
+    }
+
+    /// Checks that no blobs are left but those of the image: its layer, its config, and its index.
+    pub fn assert_no_pieces(&self) -> Result<()> {
+        let layers = self.repository().join("_layers/sha256");
+        let linked = |entry: &fs::DirEntry| entry.path().join("link").exists();
+        let blobs = fs::read_dir(layers)?.flatten().filter(linked).count();
+        assert!(blobs <= 3, "{blobs} blobs are left");
+        Ok(())
+    }
+
+    /// Checks that the tag is what an undisturbed import makes of `image`, and that a disk comes out of it.
+    pub fn assert_published(&self, image: &Image) -> Result<()> {
+        assert_eq!(self.tagged()?.as_deref(), Some(&*image.digest));
         let disk = self.dir.path().join("checked.raw");
         let reference = self.registry.reference(&format!("{NAME}:{TAG}"));
         run(&cmd(dvcr()?, ["populate", &reference, utf8(&disk)]))?;
@@ -216,6 +278,12 @@ impl Bench {
         assert!(self.sessions() <= sessions_max, "{} sessions are left", self.sessions());
         let layers = fs::read_dir(self.repository().join("_layers/sha256"));
         assert_eq!(layers.map_or(0, Iterator::count), 0, "blobs are left");
+        Ok(())
+    }
+
+    /// Checks that nobody can see anything of an image that is decoded or encoded on the way.
+    pub fn assert_untagged(&self) -> Result<()> {
+        assert_eq!(self.tagged()?, None);
         Ok(())
     }
 
@@ -249,6 +317,14 @@ impl Bench {
             offsets.max().unwrap_or(0) >= bytes
         })
     }
+}
+
+/// Waits until a program that tells all (`--log debug`) has kept as much of an image as it can, if all but the last MiB came.
+pub fn wait_kept(running: &mut Daemon, image: &Image) -> Result<()> {
+    let end = (image.size - MIB) / PIECE_BYTES * PIECE_BYTES;
+    let word = format!("end={end}");
+    running
+        .wait_for_line(END_TIMEOUT, |line| (line.contains("is kept") && line.contains(&word)).then_some(()))
 }
 
 /// Checks that so many bytes passed, where `undisturbed` ones do else, and at most `again_max` were among them that had passed

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::bench::{
-    Bench, CHUNK_BYTES, Chance, FILE_NAME, Image, assert_again, assert_cut, fail, image, importing,
-    other_image, succeed, wait_for_trouble,
+    Bench, CHUNK_BYTES, Chance, FILE_NAME, Image, PIECE_BYTES, assert_again, assert_cut, fail, image,
+    images_on_the_way, importing, other_image, succeed, wait_for_trouble, wait_kept,
 };
 use crate::tls::Tls;
 
@@ -28,7 +28,11 @@ impl Web {
     }
 
     fn before(bench: Bench) -> Result<Self> {
-        image().copy_to(bench.dir.path())?;
+        Self::of(bench, image())
+    }
+
+    fn of(bench: Bench, image: &Image) -> Result<Self> {
+        image.copy_to(bench.dir.path())?;
         let server = FileServer::start(bench.dir.path())?;
         let from = Relay::start(server.address())?;
         Ok(Self { bench, server, from })
@@ -114,6 +118,41 @@ pub fn importer_killed() -> Result<()> {
         // What the registry had not acknowledged, and the chunk before it.
         assert_again(web.from.passed(), image().size, 2 * CHUNK_BYTES + image().hundredth());
     }
+    for image in images_on_the_way() {
+        for is_in_bucket in [true, false] {
+            keeping_importer_killed(image, is_in_bucket)?;
+        }
+    }
+    Ok(())
+}
+
+/// Of what is decoded or encoded on the way, pieces are kept.
+fn keeping_importer_killed(image: &Image, is_in_bucket: bool) -> Result<()> {
+    let mut web = match is_in_bucket {
+        true => Web::of(Bench::in_bucket()?, image)?,
+        false => Web::of(Bench::new()?, image)?,
+    };
+    web.from.hold_at(image.size - (1 << 20));
+    let mut command = web.import()?;
+    let mut import = Daemon::spawn(command.args(["--keep-after", "0s", "--log", "debug"]))?;
+    web.from.wait_held().with_context(|| import.log())?;
+    wait_kept(&mut import, image).with_context(|| import.log())?;
+    import.kill9()?;
+    if !is_in_bucket {
+        web.bench.kill_registry()?;
+    }
+    web.bench.assert_untagged()?;
+    web.from.release();
+    // The checksum is over what both have brought.
+    command.args(["--checksum", &format!("sha256:{}", image.sha256)]);
+    let mut again = Daemon::spawn(&command)?;
+    assert!(succeed(&mut again)?.contains("goes on where it was"), "{}", again.log());
+    web.bench.assert_published(image)?;
+    if !is_in_bucket {
+        web.bench.assert_no_pieces()?;
+    }
+    // What was not a whole piece yet, and what was in buffers on the way.
+    assert_again(web.from.passed(), image.size, PIECE_BYTES + image.hundredth());
     Ok(())
 }
 

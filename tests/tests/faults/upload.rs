@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::bench::{
-    Bench, CHUNK_BYTES, Chance, END_TIMEOUT, Image, assert_again, assert_cut, fail, image, other_image,
-    succeed, wait_for_trouble,
+    Bench, CHUNK_BYTES, Chance, END_TIMEOUT, Image, LONGER_BYTES, PIECE_BYTES, assert_again, assert_cut,
+    fail, image, images_on_the_way, other_image, succeed, wait_for_trouble,
 };
 use crate::tls::Tls;
 
@@ -53,7 +53,11 @@ impl Desk {
     }
 
     fn before(bench: Bench, args: &[&str]) -> Result<Self> {
-        let file = image().copy_to(bench.dir.path())?;
+        Self::of(bench, args, image())
+    }
+
+    fn of(bench: Bench, args: &[&str], image: &Image) -> Result<Self> {
+        let file = image.copy_to(bench.dir.path())?;
         let uploader = Uploader::start(&bench, args)?;
         let relay = Relay::start(uploader.address)?;
         Ok(Self { bench, file, uploader, relay })
@@ -122,6 +126,32 @@ pub fn server_killed() -> Result<()> {
     desk.assert_right(image())?;
     // What the registry had not acknowledged, and the chunk before it.
     assert_again(desk.relay.pushed(), image().size, 3 * CHUNK_BYTES);
+    images_on_the_way().into_iter().try_for_each(keeping_server_killed)
+}
+
+/// Of what is decoded or encoded on the way, pieces are kept.
+fn keeping_server_killed(image: &Image) -> Result<()> {
+    let args = ["--keep-after", "0s", "--log", "debug"];
+    let mut desk = Desk::of(Bench::new()?, &args, image)?;
+    // What is not sent of the raw one are zeros.
+    desk.relay.hold_at(LONGER_BYTES as u64 - (1 << 20));
+    let mut upload = desk.start_upload()?;
+    desk.relay.wait_held()?;
+    desk.uploader.daemon.wait_for_line(END_TIMEOUT, |line| {
+        let (_, end) = line.split_once("end=").filter(|_| line.contains("is kept"))?;
+        let end: u64 = end.split_whitespace().next()?.parse().ok()?;
+        (end >= 2 * PIECE_BYTES).then_some(())
+    })?;
+    desk.replace_uploader(&args)?;
+    desk.bench.assert_untagged()?;
+    desk.relay.release();
+    let told = desk.succeed(&mut upload)?;
+    assert!(desk.uploader.daemon.log().contains("goes on where it was"), "{told}");
+    desk.uploader.assert_ended()?;
+    desk.bench.assert_published(image)?;
+    desk.bench.assert_no_pieces()?;
+    // What was not a whole piece yet, and a part of the client's.
+    assert_again(desk.relay.pushed(), LONGER_BYTES as u64, PIECE_BYTES + CHUNK_BYTES);
     Ok(())
 }
 
