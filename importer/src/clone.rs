@@ -122,7 +122,7 @@ fn is_not_there(error: &Error) -> bool {
     let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<io::Error>());
     error.kind() == ErrorKind::Source
         && cause.is_some_and(|e| !matches!(e.kind(), InvalidData | InvalidInput | PermissionDenied))
-        && !cause.is_some_and(|e| dvcr_image::is_certificate_refused(e))
+        && !cause.is_some_and(|e| dvcr_image::is_certificate_refused(e) || dvcr_image::is_identity_refused(e))
 }
 
 /// A source that is there.
@@ -135,6 +135,7 @@ struct Opened {
 impl Opened {
     async fn open(request: &CloneRequest) -> Result<Self> {
         request.source_options.admit(&request.source, &[])?;
+        request.source_options.http.admit(&request.source)?;
         match &request.source {
             Source::Nbd(address) => {
                 let export = nbd::open_random(address, &request.source_options).await?;

@@ -214,7 +214,7 @@ fn client(args: &Args, reference: &Reference) -> anyhow::Result<ClientOptions> {
         _ => authentication(file)?,
     };
     let folders = [&args.cert_dir, &args.proxy_cert_dir].into_iter().flatten().filter(|path| path.is_dir());
-    let network = source::network(folders.cloned().collect())?;
+    let network = source::network(&folders.cloned().collect::<Vec<_>>())?;
     Ok(ClientOptions { insecure: args.insecure_tls, auth, network })
 }
 

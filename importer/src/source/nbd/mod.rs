@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dvcr_converter::io::{Extent, ExtentKind, ReadAt};
-use dvcr_image::is_certificate_refused;
+use dvcr_image::{is_certificate_refused, is_identity_refused};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
@@ -121,6 +121,11 @@ impl fmt::Display for Address {
 }
 
 impl Address {
+    /// Whether TLS is to be spoken.
+    pub(crate) fn tls(&self) -> bool {
+        self.tls
+    }
+
     /// The scheme of its URL.
     pub(super) fn scheme(&self) -> &'static str {
         match (&self.server, self.tls) {
@@ -229,7 +234,7 @@ pub(crate) async fn open_random(address: &Address, options: &SourceOptions) -> R
         };
         failure(kind, format!("cannot read {shown}"), e)
     };
-    let tls = |host: &str| Tls::new(host, options.insecure, &options.roots).map_err(failed);
+    let tls = |host: &str| Tls::new(host, options).map_err(failed);
     let tls = match (&address.server, address.tls) {
         (_, false) => None,
         (Server::Tcp { host, .. }, true) => Some(tls(host)?),
@@ -242,6 +247,12 @@ pub(crate) async fn open_random(address: &Address, options: &SourceOptions) -> R
             Err(error) if is_certificate_refused(&error) => {
                 let text = format!(
                     "the certificate of {shown} is not accepted; --source-ca names whom to trust, --insecure-source accepts any"
+                );
+                return Err(Error::with(ErrorKind::Source, text, error));
+            }
+            Err(error) if is_identity_refused(&error) => {
+                let text = format!(
+                    "{shown} wants a certificate of its client that it trusts; --source-cert and --source-key name one"
                 );
                 return Err(Error::with(ErrorKind::Source, text, error));
             }
@@ -284,8 +295,11 @@ fn failure(kind: ErrorKind, context: String, error: io::Error) -> Error {
 
 /// Whether another attempt may do better: not where the server said what is wrong.
 fn is_passing(error: &io::Error) -> bool {
-    !matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
+    // A policy does not change its mind, nor does a socket that is not ours to open.
+    use io::ErrorKind::{InvalidData, InvalidInput, PermissionDenied};
+    !matches!(error.kind(), InvalidData | InvalidInput | PermissionDenied)
         && !is_certificate_refused(error)
+        && !is_identity_refused(error)
 }
 
 async fn back_off(attempt: u32, error: &io::Error) {
