@@ -128,7 +128,7 @@ fn copy(args: &Args, request: CloneRequest) -> anyhow::Result<CloneSummary> {
             false => None,
         };
         Ok(match args.worker {
-            true => retry::run(|| clone(request.clone(), progress.clone())).await?,
+            true => retry::run(&progress, || clone(request.clone(), progress.clone())).await?,
             false => clone(request, progress).await?,
         })
     })

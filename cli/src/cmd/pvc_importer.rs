@@ -166,7 +166,7 @@ fn transfer(args: &Args, volume: &Volume) -> anyhow::Result<PopulateSummary> {
     let title = volume.path().display().to_string();
     work::run(&title, |progress| async move {
         let (_metrics, _server) = args.worker.serve(Family::Volume, progress.clone()).await?;
-        let filled = retry::run(|| populate(request.clone(), progress.clone())).await;
+        let filled = retry::run(&progress, || populate(request.clone(), progress.clone())).await;
         let too_large = filled.as_ref().is_err_and(|error| error.kind() == ErrorKind::TooLarge);
         let filled = filled.map_err(anyhow::Error::from);
         if too_large { filled.context("A larger PVC is required") } else { filled }
