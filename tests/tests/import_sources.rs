@@ -152,11 +152,12 @@ fn what_cosign_signed_is_imported_by_either_form_of_signature() -> Result<()> {
 #[test]
 fn an_export_that_the_policy_closes_is_refused_and_not_asked_for_again() -> Result<()> {
     let dir = temp_dir();
+    let registry = Registry::start(&dir.path().join("registry"))?;
+    let reference = registry.reference("vi/closed:1");
     let policy = dir.path().join("policy.yaml");
     std::fs::write(&policy, "schemes: [nbd, docker]\n")?;
     for source in ["nbd://127.0.0.1:1/", "nbd://localhost:1/", "nbd://[::ffff:127.0.0.1]:1/"] {
-        let refused =
-            run_output(&dvcr_import(&[source, "r.example/a:1", "--source-policy", utf8(&policy)])?)?;
+        let refused = run_output(&dvcr_import(&[source, &reference, "--source-policy", utf8(&policy)])?)?;
         assert_eq!(refused.status.code(), Some(1), "{source}: {}", refused.stderr);
         let told = &refused.stderr;
         assert!(told.contains("networks.allow") && !told.contains("trying again"), "{source}: {told}");
