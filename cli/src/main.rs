@@ -22,7 +22,15 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let cli = cmd::Cli::parse();
+    let cli = match cmd::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            worker::leave_usage(&error);
+            // Nobody is left to be told where the standard streams are closed.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
     logging::init(&cli.log);
     let failure_code = cli.command.failure_code();
     cmd::run(cli.command).unwrap_or_else(|error| work::report(&error, failure_code))

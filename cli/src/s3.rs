@@ -7,16 +7,18 @@ use dvcr_importer::source::s3::{S3Credentials, S3Options};
 
 /// Largest file of credentials, bytes.
 const FILE_BYTES_MAX: u64 = 64 << 10;
+const ENV_ENDPOINT: &str = "AWS_ENDPOINT_URL_S3";
+const ENV_REGION: &str = "AWS_REGION";
 
 /// The options of a source `s3://...`. A key is never an argument, which everybody on the machine could read.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[group(skip)]
 pub struct Args {
     /// The server of s3:// sources; AWS by default.
-    #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_S3")]
+    #[arg(long, value_name = "URL", env = ENV_ENDPOINT)]
     s3_endpoint: Option<String>,
     /// The region of s3:// sources; us-east-1 by default.
-    #[arg(long, value_name = "REGION", env = "AWS_REGION")]
+    #[arg(long, value_name = "REGION", env = ENV_REGION)]
     s3_region: Option<String>,
     /// Who reads s3:// sources: aws_access_key_id, aws_secret_access_key and perhaps aws_session_token, each on a line
     /// `name = value`. By default the variables of these names, in capitals, or IMPORTER_ACCESS_KEY_ID and
@@ -44,7 +46,10 @@ impl Args {
                 })
             }
         };
-        Ok(S3Options { endpoint: self.s3_endpoint.clone(), region: self.s3_region.clone(), credentials })
+        // Workers have no flags for these.
+        let endpoint = self.s3_endpoint.clone().or_else(|| given(ENV_ENDPOINT));
+        let region = self.s3_region.clone().or_else(|| given(ENV_REGION));
+        Ok(S3Options { endpoint, region, credentials })
     }
 }
 
@@ -70,6 +75,20 @@ fn read(file: &Path) -> anyhow::Result<S3Credentials> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_worker_is_told_by_its_environment_where_the_bucket_is() {
+        let env = |name: &str| match name {
+            ENV_ENDPOINT => Some("http://minio:9000".to_owned()),
+            ENV_REGION => Some("eu-1".to_owned()),
+            _ => None,
+        };
+        let options = Args::default().options(env).unwrap();
+        assert_eq!(options.endpoint.as_deref(), Some("http://minio:9000"));
+        assert_eq!(options.region.as_deref(), Some("eu-1"));
+        let flag = Args { s3_endpoint: Some("https://other".to_owned()), ..Args::default() };
+        assert_eq!(flag.options(env).unwrap().endpoint.as_deref(), Some("https://other"));
+    }
 
     #[test]
     fn credentials_come_from_a_file_or_the_environment() {

@@ -43,7 +43,7 @@ pub struct Args {
     /// Authenticate to an http(s) source with the bearer token in this file.
     #[arg(long, value_name = "FILE")]
     source_bearer: Option<PathBuf>,
-    /// Show this certificate (PEM, with its chain) to an https source.
+    /// Show this certificate (PEM, with its chain) to an https or nbds source.
     #[arg(long, value_name = "FILE", requires = "source_key")]
     source_cert: Option<PathBuf>,
     /// The key of --source-cert (PEM).
@@ -72,7 +72,7 @@ impl Args {
             insecure: self.insecure_source,
             auth,
             http: self.http(source, &env)?,
-            roots: self.roots()?,
+            roots: roots(&self.source_ca)?,
             proxies: None,
             policy: self.policy()?,
             s3: self.s3.options(|name| env(name)?.into_string().ok())?,
@@ -92,8 +92,7 @@ impl Args {
             http.set_bearer(line(&text(path)?)).with_context(|| path.display().to_string())?;
         }
         if let (Some(certificate), Some(key)) = (&self.source_cert, &self.source_key) {
-            http.set_identity(&read(certificate)?, &read(key)?)
-                .with_context(|| format!("{} and {}", certificate.display(), key.display()))?;
+            identify(&mut http, certificate, key)?;
         }
         // Who has set the variables once and for all still reads other sources.
         let of_env = |name| env(name).and_then(|value| value.into_string().ok());
@@ -105,15 +104,6 @@ impl Args {
             http.set_basic(&format!("{username}:{password}")).context(ENV_USERNAME)?;
         }
         Ok(http)
-    }
-
-    fn roots(&self) -> anyhow::Result<Vec<u8>> {
-        let mut roots = Vec::new();
-        for path in &self.source_ca {
-            roots.extend(certificates(path)?);
-            roots.push(b'\n');
-        }
-        Ok(roots)
     }
 
     fn policy(&self) -> anyhow::Result<Option<Arc<SourcePolicy>>> {
@@ -167,10 +157,25 @@ pub fn certificates(path: &Path) -> anyhow::Result<Vec<u8>> {
     Ok(pem)
 }
 
+/// Reads a certificate of ours, and its key.
+pub fn identify(http: &mut HttpOptions, certificate: &Path, key: &Path) -> anyhow::Result<()> {
+    let identified = http.set_identity(&read(certificate)?, &read(key)?);
+    identified.with_context(|| format!("{} and {}", certificate.display(), key.display()))
+}
+
+/// Reads all certificates of some files and folders.
+pub fn roots(paths: &[PathBuf]) -> anyhow::Result<Vec<u8>> {
+    let mut roots = Vec::new();
+    for path in paths {
+        roots.extend(certificates(path)?);
+        roots.push(b'\n');
+    }
+    Ok(roots)
+}
+
 /// What the client of a registry trusts; `roots` are files or folders with certificates (PEM).
-pub fn network(roots: Vec<PathBuf>) -> anyhow::Result<Network> {
-    let args = Args { source_ca: roots, ..Args::default() };
-    Ok(Network { roots: args.roots()?, ..Network::default() })
+pub fn network(paths: &[PathBuf]) -> anyhow::Result<Network> {
+    Ok(Network { roots: roots(paths)?, ..Network::default() })
 }
 
 /// The certificates of a folder, such as a mounted ConfigMap, which has other files and links beside them.

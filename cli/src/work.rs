@@ -42,6 +42,13 @@ impl fmt::Display for Interrupted {
     }
 }
 
+impl Interrupted {
+    /// The name of the signal.
+    pub fn name(&self) -> &'static str {
+        if self.signal == SignalKind::terminate() { "SIGTERM" } else { "SIGINT" }
+    }
+}
+
 impl std::error::Error for Interrupted {}
 
 /// The context of an argument that could not be understood; without its text, which may hold a password.
@@ -180,11 +187,11 @@ impl Display {
 }
 
 fn draw_bar(title: &str, progress: &Progress, stopped: &Receiver<bool>) {
-    let bar = ProgressBar::new(0);
+    // Nothing is drawn before the template is set: the bar's own would fill the line.
+    let bar = ProgressBar::new(0).with_prefix(title.to_owned());
     let known =
         "{prefix} {msg:10} [{bar:30}] {percent:>3}% {bytes} of {total_bytes}, {bytes_per_sec}, ETA {eta}";
     let unknown = "{prefix} {msg:10} {spinner} {bytes}, {bytes_per_sec}, {elapsed}";
-    bar.set_prefix(title.to_owned());
     let mut total_shown = None;
     loop {
         let total = progress.total();

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use dvcr_converter::progress::Progress;
@@ -11,6 +12,9 @@ use dvcr_worker::metrics::{Family, Metrics, Server};
 use dvcr_worker::termination::{self, Report, nanoseconds};
 
 use crate::sandbox;
+
+/// The commands that operators run.
+const WORKERS: [&str; 3] = ["importer", "uploader", "pvc-importer"];
 
 /// Metrics, the message at the end, and the sandbox.
 #[derive(Clone, Debug, clap::Args)]
@@ -63,14 +67,30 @@ impl Args {
     }
 }
 
-/// What is told of an image that is stored.
-pub fn report(summary: &ImportSummary, metrics: &Metrics) -> Report {
+/// Leaves a message where a worker was told what it cannot understand: whoever runs it by variables reads nothing else.
+pub fn leave_usage(error: &clap::Error) {
+    let command = std::env::args().find(|arg| WORKERS.contains(&arg.as_str()));
+    let Some(command) = command.filter(|_| error.use_stderr()) else { return };
+    let text = error.render().to_string();
+    let what = text.split("\n\n").next().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
+    let what = what.trim_start_matches("error: ");
+    let message = match command.as_str() {
+        "pvc-importer" => termination::unable_to_process(what),
+        _ => Report::failure(what).text(),
+    };
+    let path = std::env::var_os("TERMINATION_MESSAGE_PATH").map_or(termination::PATH.into(), PathBuf::from);
+    termination::leave(&path, &message);
+}
+
+/// What is told of an image that is stored, which took so long.
+pub fn report(summary: &ImportSummary, average_speed: u64, elapsed: Duration) -> Report {
     Report {
-        source_image_size: summary.source_size,
+        // Of what was mounted nothing came, and yet it is as large as it is.
+        source_image_size: if summary.source_size == 0 { summary.stored_size } else { summary.source_size },
         source_image_virtual_size: summary.virtual_size,
         source_image_format: summary.format.clone(),
-        average_speed: metrics.average_speed() as u64,
-        duration: nanoseconds(metrics.elapsed()),
+        average_speed,
+        duration: nanoseconds(elapsed),
         ..Report::default()
     }
 }

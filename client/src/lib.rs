@@ -35,5 +35,5 @@ pub use network::{Clients, Forbidden, Gate, Network, Proxies};
 pub use reference::{DEFAULT_TAG, Reference};
 pub use registry::{Registry, RegistryOptions};
 pub use repository::{ClientOptions, Repository};
-pub use request::is_certificate_refused;
+pub use request::{is_certificate_refused, is_identity_refused};
 pub use upload::{BlobWriter, CHUNK_BYTES, Upload};

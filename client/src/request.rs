@@ -369,6 +369,13 @@ impl Transport {
                 }
                 Err(Error::with(ErrorKind::Untrusted, context, error.without_url()))
             }
+            Ok(Err(error)) if is_identity_refused(&error) => {
+                let context = format!(
+                    "{}: {origin} wants a certificate of its client, and registries are shown none",
+                    request.what
+                );
+                Err(Error::with(ErrorKind::Untrusted, context, error.without_url()))
+            }
             Ok(Err(error)) => {
                 if let Some(why) = Forbidden::behind(&error) {
                     return Err(forbidden(request.what, why));
@@ -512,6 +519,26 @@ pub fn is_certificate_refused(error: &(dyn std::error::Error + 'static)) -> bool
     // By rustls's words: its error types reach us only behind those of the HTTP client.
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.into_iter().any(|cause| cause.to_string().starts_with("invalid peer certificate"))
+}
+
+/// Whether a request failed because the server wants a certificate of its client, or another one, which trying again does not change.
+pub fn is_identity_refused(error: &(dyn std::error::Error + 'static)) -> bool {
+    // Alerts by which servers say so (RFC 8446, 6.2), in rustls's words.
+    const ALERTS: [&str; 8] = [
+        "CertificateRequired",
+        "BadCertificate",
+        "UnsupportedCertificate",
+        "CertificateRevoked",
+        "CertificateExpired",
+        "CertificateUnknown",
+        "UnknownCA",
+        "AccessDenied",
+    ];
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.into_iter().any(|cause| {
+        let text = cause.to_string();
+        text.strip_prefix("received fatal alert: ").is_some_and(|alert| ALERTS.contains(&alert))
+    })
 }
 
 /// Waits before attempt `attempt + 1`.

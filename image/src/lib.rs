@@ -24,6 +24,6 @@ pub use disk::{DiskImage, DiskStream, publish};
 pub use dvcr_client::{
     AuthStore, BlobStream, BlobWriter, CHUNK_BYTES, ClientOptions, Clients, Credentials, DEFAULT_TAG,
     Descriptor, Error, ErrorKind, Forbidden, Gate, Manifest, Network, Proxies, Reference, Repository, Result,
-    Upload, auth, digest, is_certificate_refused, media_type,
+    Upload, auth, digest, is_certificate_refused, is_identity_refused, media_type,
 };
 pub use ranged::{RangedBlob, Window};

@@ -100,10 +100,10 @@ pub async fn clone(request: CloneRequest, progress: Arc<Progress>) -> Result<Clo
 }
 
 /// Waits for the source.
-async fn appeared(request: &CloneRequest, progress: &Progress) -> Result<Opened> {
+async fn appeared(request: &CloneRequest, progress: &Arc<Progress>) -> Result<Opened> {
     let deadline = Instant::now().checked_add(request.wait_max);
     loop {
-        let error = match Opened::open(request).await {
+        let error = match Opened::open(request, progress).await {
             Err(error) if is_not_there(&error) => error,
             outcome => return outcome,
         };
@@ -122,7 +122,7 @@ fn is_not_there(error: &Error) -> bool {
     let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<io::Error>());
     error.kind() == ErrorKind::Source
         && cause.is_some_and(|e| !matches!(e.kind(), InvalidData | InvalidInput | PermissionDenied))
-        && !cause.is_some_and(|e| dvcr_image::is_certificate_refused(e))
+        && !cause.is_some_and(|e| dvcr_image::is_certificate_refused(e) || dvcr_image::is_identity_refused(e))
 }
 
 /// A source that is there.
@@ -133,12 +133,13 @@ struct Opened {
 }
 
 impl Opened {
-    async fn open(request: &CloneRequest) -> Result<Self> {
+    async fn open(request: &CloneRequest, progress: &Arc<Progress>) -> Result<Self> {
         request.source_options.admit(&request.source, &[])?;
+        request.source_options.http.admit(&request.source)?;
         match &request.source {
             Source::Nbd(address) => {
                 let export = nbd::open_random(address, &request.source_options).await?;
-                Ok(Self { bytes: Arc::new(export), local: None })
+                Ok(Self { bytes: Arc::new(export.until_cancelled(progress.clone())), local: None })
             }
             Source::File(path) => {
                 let path = path.clone();

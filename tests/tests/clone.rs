@@ -294,6 +294,8 @@ fn a_copy_that_is_stopped_or_killed_leaves_nothing_under_its_name_and_the_next_o
             assert_eq!(names(&folder)?, [".disk.img.dvcr-partial"]);
         } else {
             assert_eq!(running.terminate()?.code(), Some(143), "{}", running.log());
+            // Though the server is silent, it ends by itself rather than being dropped.
+            assert!(!running.log().contains("before everything was cleaned up"), "{}", running.log());
             assert_eq!(names(&folder)?, [""; 0]);
         }
         clone(&format!("nbd://{address}/"), &copy, &[])?;
@@ -340,12 +342,13 @@ fn a_copy_is_made_by_a_worker_too() -> Result<()> {
 #[test]
 fn what_is_served_with_tls_is_not_served_without() -> Result<()> {
     let setup = Setup::new()?;
-    let (key, cert) = (setup.path("key.pem"), setup.path("cert.pem"));
-    let kind =
-        ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"];
-    let subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"];
-    let files = ["-keyout", utf8(&key), "-out", utf8(&cert)];
-    run(&cmd("openssl", [&kind[..], &files, &subject].concat()))?;
+    let (key, cert, ca) = (setup.path("key.pem"), setup.path("cert.pem"), setup.path("ca-cert.pem"));
+    let openssl = |args: &str| run(cmd("openssl", args.split(' ')).current_dir(setup.dir.path()));
+    openssl("req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=ca -keyout ca.key -out ca-cert.pem")?;
+    fs::write(setup.path("ext"), "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n")?;
+    openssl("req -newkey rsa:2048 -nodes -subj /CN=node -keyout key.pem -out csr.pem")?;
+    let sign = "x509 -req -in csr.pem -CA ca-cert.pem -CAkey ca.key -CAcreateserial";
+    openssl(&format!("{sign} -days 2 -extfile ext -out cert.pem"))?;
     let tls = ["--tls-cert", utf8(&cert), "--tls-key", utf8(&key)];
     let (_server, address) = setup.serve(&tls)?;
     let copy = setup.path("copy.raw");
@@ -355,14 +358,39 @@ fn what_is_served_with_tls_is_not_served_without() -> Result<()> {
     assert!(error.contains("nbds://"), "{error}");
     let error = clone_fails(&format!("nbds://{address}/"), &copy, &[])?;
     assert!(error.contains("--insecure-source"), "{error}");
+    fs::remove_file(&copy)?;
+    clone(&format!("nbds://{address}/"), &copy, &["--source-ca", utf8(&ca)])?;
+    assert_same_bytes(&setup.disk, &copy, None)?;
     // Another program takes the certificate for what it is.
-    fs::copy(&cert, setup.path("ca-cert.pem"))?;
     let url = format!("nbds://{address}/?tls-certificates={}", utf8(setup.dir.path()));
     assert_eq!(run(&cmd("nbdinfo", ["--size", &url]))?.trim(), DISK_BYTES.to_string());
 
-    let (_strict, address) = setup.serve(&[&tls[..], &["--client-ca", utf8(&cert)]].concat())?;
-    let error = clone_fails(&format!("nbds://{address}/"), &setup.path("other"), &["--insecure-source"])?;
-    assert!(!setup.path("other").exists(), "{error}");
+    let (_strict, address) = setup.serve(&[&tls[..], &["--client-ca", utf8(&ca)]].concat())?;
+    let (url, other) = (format!("nbds://{address}/"), setup.path("other"));
+    let error = clone_fails(&url, &other, &["--insecure-source"])?;
+    assert!(error.contains("--source-cert") && !error.contains("again") && !other.exists(), "{error}");
+    let ours = ["--source-ca", utf8(&ca), "--source-cert", utf8(&cert), "--source-key", utf8(&key)];
+    clone(&url, &other, &ours)?;
+    assert_same_bytes(&setup.disk, &other, None)?;
+    // A certificate that nobody would see, and one with another's key.
+    let error = clone_fails(&url.replace("nbds", "nbd"), &other, &ours)?;
+    assert!(error.contains("nbds"), "{error}");
+    run(&cmd("openssl", ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", utf8(&key)]))?;
+    let error = clone_fails(&url, &other, &ours)?;
+    assert!(error.contains("cert.pem and ") && error.contains("belong to each other"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn a_terminal_shows_a_bar_and_all_else_gets_lines() -> Result<()> {
+    let setup = Setup::new()?;
+    let line = run_output(&clone_command(utf8(&setup.disk), &setup.path("copy.raw"), &[])?)?.stderr;
+    assert!(line.contains("copy.raw: done, ") && !line.contains('['), "{line}");
+    let command =
+        format!("{} clone {} {}", utf8(&dvcr()?), utf8(&setup.disk), utf8(&setup.path("again.raw")));
+    let shown = run(&cmd("script", ["-qec", &command, "/dev/null"]))?;
+    // The template's bar is made of `=`; the one that a bar has without a template would fill the terminal.
+    assert!(shown.contains("again.raw") && !shown.contains('█') && !shown.contains("done, "), "{shown}");
     Ok(())
 }
 

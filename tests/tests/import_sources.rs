@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use dvcr_tests::{
     Asked, Fault, Registry, S3Proxy, S3Server, TempDir, assert_same_bytes, cmd, dvcr, fixture, qemu, run,
-    run_dvcr, temp_dir, tool, utf8,
+    run_dvcr, run_output, temp_dir, tool, utf8,
 };
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -147,4 +147,20 @@ fn what_cosign_signed_is_imported_by_either_form_of_signature() -> Result<()> {
     assert_eq!(done["file_name"], "disk.img");
     setup.assert_populates(&to)?;
     assert_same_bytes(&setup.source, &bundle.join("disk.img"), None)
+}
+
+#[test]
+fn an_export_that_the_policy_closes_is_refused_and_not_asked_for_again() -> Result<()> {
+    let dir = temp_dir();
+    let registry = Registry::start(&dir.path().join("registry"))?;
+    let reference = registry.reference("vi/closed:1");
+    let policy = dir.path().join("policy.yaml");
+    std::fs::write(&policy, "schemes: [nbd, docker]\n")?;
+    for source in ["nbd://127.0.0.1:1/", "nbd://localhost:1/", "nbd://[::ffff:127.0.0.1]:1/"] {
+        let refused = run_output(&dvcr_import(&[source, &reference, "--source-policy", utf8(&policy)])?)?;
+        assert_eq!(refused.status.code(), Some(1), "{source}: {}", refused.stderr);
+        let told = &refused.stderr;
+        assert!(told.contains("networks.allow") && !told.contains("trying again"), "{source}: {told}");
+    }
+    Ok(())
 }

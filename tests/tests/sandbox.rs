@@ -50,6 +50,24 @@ fn an_import_and_a_populated_disk_are_made_without_privileges() -> Result<()> {
 }
 
 #[test]
+fn a_volume_is_served_without_privileges() -> Result<()> {
+    let dir = temp_dir();
+    let (disk, socket) = (dir.path().join("disk.raw"), dir.path().join("socket"));
+    std::fs::write(&disk, fixture::Noise::new(1).bytes(1 << 20))?;
+    let mut server = Daemon::spawn(&cmd(dvcr()?, ["serve-nbd", utf8(&disk), "--socket", utf8(&socket)]))?;
+    server.wait_for_line(TIMEOUT, |line| line.contains("listening").then_some(()))?;
+    assert_confined(&server)?;
+    let copy = dir.path().join("copy.raw");
+    let url = format!("nbd+unix:///?socket={}", utf8(&socket));
+    dvcr_tests::run(&cmd("nbdcopy", [&url, utf8(&copy)]))?;
+    dvcr_tests::assert_same_bytes(&disk, &copy, None)?;
+    // The folder of the socket is all that it may write to: it takes the socket away with it.
+    assert!(server.terminate()?.success(), "{}", server.log());
+    assert!(!socket.exists());
+    Ok(())
+}
+
+#[test]
 fn every_command_that_reads_an_image_is_confined_unless_it_is_told_otherwise() -> Result<()> {
     let dir = temp_dir();
     let disk = dir.path().join("disk.qcow2");

@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result};
 use dvcr_tests::{
-    Daemon, FileServer, Registry, TempDir, cmd, dvcr, fixture, qemu, run, run_dvcr, temp_dir, utf8,
-    wait_until,
+    Daemon, FileServer, Registry, TempDir, cmd, dvcr, fixture, qemu, run, run_dvcr, run_output, temp_dir,
+    utf8, wait_until,
 };
 use serde_json::Value;
 use std::fs;
@@ -108,6 +108,8 @@ fn a_worker_that_fails_says_why_and_does_not_try_in_vain() -> Result<()> {
         if part == "127.0.0.1:1" {
             worker.wait_for_line(TIMEOUT, |line| line.contains("is tried again").then_some(()))?;
             assert_eq!(worker.terminate()?.code(), Some(143), "{}", worker.log());
+            // It ends by itself, in the midst of its wait, rather than being dropped.
+            assert!(!worker.log().contains("before everything was cleaned up"), "{}", worker.log());
             continue;
         }
         assert_eq!(worker.wait(TIMEOUT)?.code(), Some(1), "{part}: {}", worker.log());
@@ -115,6 +117,40 @@ fn a_worker_that_fails_says_why_and_does_not_try_in_vain() -> Result<()> {
         assert!(message.contains(part), "{part}: {message}");
         assert!(!worker.log().contains("is tried again"), "{part}");
     }
+    Ok(())
+}
+
+#[test]
+fn settings_that_no_worker_can_use_are_told_in_the_report_too() -> Result<()> {
+    let pod = Pod::new()?;
+    let told = |variables: &[(&str, &str)]| -> Result<String> {
+        let output = run_output(&pod.command(variables)?)?;
+        assert_eq!(output.status.code(), Some(2), "{}", output.stderr);
+        Ok(pod.report()?["error-message"].as_str().unwrap_or_default().to_owned())
+    };
+    let message = told(&[("IMPORTER_SOURCE", "block")])?;
+    assert!(message.contains("'block'") && message.contains("blockDevice"), "{message}");
+    let message = told(&[("METRICS_ADDRESS", "somewhere")])?;
+    assert!(message.contains("'somewhere'") && !message.contains('\n'), "{message}");
+
+    let mut command = cmd(dvcr()?, ["pvc-importer", "--endpoint", "docker://r.example/a"]);
+    command.env("IMPORTER_IMAGE_SIZE", "much");
+    let output = run_output(command.env("TERMINATION_MESSAGE_PATH", pod.dir.path().join("report")))?;
+    assert_eq!(output.status.code(), Some(2), "{}", output.stderr);
+    let report = fs::read_to_string(pod.dir.path().join("report"))?;
+    assert!(report.starts_with("Unable to process data: ") && report.contains("\"much\""), "{report}");
+    Ok(())
+}
+
+#[test]
+fn an_image_that_is_mounted_has_its_size_in_the_report() -> Result<()> {
+    let pod = Pod::new()?;
+    let first = pod.registry.reference("vi/ns/first:1");
+    run_dvcr(&["import", utf8(&pod.source), &first])?;
+    let command = pod.command(&[("IMPORTER_SOURCE", "dvcr"), ("IMPORTER_ENDPOINT", first.as_str())])?;
+    run(&command)?;
+    let report = pod.report()?;
+    assert_eq!(report["source-image-size"], pod.source.metadata()?.len(), "{report}");
     Ok(())
 }
 

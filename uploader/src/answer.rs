@@ -11,6 +11,10 @@ use serde_json::{Value, json};
 use crate::app::{Phase, Taken};
 use crate::session::{Session, Verdict, chain};
 
+/// Marks the answers that tell what became of the upload.
+#[derive(Clone, Copy)]
+struct Told;
+
 /// Seconds after which a client that was turned away may come again.
 const RETRY_AFTER_SECONDS: u64 = 10;
 
@@ -41,10 +45,21 @@ pub(crate) fn with(mut response: Response, name: HeaderName, value: &str) -> Res
 
 /// Tells what became of the upload: 200 with the summary, 422 where its content is at fault, 413 where there is no room, else 500.
 pub(crate) fn verdict(verdict: &Verdict) -> Response {
-    match verdict {
+    telling(match verdict {
         Ok(summary) => json(StatusCode::OK, &json!(**summary)),
         Err(error) => refused(status_of(error), message(error)),
-    }
+    })
+}
+
+/// Marks an answer that tells what became of the upload.
+pub(crate) fn telling(mut response: Response) -> Response {
+    response.extensions_mut().insert(Told);
+    response
+}
+
+/// Whether an answer does so.
+pub(crate) fn tells(response: &Response) -> bool {
+    response.extensions().get::<Told>().is_some()
 }
 
 pub(crate) fn status_of(error: &Error) -> StatusCode {
@@ -98,7 +113,7 @@ pub(crate) fn over(session: &Session) -> Response {
         Some(Err(error)) => message(&error).into(),
         _ => "this target has its image already".into(),
     };
-    json(StatusCode::GONE, &told)
+    telling(json(StatusCode::GONE, &told))
 }
 
 /// Tells what goes on.

@@ -24,19 +24,27 @@ const NAME_BYTES_MAX: usize = 1024;
 
 /// Answers a request.
 pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Response {
+    let response = answer_of(&app, request).await;
+    if answer::tells(&response) {
+        app.told.notify_one();
+    }
+    response
+}
+
+async fn answer_of(app: &Arc<App>, request: Request) -> Response {
     if request.uri().path() != PATH {
         return answer::refused(StatusCode::NOT_FOUND, format!("there is only {PATH} here"));
     }
     let method = request.method();
     if tus::is_tus(request.headers()) || method == Method::OPTIONS {
-        return tus::answer(&app, request).await;
+        return tus::answer(app, request).await;
     }
     match *method {
         Method::GET => answer::status(&app.phase()),
         Method::PUT | Method::POST if request.headers().contains_key(CONTENT_RANGE) => {
-            ranged::answer(&app, request).await
+            ranged::answer(app, request).await
         }
-        Method::PUT | Method::POST => whole(&app, request).await,
+        Method::PUT | Method::POST => whole(app, request).await,
         _ => answer::refused(StatusCode::NOT_FOUND, format!("{PATH} answers GET, PUT, POST and tus")),
     }
 }
@@ -69,11 +77,11 @@ async fn whole(app: &Arc<App>, request: Request) -> Response {
             if session.is_whole() || matches!(poured, Poured::All) =>
         {
             seat.finish();
-            concluded(app, &session).await
+            concluded(&session).await
         }
         Poured::Concluded => {
             drop((seat, incoming));
-            concluded(app, &session).await
+            concluded(&session).await
         }
         poured => {
             drop(seat);
@@ -92,10 +100,8 @@ pub(crate) fn is_left_behind(session: &Session) -> bool {
 }
 
 /// Waits for the verdict, and tells it.
-pub(crate) async fn concluded(app: &App, session: &Session) -> Response {
-    let verdict = session.verdict().await;
-    app.told.notify_one();
-    answer::verdict(&verdict)
+pub(crate) async fn concluded(session: &Session) -> Response {
+    answer::verdict(&session.verdict().await)
 }
 
 /// Answers a request whose body did not come whole; often nobody is there to read it.

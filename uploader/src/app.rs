@@ -201,3 +201,65 @@ impl App {
 pub(crate) fn new_id() -> String {
     Uuid::new_v4().simple().to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::extract::{Request, State};
+    use dvcr_image::ClientOptions;
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::api;
+
+    /// A target whose one upload, `a`, was refused.
+    fn refused() -> Arc<App> {
+        let config = Config {
+            destination: "r.example/a:1".parse().unwrap(),
+            checksums: Vec::new(),
+            client: ClientOptions::default(),
+            limits: Default::default(),
+            start_timeout: None,
+            idle_timeout: Duration::from_secs(600),
+        };
+        let app = Arc::new(App::new(config, watch::channel(Arc::default()).0));
+        let new = New { id: "a".into(), len: Some(9), name: None, metadata: None, resumable: true };
+        let (writer, _) = feed(new.len, None, new.id.clone());
+        let error = Error::new(ErrorKind::Checksum, "another file");
+        let verdict = watch::channel(Some(Err(Arc::new(error)))).1;
+        let session = Session::new(new, writer, Arc::default(), verdict, Duration::from_secs(600));
+        *app.lock() = Phase::Over(Arc::new(session));
+        app
+    }
+
+    #[tokio::test]
+    async fn a_client_that_learns_the_verdict_by_any_way_is_not_waited_for() {
+        let (tus, range) = (("tus-resumable", "1.0.0"), ("content-range", "bytes */9"));
+        let patch = [tus, ("content-type", "application/offset+octet-stream"), ("upload-offset", "3")];
+        for (method, path, headers, tells) in [
+            ("GET", "/upload", &[][..], true),
+            ("HEAD", "/upload?upload=a", &[tus], true),
+            ("HEAD", "/upload?upload=b", &[tus], true),
+            ("PATCH", "/upload?upload=a", &patch, true),
+            ("POST", "/upload", &[tus, ("upload-length", "9")], true),
+            ("PUT", "/upload", &[range], true),
+            ("PUT", "/upload", &[], true),
+            ("OPTIONS", "/upload", &[], false),
+            ("DELETE", "/upload", &[], false),
+            ("GET", "/healthz", &[], false),
+        ] {
+            let app = refused();
+            let mut request = Request::builder().method(method).uri(path);
+            for (name, value) in headers {
+                request = request.header(*name, *value);
+            }
+            let request = request.body(Body::from("x")).unwrap();
+            let status = api::answer(State(Arc::clone(&app)), request).await.status();
+            assert_eq!(
+                app.told.notified().now_or_never().is_some(),
+                tells,
+                "{method} {path} {headers:?}: {status}"
+            );
+        }
+    }
+}

@@ -64,7 +64,7 @@ pub(crate) async fn answer(app: &Arc<App>, request: Request) -> Response {
     let wanted = Wanted::of(request.uri());
     match range {
         ContentRange::Query(total) => match find(app, &wanted, total).await {
-            Ok(Some(session)) => query(app, &session, &wanted).await,
+            Ok(Some(session)) => query(&session, &wanted).await,
             Ok(None) => progress(0),
             Err(taken) => answer::taken(&taken, StatusCode::SERVICE_UNAVAILABLE),
         },
@@ -80,9 +80,9 @@ pub(crate) async fn answer(app: &Arc<App>, request: Request) -> Response {
 }
 
 /// Tells how far an upload is; of one whose bytes are all there, what became of it.
-async fn query(app: &App, session: &Arc<Session>, wanted: &Wanted) -> Response {
+async fn query(session: &Arc<Session>, wanted: &Wanted) -> Response {
     if session.is_storing() || session.concluded().is_some() {
-        return held(app, session).await;
+        return held(session).await;
     }
     if wanted.id.is_some() {
         // The connection that still seems to send is not its client's any more.
@@ -119,7 +119,7 @@ async fn part(
     };
     if session.is_storing() || session.concluded().is_some() {
         drop(request);
-        return held(app, &session).await;
+        return held(&session).await;
     }
     let seat = match wanted.id {
         Some(_) => Some(session.take().await),
@@ -127,12 +127,11 @@ async fn part(
     };
     let Some(seat) = seat else { return busy(&session) };
     session.resumable.store(true, Ordering::Relaxed);
-    take(app, &session, seat, request, (first, last, total)).await
+    take(&session, seat, request, (first, last, total)).await
 }
 
 /// Takes the bytes of a part.
 async fn take(
-    app: &Arc<App>,
     session: &Arc<Session>,
     mut seat: Seat<'_>,
     request: Request,
@@ -141,7 +140,7 @@ async fn take(
     let mut incoming = Incoming::new(request.into_body(), Coding::Identity);
     let Ok(position) = seat.begin().await else {
         drop((seat, incoming));
-        return concluded(app, session).await;
+        return concluded(session).await;
     };
     if position != first {
         return out_of_place(position);
@@ -154,7 +153,7 @@ async fn take(
     match poured {
         Poured::All | Poured::Broke(_) | Poured::Displaced if session.is_whole() => {
             seat.finish();
-            held(app, session).await
+            held(session).await
         }
         Poured::All if session.received() != end => {
             broken(Poured::Broke(format!("{} of {end} bytes are here", session.received())))
@@ -162,7 +161,7 @@ async fn take(
         Poured::All => progress(end),
         Poured::Concluded => {
             drop((seat, incoming));
-            concluded(app, session).await
+            concluded(session).await
         }
         poured => broken(poured),
     }
@@ -194,8 +193,8 @@ fn new(wanted: &Wanted, total: Option<u64>) -> New {
 }
 
 /// Waits for the verdict as long as a proxy does; then the last byte has to be sent again.
-async fn held(app: &App, session: &Session) -> Response {
-    match timeout(tus::VERDICT_HOLD, concluded(app, session)).await {
+async fn held(session: &Session) -> Response {
+    match timeout(tus::VERDICT_HOLD, concluded(session)).await {
         Ok(response) => response,
         Err(_) => progress(session.offset()),
     }

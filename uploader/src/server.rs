@@ -38,7 +38,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const RECEIVE_BYTES_MAX: usize = 256 << 10;
 /// Pause after a failure to accept, such as too many open files.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long a client whose connection broke may take to come for the verdict.
+/// How long a client whose connection broke may take to come for the verdict; that anybody has come for it ends the wait.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it can be asked for again after that: what was sent may have been lost on the way.
 const TOLD_LINGER: Duration = Duration::from_secs(3);

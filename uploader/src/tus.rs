@@ -117,7 +117,7 @@ async fn create(app: &Arc<App>, parts: Parts, wanted: Wanted, body: Body) -> Res
         seat.begin().await.ok()
     };
     let response = match begun.await {
-        None => return concluded(app, &session).await,
+        None => return concluded(&session).await,
         // What was sent before under this id is gone on with.
         Some(position) if position > 0 || text(headers, &CONTENT_TYPE) != Some(OFFSET_STREAM) => {
             offset(app, answer::empty(StatusCode::CREATED), &session)
@@ -141,7 +141,7 @@ async fn head(app: &Arc<App>, wanted: Wanted) -> Response {
         Err(response) => return response,
     };
     match session.concluded() {
-        Some(Err(error)) => return answer::empty(answer::status_of(&error)),
+        Some(Err(error)) => return answer::telling(answer::empty(answer::status_of(&error))),
         None if session.is_storing() => {
             // A client that comes back learns the end by its own last byte.
         }
@@ -252,7 +252,7 @@ async fn take(app: &Arc<App>, session: &Arc<Session>, parts: &Parts, body: Body,
 
 /// Waits for the verdict as long as a proxy does; then the last byte has to be sent again.
 async fn held(app: &App, session: &Session, headers: &HeaderMap) -> Response {
-    match timeout(VERDICT_HOLD, concluded(app, session)).await {
+    match timeout(VERDICT_HOLD, concluded(session)).await {
         // Clients of tus want to see no content, unless they ask for it (RFC 7240, 4.2).
         Ok(response) if response.status() == StatusCode::OK => {
             let wants = text(headers, &PREFER).is_some_and(|prefer| prefer.contains("return=representation"));
@@ -293,6 +293,9 @@ async fn find(app: &Arc<App>, wanted: &Wanted) -> Result<Arc<Session>, Response>
 /// Adds how far it is, and until when it is kept.
 fn offset(app: &App, response: Response, session: &Session) -> Response {
     let response = with(response, UPLOAD_OFFSET, &session.offset().to_string());
+    // The offset behind the last byte says that the image is durable.
+    let response =
+        if matches!(session.concluded(), Some(Ok(_))) { answer::telling(response) } else { response };
     let expires = TimeDelta::from_std(app.config.idle_timeout)
         .ok()
         .and_then(|idle| Utc::now().checked_add_signed(idle));

@@ -47,11 +47,16 @@ pub enum Family {
 pub struct Metrics {
     family: Family,
     owner_uid: String,
-    progress: Mutex<Arc<Progress>>,
-    begun: Instant,
+    transfer: Mutex<Transfer>,
     sample: Mutex<Sample>,
     /// The largest share of a volume that was told, thousandths: one that is begun anew does not go back.
     told: AtomicU64,
+}
+
+#[derive(Clone, Debug)]
+struct Transfer {
+    progress: Arc<Progress>,
+    begun: Instant,
 }
 
 #[derive(Debug)]
@@ -67,17 +72,22 @@ impl Metrics {
     pub fn new(family: Family, owner_uid: &str, progress: Arc<Progress>) -> Arc<Self> {
         let begun = Instant::now();
         let sample = Mutex::new(Sample { at: begun, bytes: 0, speed: 0.0 });
-        let (owner_uid, progress) = (owner_uid.to_owned(), Mutex::new(progress));
-        Arc::new(Self { family, owner_uid, progress, begun, sample, told: AtomicU64::new(0) })
+        let (owner_uid, transfer) = (owner_uid.to_owned(), Mutex::new(Transfer { progress, begun }));
+        Arc::new(Self { family, owner_uid, transfer, sample, told: AtomicU64::new(0) })
     }
 
-    /// Tells of another transfer from now on: one that begins anew.
+    /// Tells of another transfer from now on: one that begins now, and whose time counts from now.
     pub fn follow(&self, progress: Arc<Progress>) {
-        *self.progress.lock().unwrap_or_else(|e| e.into_inner()) = progress;
+        *self.transfer.lock().unwrap_or_else(|e| e.into_inner()) =
+            Transfer { progress, begun: Instant::now() };
+    }
+
+    fn transfer(&self) -> Transfer {
+        self.transfer.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     fn progress(&self) -> Arc<Progress> {
-        Arc::clone(&self.progress.lock().unwrap_or_else(|e| e.into_inner()))
+        self.transfer().progress
     }
 
     /// Bytes that were transferred here: what an earlier worker had brought does not count.
@@ -88,12 +98,12 @@ impl Metrics {
 
     /// Bytes per second since the beginning.
     pub fn average_speed(&self) -> f64 {
-        self.bytes() as f64 / self.begun.elapsed().as_secs_f64().max(1e-9)
+        self.bytes() as f64 / self.elapsed().as_secs_f64().max(1e-9)
     }
 
     /// Time since the beginning.
     pub fn elapsed(&self) -> Duration {
-        self.begun.elapsed()
+        self.transfer().begun.elapsed()
     }
 
     /// The share that is done, percent; below 100 until the transfer has ended, 0 while its size is unknown.
@@ -273,9 +283,9 @@ mod tests {
     #[test]
     fn the_current_speed_leaves_out_what_an_earlier_worker_brought() {
         let metrics = half_done(Family::Registry);
-        metrics.take_sample(metrics.begun + Duration::from_secs(2));
+        metrics.take_sample(metrics.transfer().begun + Duration::from_secs(2));
         assert!(metrics.render().contains("registry_current_speed{ownerUID=\"a\\\"b\\\\c\"} 100\n"));
-        metrics.take_sample(metrics.begun + Duration::from_secs(3));
+        metrics.take_sample(metrics.transfer().begun + Duration::from_secs(3));
         assert!(metrics.render().contains("registry_current_speed{ownerUID=\"a\\\"b\\\\c\"} 0\n"));
     }
 

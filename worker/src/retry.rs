@@ -1,8 +1,9 @@
 //! The whole transfer again: long enough to outlast a registry that is started again, or a network that is mended.
 
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use dvcr_converter::progress::Progress;
 use dvcr_importer::{Error, ErrorKind};
 use rand::Rng;
 
@@ -13,6 +14,8 @@ const WAIT_FIRST_MS: u64 = 1_000;
 const WAIT_FACTOR: u64 = 3;
 /// Longest wait.
 const WAIT_MS_MAX: u64 = 60_000;
+/// How often a wait looks whether it is still wanted.
+const CANCEL_POLL: Duration = Duration::from_millis(100);
 /// How much longer a wait may be by chance, so that many workers do not come back at once.
 const JITTER: f64 = 0.1;
 
@@ -29,11 +32,11 @@ fn wait(attempt: u32, chance: f64) -> Duration {
     Duration::from_millis(wait).mul_f64(1.0 + JITTER * chance)
 }
 
-/// Runs `transfer` until it succeeds, fails for good, or has been tried [`ATTEMPTS_MAX`] times.
+/// Runs `transfer` until it succeeds, fails for good, has been tried [`ATTEMPTS_MAX`] times, or is cancelled through `progress`.
 ///
 /// # Errors
 /// That of the last attempt.
-pub async fn run<T, F>(mut transfer: impl FnMut() -> F) -> Result<T, Error>
+pub async fn run<T, F>(progress: &Progress, mut transfer: impl FnMut() -> F) -> Result<T, Error>
 where
     F: Future<Output = Result<T, Error>>,
 {
@@ -43,7 +46,13 @@ where
             Err(error) if attempt < ATTEMPTS_MAX && may_pass(&error) => {
                 let wait = wait(attempt, rand::rng().random());
                 tracing::warn!(%error, attempt, wait_ms = wait.as_millis() as u64, "the transfer is tried again");
-                tokio::time::sleep(wait).await;
+                let until = Instant::now() + wait;
+                while Instant::now() < until {
+                    if progress.check().is_err() {
+                        return Err(error);
+                    }
+                    tokio::time::sleep(CANCEL_POLL).await;
+                }
                 attempt += 1;
             }
             outcome => return outcome,

@@ -14,6 +14,7 @@ use super::populate::mode;
 use super::uploader::time_or_zero;
 use crate::sandbox;
 use crate::size::Human;
+use crate::source::{self, roots};
 use crate::work::{self, Usage};
 use crate::worker::{self, chain};
 
@@ -46,6 +47,18 @@ pub struct Args {
     #[arg(long)]
     insecure_source: bool,
 
+    /// Certificates (PEM) to trust besides those of the system, for nbds://: a file, or a folder of such files. May be repeated
+    #[arg(long, value_name = "FILE|DIR")]
+    source_ca: Vec<PathBuf>,
+
+    /// Show this certificate (PEM, with its chain) to an nbds:// server that wants one
+    #[arg(long, value_name = "FILE", requires = "source_key")]
+    source_cert: Option<PathBuf>,
+
+    /// The key of --source-cert (PEM)
+    #[arg(long, value_name = "FILE", requires = "source_cert")]
+    source_key: Option<PathBuf>,
+
     /// How to print the summary
     #[arg(long, value_enum, default_value_t = Output::Human)]
     output: Output,
@@ -60,8 +73,10 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let place = sandbox::place_of(&args.target);
-    let outcome = args.pod.confine(&[&place]).and_then(|()| copy(&args));
+    let outcome = request(&args).and_then(|request| {
+        args.pod.confine(&[&sandbox::place_of(&args.target)])?;
+        copy(&args, request)
+    });
     if args.worker {
         args.pod.leave(&match &outcome {
             Ok(_) => termination::import_complete(),
@@ -84,16 +99,28 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn copy(args: &Args) -> anyhow::Result<CloneSummary> {
+/// Reads the arguments, and the files that they name.
+fn request(args: &Args) -> anyhow::Result<CloneRequest> {
     let source: Source = args.source.parse().context(Usage("SOURCE"))?;
     let usual = if args.worker { WORKER_WAIT } else { Duration::ZERO };
-    let request = CloneRequest {
+    let mut source_options = SourceOptions {
+        insecure: args.insecure_source,
+        roots: roots(&args.source_ca)?,
+        ..SourceOptions::default()
+    };
+    if let (Some(certificate), Some(key)) = (&args.source_cert, &args.source_key) {
+        source::identify(&mut source_options.http, certificate, key)?;
+    }
+    Ok(CloneRequest {
         source,
         target: args.target.clone(),
         mode: args.mode,
         wait_max: args.wait.map_or(usual, |Time(wait)| wait),
-        source_options: SourceOptions { insecure: args.insecure_source, ..SourceOptions::default() },
-    };
+        source_options,
+    })
+}
+
+fn copy(args: &Args, request: CloneRequest) -> anyhow::Result<CloneSummary> {
     let title = args.target.display().to_string();
     work::run(&title, |progress| async move {
         let _served = match args.worker {
@@ -101,7 +128,7 @@ fn copy(args: &Args) -> anyhow::Result<CloneSummary> {
             false => None,
         };
         Ok(match args.worker {
-            true => retry::run(|| clone(request.clone(), progress.clone())).await?,
+            true => retry::run(&progress, || clone(request.clone(), progress.clone())).await?,
             false => clone(request, progress).await?,
         })
     })

@@ -170,8 +170,8 @@ fn transfer(args: &Args) -> anyhow::Result<(ImportSummary, Report)> {
     let title = request.destination.repository().to_owned();
     work::run(&title, |progress| async move {
         let (metrics, _server) = args.worker.serve(Family::Registry, progress.clone()).await?;
-        let summary = retry::run(|| import(request.clone(), progress.clone())).await?;
-        let report = worker::report(&summary, &metrics);
+        let summary = retry::run(&progress, || import(request.clone(), progress.clone())).await?;
+        let report = worker::report(&summary, metrics.average_speed() as u64, metrics.elapsed());
         Ok((summary, report))
     })
 }

@@ -166,7 +166,7 @@ fn transfer(args: &Args, volume: &Volume) -> anyhow::Result<PopulateSummary> {
     let title = volume.path().display().to_string();
     work::run(&title, |progress| async move {
         let (_metrics, _server) = args.worker.serve(Family::Volume, progress.clone()).await?;
-        let filled = retry::run(|| populate(request.clone(), progress.clone())).await;
+        let filled = retry::run(&progress, || populate(request.clone(), progress.clone())).await;
         let too_large = filled.as_ref().is_err_and(|error| error.kind() == ErrorKind::TooLarge);
         let filled = filled.map_err(anyhow::Error::from);
         if too_large { filled.context("A larger PVC is required") } else { filled }
@@ -214,7 +214,7 @@ fn client(args: &Args, reference: &Reference) -> anyhow::Result<ClientOptions> {
         _ => authentication(file)?,
     };
     let folders = [&args.cert_dir, &args.proxy_cert_dir].into_iter().flatten().filter(|path| path.is_dir());
-    let network = source::network(folders.cloned().collect())?;
+    let network = source::network(&folders.cloned().collect::<Vec<_>>())?;
     Ok(ClientOptions { insecure: args.insecure_tls, auth, network })
 }
 

@@ -243,7 +243,7 @@ fn serve(given: Given) -> anyhow::Result<()> {
             loop {
                 tokio::select! {
                     signal = signals.next() => {
-                        tracing::info!(?signal, "ending");
+                        tracing::info!(signal = signal.name(), "ending");
                         return;
                     }
                     Some(()) = wanted.recv() => told.collect_in_background(),

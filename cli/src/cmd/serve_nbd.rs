@@ -14,6 +14,7 @@ use dvcr_importer::source::nbd::server::{Listener, serve};
 use dvcr_tls::{Clients, Terms, acceptor};
 use tokio::net::{TcpListener, UnixListener};
 
+use crate::sandbox;
 use crate::work::{self, Signals};
 
 /// How long a thread may take to notice the end.
@@ -47,6 +48,9 @@ pub struct Args {
     /// Certificates (PEM) that those of clients have to come from
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     client_ca: Option<PathBuf>,
+
+    #[command(flatten)]
+    sandbox: sandbox::Args,
 }
 
 /// Runs the command.
@@ -61,6 +65,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
         _ => None,
     };
+    match &args.socket {
+        Some(socket) => args.sandbox.confine(&[&sandbox::place_of(socket)])?,
+        None => args.sandbox.confine(&[])?,
+    }
     let runtime = work::runtime()?;
     let served = runtime.block_on(async {
         let mut signals = Signals::listen()?;
@@ -81,7 +89,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         tracing::info!(addr = address, volume = shown, bytes, tls = tls.is_some(), "listening");
         let ended = async {
             let signal = signals.next().await;
-            tracing::info!(?signal, "ending");
+            tracing::info!(signal = signal.name(), "ending");
         };
         serve(listener, Arc::new(disk), tls, ended).await;
         if let Some(path) = &args.socket {

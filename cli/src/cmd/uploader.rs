@@ -1,6 +1,6 @@
 //! `dvcr uploader`.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -168,21 +168,20 @@ fn take(args: &Args) -> anyhow::Result<Ended> {
     let config = config(args)?;
     let tls = tls(args)?;
     let runtime = work::runtime()?;
-    let (outcome, metrics, interrupted) = runtime.block_on(async {
+    let (outcome, interrupted) = runtime.block_on(async {
         let mut signals = Signals::listen()?;
         let bind = async |port| {
-            let address = (args.listen_address, port);
-            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address:?}"))
+            let address = SocketAddr::new(args.listen_address, port);
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
         };
         let (upload, health) = (bind(args.listen_port).await?, bind(args.healthz_port).await?);
         let (progress, mut uploads) = watch::channel(Arc::new(Progress::default()));
         let first = Arc::clone(&uploads.borrow());
         let (metrics, _server) = args.worker.serve(Family::Registry, first).await?;
-        let followed = Arc::clone(&metrics);
         let following = tokio::spawn(async move {
             // An upload that starts over is counted anew.
             while uploads.changed().await.is_ok() {
-                followed.follow(Arc::clone(&uploads.borrow_and_update()));
+                metrics.follow(Arc::clone(&uploads.borrow_and_update()));
             }
         });
         let (addr, healthz) = (upload.local_addr()?, health.local_addr()?);
@@ -193,12 +192,14 @@ fn take(args: &Args) -> anyhow::Result<Ended> {
         let listeners = Listeners { upload, health: Some(health) };
         let outcome = serve(config, listeners, tls, progress, shutdown).await;
         following.abort();
-        anyhow::Ok((outcome, metrics, interrupted))
+        anyhow::Ok((outcome, interrupted))
     })?;
     runtime.shutdown_timeout(WIND_DOWN);
     match outcome {
         Outcome::Done(summary) => {
-            let report = worker::report(&summary, &metrics);
+            // From the beginning of the upload to its verdict; the process waited before, and lingers behind it.
+            let elapsed = Duration::try_from_secs_f64(summary.seconds).unwrap_or_default();
+            let report = worker::report(&summary, summary.bytes_per_second, elapsed);
             Ok(Ended::Stored(Box::new((*summary).clone()), report))
         }
         Outcome::Failed(error) if error.kind() == ErrorKind::Checksum => Ok(Ended::Refused(error.into())),

@@ -253,12 +253,9 @@ impl Source {
         limits: &Limits,
         at: Option<&Place>,
     ) -> Result<Opened> {
+        options.http.admit(self)?;
         match self {
             Self::Http(url) => open_http(url, options, at).await,
-            _ if !options.http.is_empty() => {
-                let text = "headers, tokens and client certificates of the source are for http and https sources alone";
-                Err(Error::new(ErrorKind::Invalid, text))
-            }
             Self::Image(reference) => image::open(reference, &options.client(), limits, at).await,
             Self::Nbd(address) => nbd::open(address, options, at).await,
             Self::S3(object) => open_http(&object.url(&options.s3)?, options, at).await,

@@ -71,7 +71,9 @@ impl FromStr for Object {
         let (bucket, key) = rest.split_once('/').ok_or_else(|| bad("names no key"))?;
         let is_bucket = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'.' | b'-');
         if bucket.len() < 3 || bucket.len() > 63 || !bucket.bytes().all(is_bucket) || bucket.contains("..") {
-            return Err(bad("names no bucket"));
+            return Err(bad(
+                "has a bucket whose name is not of 3 to 63 small letters, digits, dots and hyphens",
+            ));
         }
         let key = percent_decode_str(key).decode_utf8().map_err(|_| bad("is not UTF-8"))?.into_owned();
         // What a URL would make another path of.

@@ -7,14 +7,16 @@ mod support;
 mod tus;
 
 use anyhow::{Result, ensure};
-use dvcr_tests::{cmd, fixture::Noise, run, run_output, utf8};
+use dvcr_tests::{cmd, dvcr, fixture::Noise, run, run_output, utf8};
 use std::io::Write;
 use support::{Answer, Bench, ByHand, curl, upload};
 
 #[test]
 fn a_plain_put_by_curl_is_stored_and_the_process_ends_with_0() -> Result<()> {
     let bench = Bench::new(3 << 20)?;
-    let mut uploader = bench.uploader(&[])?;
+    let report = bench.dir.path().join("report");
+    std::fs::write(&report, "")?;
+    let mut uploader = bench.uploader(&["--termination-message", utf8(&report)])?;
     assert_eq!(curl(&[&format!("http://{}/healthz", uploader.health)])?.body, "OK");
     let probe = curl(&[&uploader.url()])?;
     assert_eq!((probe.status, probe.json()["state"].as_str()), (200, Some("waiting")));
@@ -22,6 +24,12 @@ fn a_plain_put_by_curl_is_stored_and_the_process_ends_with_0() -> Result<()> {
     assert_eq!(stored.status, 200, "{stored:?}");
     assert!(stored.json()["digest"].as_str().unwrap_or_default().starts_with("sha256:"), "{stored:?}");
     assert_eq!(uploader.ended()?, Some(0));
+    // The time of the upload, not that of the process, which waits before it and lingers behind it.
+    let (told, report) = (stored.json(), std::fs::read_to_string(&report)?);
+    let report: serde_json::Value = serde_json::from_str(&report)?;
+    assert_eq!(report["average-speed"], told["bytes_per_second"], "{report} {told}");
+    let seconds = report["duration"].as_f64().unwrap_or_default() / 1e9;
+    assert!((seconds - told["seconds"].as_f64().unwrap_or_default()).abs() < 1e-6, "{report} {told}");
     bench.assert_stored()
 }
 
@@ -221,6 +229,15 @@ fn only_clients_with_the_right_certificate_upload() -> Result<()> {
         "{}",
         other.stderr
     );
+    let nameless = attempt(None, true)?;
+    let told = &nameless.stderr;
+    assert!(
+        nameless.status.code() == Some(1) && told.contains("--cert") && !told.contains("again"),
+        "{told}"
+    );
+    let import = ["import", &url, &bench.reference(), "--source-ca", &ca];
+    let told = run_output(&cmd(dvcr()?, import))?.stderr;
+    assert!(told.contains("--source-cert") && !told.contains("again"), "{told}");
     let untrusted = attempt(Some("uploads"), false)?;
     assert!(
         untrusted.status.code() == Some(1) && untrusted.stderr.contains("--cacert"),

@@ -37,8 +37,10 @@ fn an_image_that_the_registry_has_no_room_for_is_refused_before_it_is_sent() -> 
             ensure!(has && !text.contains("because: 127.0.0.1"), "{text}");
             Ok(())
         };
+        // Each lingers for its client a while: all of them at the same time.
+        let mut ending = Vec::new();
         // It waits to be asked for the body, and is not.
-        let mut uploader = bench.uploader(&[])?;
+        let uploader = bench.uploader(&[])?;
         let head = format!("PUT /upload?filename=disk.qcow2 HTTP/1.1\r\nContent-Length: {}", bench.size);
         let mut asked = ByHand::begin(uploader.address, &[&head, "Expect: 100-continue"])?;
         let mut answer = Vec::new();
@@ -47,30 +49,30 @@ fn an_image_that_the_registry_has_no_room_for_is_refused_before_it_is_sent() -> 
         assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
         told(&answer)?;
         assert!(!answer.contains("127.0.0.1"), "{answer}");
-        assert_eq!(uploader.ended()?, Some(1));
+        ending.push(uploader);
 
         // Without a name its first bytes tell what it is.
-        let mut uploader = bench.uploader(&[])?;
+        let uploader = bench.uploader(&[])?;
         let refused = curl(&["-T", &image, &uploader.url()])?;
         assert_eq!(refused.status, 413, "{refused:?}");
         told(&refused.body)?;
-        assert_eq!(uploader.ended()?, Some(1));
+        ending.push(uploader);
 
         // `disk.qcow2`, as tus writes it.
-        let mut uploader = bench.uploader(&[])?;
+        let uploader = bench.uploader(&[])?;
         let (length, name) =
             (format!("Upload-Length: {}", bench.size), "Upload-Metadata: filename ZGlzay5xY293Mg==");
         let tus = ["-X", "POST", "-H", "Tus-Resumable: 1.0.0", "-H", &length, "-H", name, &uploader.url()];
         let refused = curl(&tus)?;
         assert_eq!(refused.status, 413, "{refused:?}");
         told(&refused.body)?;
-        assert_eq!(uploader.ended()?, Some(1));
+        ending.push(uploader);
 
-        let mut uploader = bench.uploader(&[])?;
+        let uploader = bench.uploader(&[])?;
         let refused = run_output(&upload(&bench.image, &uploader.url())?)?;
         assert_eq!(refused.status.code(), Some(1), "{}", refused.stderr);
         told(&refused.stderr)?;
-        assert_eq!(uploader.ended()?, Some(1));
+        ending.push(uploader);
 
         let server = FileServer::start(bench.dir.path())?;
         let stock = bench_copy(&bench)?;
@@ -80,6 +82,9 @@ fn an_image_that_the_registry_has_no_room_for_is_refused_before_it_is_sent() -> 
             let refused = run_output(&cmd(dvcr()?, ["import", &source, &bench.reference()]))?;
             assert_eq!(refused.status.code(), Some(1), "{source}");
             told(&refused.stderr).with_context(|| source.clone())?;
+        }
+        for mut uploader in ending {
+            assert_eq!(uploader.ended()?, Some(1));
         }
         assert_eq!(received(&bench.registry)?, 0);
     }

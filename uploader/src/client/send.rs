@@ -8,6 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use dvcr_converter::progress::Progress;
+use dvcr_image::{is_certificate_refused, is_identity_refused};
 use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, LOCATION, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, Method, StatusCode};
 use reqwest::{Body, Client, RequestBuilder, Response};
@@ -16,6 +17,7 @@ use url::Url;
 
 use super::parts::{Manner, PART_DATA_BYTES_MAX, PART_DATA_BYTES_MIN, Part, Trial, read_ahead};
 use super::{Error, Image, TUS_RESUMABLE, TUS_VERSION, Uploaded, VERSION, answer, is_passing, refused};
+use crate::session::chain;
 
 /// How long a server may be out of reach before it is given up: as long as one keeps what has come.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(600);
@@ -336,8 +338,10 @@ impl Patience {
             }
             Ok(response) => Ok(Some(response)),
             Err(error) => {
-                let is_final =
-                    error.is_builder() || error.is_redirect() || dvcr_image::is_certificate_refused(&error);
+                let is_final = error.is_builder()
+                    || error.is_redirect()
+                    || is_certificate_refused(&error)
+                    || is_identity_refused(&error);
                 let error = unreachable(what, error);
                 match is_final {
                     true => Err(error),
@@ -356,19 +360,21 @@ impl Patience {
         let doubled = BACKOFF_FIRST.saturating_mul(1 << self.attempts.min(8)).min(BACKOFF_MAX);
         let wait = wanted.map_or(doubled, |wanted| wanted.min(RETRY_AFTER_MAX));
         self.attempts += 1;
-        tracing::warn!(attempt = self.attempts, wait_ms = wait.as_millis() as u64, %error, "upload: trying again");
+        let (wait_ms, error) = (wait.as_millis() as u64, chain(&error));
+        tracing::warn!(attempt = self.attempts, wait_ms, error, "upload: trying again");
         tokio::time::sleep(wait).await;
         Ok(())
     }
 }
 
 fn unreachable(what: &str, source: reqwest::Error) -> Error {
-    let what = match dvcr_image::is_certificate_refused(&source) {
-        true => {
-            "the server's certificate is not accepted; --cacert names what to trust, --insecure accepts any"
-                .into()
-        }
-        false => format!("{what} failed"),
+    let what = if is_certificate_refused(&source) {
+        "the server's certificate is not accepted; --cacert names what to trust, --insecure accepts any"
+            .into()
+    } else if is_identity_refused(&source) {
+        "the server wants a certificate of its client that it trusts; --cert and --key name one".into()
+    } else {
+        format!("{what} failed")
     };
     Error::Unreachable { what, source: source.without_url() }
 }

@@ -1,9 +1,17 @@
 //! What an HTTP source wants to know of who asks.
 
+use std::fmt;
+use std::sync::Arc;
+
 use dvcr_image::Credentials;
 use reqwest::Identity;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue};
+use rustls::crypto::aws_lc_rs;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
 
+use crate::source::Source;
 use crate::{Error, ErrorKind, Result};
 
 /// Headers that say how the transfer goes, which is decided here.
@@ -28,7 +36,20 @@ const RESERVED: [&str; 12] = [
 #[derive(Clone, Debug, Default)]
 pub struct HttpOptions {
     headers: HeaderMap,
-    identity: Option<Identity>,
+    identity: Option<ClientCertificate>,
+}
+
+/// A certificate of ours with its key; `Debug` shows neither.
+#[derive(Clone)]
+struct ClientCertificate {
+    http: Identity,
+    key: Arc<CertifiedKey>,
+}
+
+impl fmt::Debug for ClientCertificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClientCertificate(..)")
+    }
 }
 
 impl HttpOptions {
@@ -77,18 +98,37 @@ impl HttpOptions {
         self.authorize(&format!("Bearer {token}"))
     }
 
-    /// Presents a certificate, PEM with its chain, whose key is `key`, PEM too.
+    /// Presents a certificate, PEM with its chain, whose key is `key`, PEM too; to an `nbds` source as well.
     pub fn set_identity(&mut self, certificate: &[u8], key: &[u8]) -> Result<()> {
+        let text =
+            "the source's client certificate and key cannot be used; both are PEM, and belong to each other";
         let pem = [certificate, b"\n", key].concat();
-        let identity = Identity::from_pem(&pem).map_err(|e| {
-            let text = "the source's client certificate and key cannot be used; both are PEM";
-            Error::with(ErrorKind::Invalid, text, e.without_url())
-        })?;
-        self.identity = Some(identity);
+        let http = Identity::from_pem(&pem);
+        let http = http.map_err(|e| Error::with(ErrorKind::Invalid, text, e.without_url()))?;
+        let chain: std::result::Result<Vec<_>, _> = CertificateDer::pem_slice_iter(certificate).collect();
+        let chain = chain.map_err(|e| Error::with(ErrorKind::Invalid, text, e))?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| Error::with(ErrorKind::Invalid, text, e))?;
+        let key = CertifiedKey::from_der(chain, key, &aws_lc_rs::default_provider());
+        let key = Arc::new(key.map_err(|e| Error::with(ErrorKind::Invalid, text, e))?);
+        self.identity = Some(ClientCertificate { http, key });
         Ok(())
     }
 
-    /// Whether there is nothing that only an HTTP source could take.
+    /// Refuses to be given for a source that has no use for it: who gives it expects that it is shown.
+    pub(crate) fn admit(&self, source: &Source) -> Result<()> {
+        let fits = match source {
+            Source::Http(_) => true,
+            Source::Nbd(address) => self.headers.is_empty() && (self.identity.is_none() || address.tls()),
+            _ => self.is_empty(),
+        };
+        if fits {
+            return Ok(());
+        }
+        let text = "headers and tokens of the source are for http and https alone, client certificates for https and nbds";
+        Err(Error::new(ErrorKind::Invalid, text))
+    }
+
+    /// Whether nothing was given.
     pub fn is_empty(&self) -> bool {
         self.headers.is_empty() && self.identity.is_none()
     }
@@ -98,7 +138,12 @@ impl HttpOptions {
     }
 
     pub(super) fn identity(&self) -> Option<&Identity> {
-        self.identity.as_ref()
+        self.identity.as_ref().map(|identity| &identity.http)
+    }
+
+    /// The certificate, for who speaks TLS otherwise than by HTTP.
+    pub(crate) fn certified_key(&self) -> Option<&Arc<CertifiedKey>> {
+        self.identity.as_ref().map(|identity| &identity.key)
     }
 
     fn authorize(&mut self, value: &str) -> Result<()> {

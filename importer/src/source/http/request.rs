@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use dvcr_image::{Clients, Credentials, Forbidden, Network, is_certificate_refused};
+use dvcr_image::{Clients, Credentials, Forbidden, Network, is_certificate_refused, is_identity_refused};
 use percent_encoding::percent_decode_str;
 use reqwest::header::{
     AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, IF_RANGE, LAST_MODIFIED,
@@ -180,7 +180,7 @@ impl Requester {
 
     async fn send(&self, stop: &Stop, part: Option<&Part>) -> Result<Response, Failure> {
         let clients = if stop.at_home { &self.home } else { &self.abroad };
-        let client = clients.for_url(&stop.url).map_err(|why| self.forbidden(&why))?;
+        let client = clients.for_url(&stop.url).map_err(|why| self.forbidden(&why, stop))?;
         let mut request = client.get(stop.url.clone());
         if stop.at_home {
             request = request.headers(self.headers.clone());
@@ -191,21 +191,23 @@ impl Requester {
         }
         request.send().await.map_err(|error| {
             if let Some(why) = Forbidden::behind(&error) {
-                return self.forbidden(why);
+                return self.forbidden(why, stop);
             }
             let shown = self.shown();
-            let untrusted = is_certificate_refused(&error);
-            let context = match untrusted {
-                true => format!(
-                    "the certificate of {} is not accepted; --source-ca names whom to trust, --insecure-source accepts any",
-                    stop.url.origin().ascii_serialization()
-                ),
-                false if stop.url == self.url => format!("cannot reach {shown}"),
-                false => {
-                    format!("cannot reach {}, where {shown} leads", stop.url.origin().ascii_serialization())
-                }
+            let origin = stop.url.origin().ascii_serialization();
+            let (untrusted, unknown) = (is_certificate_refused(&error), is_identity_refused(&error));
+            let context = if untrusted {
+                format!(
+                    "the certificate of {origin} is not accepted; --source-ca names whom to trust, --insecure-source accepts any"
+                )
+            } else if unknown {
+                format!("{origin} wants a certificate of its client that it trusts; --source-cert and --source-key name one")
+            } else if stop.url == self.url {
+                format!("cannot reach {shown}")
+            } else {
+                format!("cannot reach {origin}, where {shown} leads")
             };
-            let passing = !(error.is_builder() || untrusted);
+            let passing = !(error.is_builder() || untrusted || unknown);
             let error = Error::with(ErrorKind::Source, context, error.without_url());
             if passing { Failure::Passing(error, None) } else { Failure::Final(error) }
         })
@@ -308,8 +310,12 @@ impl Requester {
         Error::new(ErrorKind::Changed, text)
     }
 
-    fn forbidden(&self, why: &Forbidden) -> Failure {
-        Failure::Final(Error::new(ErrorKind::Policy, format!("source {}: {why}", self.shown())))
+    fn forbidden(&self, why: &Forbidden, stop: &Stop) -> Failure {
+        let mut text = format!("source {}: ", self.shown());
+        if stop.url != self.url {
+            text += &format!("it leads to {}: ", shown(&stop.url));
+        }
+        Failure::Final(Error::new(ErrorKind::Policy, format!("{text}{why}")))
     }
 
     fn found(&self) -> std::sync::MutexGuard<'_, Option<Stop>> {

@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dvcr_converter::io::{Extent, ExtentKind, ReadAt};
-use dvcr_image::is_certificate_refused;
+use dvcr_converter::progress::Progress;
+use dvcr_image::{is_certificate_refused, is_identity_refused};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use percent_encoding::percent_decode_str;
 use reqwest::Url;
@@ -26,6 +27,7 @@ use tokio::time::timeout;
 
 use super::policy::SourcePolicy;
 use super::{Opened, Pieces, Place, Pump, SourceOptions, changed};
+use crate::import::cancelled;
 use crate::{Error, ErrorKind, Result};
 use connection::{Connection, Export, Failure, Run, Stream};
 use tls::Tls;
@@ -121,6 +123,11 @@ impl fmt::Display for Address {
 }
 
 impl Address {
+    /// Whether TLS is to be spoken.
+    pub(crate) fn tls(&self) -> bool {
+        self.tls
+    }
+
     /// The scheme of its URL.
     pub(super) fn scheme(&self) -> &'static str {
         match (&self.server, self.tls) {
@@ -173,6 +180,8 @@ impl Address {
 pub(crate) struct Nbd {
     shared: Arc<Shared>,
     runtime: Handle,
+    /// Of the work that the export is read for: when that is cancelled, no answer is waited for any more.
+    progress: Option<Arc<Progress>>,
 }
 
 struct Shared {
@@ -229,7 +238,7 @@ pub(crate) async fn open_random(address: &Address, options: &SourceOptions) -> R
         };
         failure(kind, format!("cannot read {shown}"), e)
     };
-    let tls = |host: &str| Tls::new(host, options.insecure, &options.roots).map_err(failed);
+    let tls = |host: &str| Tls::new(host, options).map_err(failed);
     let tls = match (&address.server, address.tls) {
         (_, false) => None,
         (Server::Tcp { host, .. }, true) => Some(tls(host)?),
@@ -242,6 +251,12 @@ pub(crate) async fn open_random(address: &Address, options: &SourceOptions) -> R
             Err(error) if is_certificate_refused(&error) => {
                 let text = format!(
                     "the certificate of {shown} is not accepted; --source-ca names whom to trust, --insecure-source accepts any"
+                );
+                return Err(Error::with(ErrorKind::Source, text, error));
+            }
+            Err(error) if is_identity_refused(&error) => {
+                let text = format!(
+                    "{shown} wants a certificate of its client that it trusts; --source-cert and --source-key name one"
                 );
                 return Err(Error::with(ErrorKind::Source, text, error));
             }
@@ -260,7 +275,7 @@ pub(crate) async fn open_random(address: &Address, options: &SourceOptions) -> R
         zeros: Mutex::new(Zeros { is_silent: !export.tells_zeros, ..Zeros::default() }),
         answers: AtomicU64::new(0),
     });
-    Ok(Nbd { shared, runtime: Handle::current() })
+    Ok(Nbd { shared, runtime: Handle::current(), progress: None })
 }
 
 async fn connect(
@@ -284,8 +299,11 @@ fn failure(kind: ErrorKind, context: String, error: io::Error) -> Error {
 
 /// Whether another attempt may do better: not where the server said what is wrong.
 fn is_passing(error: &io::Error) -> bool {
-    !matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
+    // A policy does not change its mind, nor does a socket that is not ours to open.
+    use io::ErrorKind::{InvalidData, InvalidInput, PermissionDenied};
+    !matches!(error.kind(), InvalidData | InvalidInput | PermissionDenied)
         && !is_certificate_refused(error)
+        && !is_identity_refused(error)
 }
 
 async fn back_off(attempt: u32, error: &io::Error) {
@@ -467,17 +485,38 @@ impl Zeros {
     }
 }
 
+impl Nbd {
+    /// Makes reads fail when `progress` is cancelled, even while the server is silent.
+    pub(crate) fn until_cancelled(self, progress: Arc<Progress>) -> Self {
+        Self { progress: Some(progress), ..self }
+    }
+
+    /// Waits, on a thread outside of the runtime; `None` if the work was cancelled.
+    fn wait<T>(&self, answer: impl Future<Output = T>) -> Option<T> {
+        self.runtime.block_on(async {
+            let Some(progress) = &self.progress else { return Some(answer.await) };
+            tokio::select! {
+                biased;
+                answer = answer => Some(answer),
+                _ = cancelled(progress) => None,
+            }
+        })
+    }
+}
+
 impl ReadAt for Nbd {
     fn len(&self) -> u64 {
         self.shared.export.size
     }
 
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.runtime.block_on(self.shared.read(buf, offset)).map_err(|e| self.shared.unreadable(e).into())
+        let read = self.wait(self.shared.read(buf, offset));
+        let read = read.ok_or_else(|| io::Error::other("the work was cancelled"))?;
+        read.map_err(|e| self.shared.unreadable(e).into())
     }
 
     fn extent_at(&self, offset: u64) -> Option<Extent> {
-        let run = self.runtime.block_on(self.shared.run_at(offset))?;
+        let run = self.wait(self.shared.run_at(offset))??;
         let kind = if run.is_zero { ExtentKind::Hole } else { ExtentKind::Data };
         Some(Extent { start: offset, len: run.len, kind, host: None })
     }

@@ -7,11 +7,13 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::sign::SingleCertAndKey;
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 use rustls_platform_verifier::Verifier;
 use tokio_rustls::TlsConnector;
 
 use super::connection::Stream;
+use crate::source::SourceOptions;
 
 /// How TLS is spoken with one server.
 #[derive(Clone)]
@@ -21,25 +23,27 @@ pub(super) struct Tls {
 }
 
 impl Tls {
-    /// Prepares TLS with the server called `host`; `roots` (PEM) are trusted besides those of the system, `insecure` accepts any
-    /// certificate.
-    pub(super) fn new(host: &str, insecure: bool, roots: &[u8]) -> io::Result<Self> {
-        let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(roots).collect();
+    /// Prepares TLS with the server called `host`: whom `options` trust, and which certificate they show.
+    pub(super) fn new(host: &str, options: &SourceOptions) -> io::Result<Self> {
+        let roots: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&options.roots).collect();
         let roots = roots.map_err(|e| io::Error::new(io::ErrorKind::InvalidInput, e))?;
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let verifier: Arc<dyn ServerCertVerifier> = match insecure {
+        let verifier: Arc<dyn ServerCertVerifier> = match options.insecure {
             true => Arc::new(AnyCertificate(provider.clone())),
             false => {
                 let verifier = Verifier::new_with_extra_roots(roots, provider.clone());
                 Arc::new(verifier.map_err(io::Error::other)?)
             }
         };
-        let config = ClientConfig::builder_with_provider(provider)
+        let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(io::Error::other)?
             .dangerous()
-            .with_custom_certificate_verifier(verifier)
-            .with_no_client_auth();
+            .with_custom_certificate_verifier(verifier);
+        let config = match options.http.certified_key() {
+            Some(key) => builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(key.clone()))),
+            None => builder.with_no_client_auth(),
+        };
         let name = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
         Ok(Self { connector: TlsConnector::from(Arc::new(config)), name })
     }

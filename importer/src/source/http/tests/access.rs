@@ -215,7 +215,8 @@ async fn a_redirect_goes_nowhere_that_the_source_could_not_be() {
     .await;
     let options = under("hosts: [127.0.0.1]\nnetworks: {allow: [127.0.0.0/8]}");
     assert_reads(&server.url("good"), &options, &body).await;
-    assert_forbidden(&server.url("metadata"), &options, "169.254.0.0/16").await;
+    assert_forbidden(&server.url("metadata"), &options, "leads to http://169.254.169.254/latest/: 169.254")
+        .await;
     assert_forbidden(&server.url("private"), &options, "fc00::/7").await;
     assert_forbidden(&server.url("host"), &options, "the host localhost").await;
     let secure = under("https_only: true\nnetworks: {allow: [127.0.0.0/8]}");
