@@ -221,6 +221,7 @@ mod tests {
             limits: Default::default(),
             start_timeout: None,
             idle_timeout: Duration::from_secs(600),
+            keep_after: Duration::from_secs(60),
         };
         let app = Arc::new(App::new(config, watch::channel(Arc::default()).0));
         let new = New { id: "a".into(), len: Some(9), name: None, metadata: None, resumable: true };
