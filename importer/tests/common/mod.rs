@@ -373,7 +373,7 @@ pub struct Serving {
     /// A status line in place of the file, such as `404 Not Found`.
     pub status: Option<&'static str>,
     pub content_type: &'static str,
-    /// After a whole body was announced, send so many bytes and then nothing more.
+    /// After a whole body was announced, send nothing behind so many bytes of the file, whichever part of it was asked for.
     pub stall_after: Option<usize>,
 }
 
@@ -489,7 +489,8 @@ async fn answer(
         true => "transfer-encoding: chunked\r\n\r\n".to_owned(),
         false => format!("content-length: {}\r\n\r\n", rest.len() as i64 + serving.length_error),
     };
-    let limit = serving.cut_after.or(serving.stall_after).unwrap_or(usize::MAX).min(rest.len());
+    let stall_after = serving.stall_after.map(|bytes| bytes.saturating_sub(start.unwrap_or(0)));
+    let limit = serving.cut_after.or(stall_after).unwrap_or(usize::MAX).min(rest.len());
     let _ = socket.write_all(head.as_bytes()).await;
     if serving.chunked {
         for part in rest[..limit].chunks(100_000) {
