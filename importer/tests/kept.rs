@@ -53,7 +53,7 @@ async fn break_off(registry: &Registry, request: &ImportRequest, pieces: u64) {
     let deadline = Instant::now() + Duration::from_secs(120);
     let name = request.destination.repository();
     while noted(registry, name) < pieces {
-        assert!(Instant::now() < deadline && !running.is_finished(), "{} bytes came", progress.done());
+        assert!(Instant::now() < deadline && !running.is_finished(), "{name}: {} bytes came", progress.done());
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     progress.cancel();
@@ -108,7 +108,7 @@ async fn what_is_decoded_or_encoded_goes_on_behind_what_was_kept_of_it() {
         ("gz", files.wrap(&qcow2, "gz")),
         ("xz", files.wrap(&qcow2, "xz")),
         ("raw", disk.clone()),
-        ("raw-zst", files.wrap(&disk, "zst")),
+        ("raw-gz", files.wrap(&disk, "gz")),
     ] {
         let body = std::fs::read(&source).unwrap();
         let file_name = source.file_name().unwrap().to_str().unwrap();
