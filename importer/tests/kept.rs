@@ -53,7 +53,11 @@ async fn break_off(registry: &Registry, request: &ImportRequest, pieces: u64) {
     let deadline = Instant::now() + Duration::from_secs(120);
     let name = request.destination.repository();
     while noted(registry, name) < pieces {
-        assert!(Instant::now() < deadline && !running.is_finished(), "{name}: {} bytes came", progress.done());
+        assert!(
+            Instant::now() < deadline && !running.is_finished(),
+            "{name}: {} bytes came",
+            progress.done()
+        );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     progress.cancel();
