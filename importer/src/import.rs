@@ -142,7 +142,7 @@ pub(crate) async fn transfer(
 }
 
 /// Waits until somebody cancels, or the time is over.
-pub(crate) async fn cancelled(progress: &Progress) -> Error {
+pub async fn cancelled(progress: &Progress) -> Error {
     loop {
         if let Err(stopped) = progress.check() {
             return Error::stopped(stopped);
@@ -174,6 +174,12 @@ enum Session {
     Open(Upload, Kept),
     /// It goes on with a layer.
     Layer(Box<BlobWriter>, Begun),
+}
+
+/// The session while the source thread finds out what the source is.
+enum Held {
+    Layer(BlobWriter),
+    Keeper(Keeper),
 }
 
 type SourceThread = JoinHandle<Result<Produced>>;
@@ -211,17 +217,16 @@ impl Transfer<'_> {
         let begin = Mark::new(position, &checksums);
         self.progress.skip_to(resumed_bytes);
         let received = Received::new(reader, position, checksums, self.progress.clone());
-        let (mut resumed, mut layer, mut keeper) = (None, None, None);
-        match session {
-            Session::Layer(blob, begun) => (resumed, layer) = (Some((begun.layer, begun.file)), Some(*blob)),
+        let (held, resumed) = match session {
+            Session::Layer(blob, begun) => (Held::Layer(*blob), Some((begun.layer, begun.file))),
             Session::Open(session, kept) => {
                 let keep_after = self.keeps.load(Ordering::Relaxed).then_some(self.request.keep_after);
                 let (repository, source) = (self.repository.clone(), &self.request.source);
-                let (new, tee) = Keeper::new(repository, session, kept, source, &opened, keep_after);
+                let (keeper, tee) = Keeper::new(repository, session, kept, source, &opened, keep_after);
                 received.keep(tee);
-                keeper = Some(new);
+                (Held::Keeper(keeper), None)
             }
-        }
+        };
         let (writer, mut chunks) = chunks::channel();
         let (tell_route, route) = oneshot::channel();
         let is_plain = self.request.checksums.is_empty();
@@ -239,15 +244,11 @@ impl Transfer<'_> {
         };
         let thread = tokio::task::spawn_blocking(move || producer.run(tell_route));
 
-        let (manifest, produced, virtual_size) = match (route.await, keeper) {
-            (Ok(Route::Straight(file)), keeper) => {
-                let is_resumed = layer.is_some();
-                let blob = match (layer, keeper) {
-                    (Some(blob), _) => blob,
-                    (None, Some(keeper)) => keeper.into_layer().await?,
-                    (None, None) => {
-                        return Err(Error::new(ErrorKind::Registry, "an import without a session"));
-                    }
+        let (manifest, produced, virtual_size) = match (route.await, held) {
+            (Ok(Route::Straight(file)), held) => {
+                let (blob, is_resumed) = match held {
+                    Held::Layer(blob) => (blob, true),
+                    Held::Keeper(keeper) => (keeper.into_layer().await?, false),
                 };
                 if let Some(bytes) = tar::layer_bytes(file.size) {
                     blob.announce(bytes).await.map_err(|e| self.registry(e))?;
@@ -263,14 +264,14 @@ impl Transfer<'_> {
                 }
                 self.publish(&layer, produced).await?
             }
-            (Ok(Route::Staged), Some(keeper)) => self.stage_and_keep(chunks, thread, keeper).await?,
+            (Ok(Route::Staged), Held::Keeper(keeper)) => self.stage_and_keep(chunks, thread, keeper).await?,
             // The source thread failed before it knew.
-            (_, keeper) => {
+            (_, held) => {
                 let error = ended(thread).await.err();
                 let outcome = Err(error.unwrap_or_else(|| {
                     Error::new(ErrorKind::Source, "the source thread ended without a word")
                 }));
-                if let Some(keeper) = keeper {
+                if let Held::Keeper(keeper) = held {
                     keeper.end(&outcome).await;
                 }
                 return outcome;

@@ -40,7 +40,7 @@ pub mod source;
 
 pub use clone::{CloneRequest, CloneSummary, clone};
 pub use error::{Error, ErrorKind, Result};
-pub use import::{ImportRequest, ImportSummary, Outcome, import};
+pub use import::{ImportRequest, ImportSummary, Outcome, cancelled, import};
 pub use populate::{PopulateRequest, PopulateSummary, TargetFormat, populate};
 pub use source::http::HttpOptions;
 pub use source::policy::SourcePolicy;

@@ -1,11 +1,12 @@
 //! The whole transfer again: long enough to outlast a registry that is started again, or a network that is mended.
 
 use std::future::Future;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dvcr_converter::progress::Progress;
-use dvcr_importer::{Error, ErrorKind};
+use dvcr_importer::{Error, ErrorKind, cancelled};
 use rand::Rng;
+use tokio::time::timeout;
 
 /// Times that a transfer is tried.
 pub const ATTEMPTS_MAX: u32 = 20;
@@ -14,8 +15,6 @@ const WAIT_FIRST_MS: u64 = 1_000;
 const WAIT_FACTOR: u64 = 3;
 /// Longest wait.
 const WAIT_MS_MAX: u64 = 60_000;
-/// How often a wait looks whether it is still wanted.
-const CANCEL_POLL: Duration = Duration::from_millis(100);
 /// How much longer a wait may be by chance, so that many workers do not come back at once.
 const JITTER: f64 = 0.1;
 
@@ -46,12 +45,8 @@ where
             Err(error) if attempt < ATTEMPTS_MAX && may_pass(&error) => {
                 let wait = wait(attempt, rand::rng().random());
                 tracing::warn!(%error, attempt, wait_ms = wait.as_millis() as u64, "the transfer is tried again");
-                let until = Instant::now() + wait;
-                while Instant::now() < until {
-                    if progress.check().is_err() {
-                        return Err(error);
-                    }
-                    tokio::time::sleep(CANCEL_POLL).await;
+                if timeout(wait, cancelled(progress)).await.is_ok() {
+                    return Err(error);
                 }
                 attempt += 1;
             }

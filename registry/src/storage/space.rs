@@ -179,6 +179,20 @@ mod tests {
     }
 
     #[test]
+    fn asking_takes_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let space = Space::new(root.path(), Some(0));
+        // An answer that stays new for the test.
+        let at = Instant::now() + Duration::from_secs(3600);
+        *space.seen() = Seen { at: Some(at), free: 1000, granted: 0 };
+        for _ in 0..2 {
+            space.check(1000).unwrap();
+            let seen = space.seen();
+            assert_eq!((seen.free, seen.granted), (1000, 0));
+        }
+    }
+
+    #[test]
     fn nobody_is_refused_for_what_was_so_a_moment_ago() {
         let root = tempfile::tempdir().unwrap();
         let space = Space::new(root.path(), Some(0));
