@@ -437,6 +437,11 @@ impl BlobWriter {
         (self.position, self.hasher.save_sha256())
     }
 
+    /// See [`Upload::keeps_notes`].
+    pub fn keeps_notes(&self) -> bool {
+        self.upload.keeps_notes()
+    }
+
     /// See [`Upload::leave_note`].
     pub fn leave_note(&mut self, note: String) {
         self.upload.leave_note(note);

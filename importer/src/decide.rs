@@ -13,10 +13,11 @@ use dvcr_converter::progress::Progress;
 use dvcr_image::{DiskImage, Repository, layout};
 
 use crate::copy::copy;
-use crate::import::{ImportRequest, ImportSummary, Outcome, transfer};
+use crate::import::{ImportRequest, ImportSummary, Outcome};
 use crate::refresh::{self, Refresh};
 use crate::signature;
 use crate::source::{Source, image};
+use crate::transfer::transfer;
 use crate::{Error, ErrorKind, Result};
 
 /// Imports as is asked for, as far as there is something to import.

@@ -18,20 +18,20 @@
 //! Keeping fails for itself alone: what is kept is dropped then, and the import goes on.
 
 use std::convert::Infallible;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, Bytes};
-use dvcr_image::digest::{self, Digest, Hasher};
-use dvcr_image::{BlobStream, BlobWriter, CHUNK_BYTES, Repository, Upload};
-use tokio::runtime::Handle;
+use bytes::Bytes;
+use dvcr_image::digest::Digest;
+use dvcr_image::{BlobWriter, CHUNK_BYTES, Repository, Upload};
 use tokio::sync::Mutex;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::chunks::{self, ChunkReader, ChunkWriter};
 use crate::produce::{SALT_BYTES, salt};
+use crate::readback::ReadBack;
 use crate::resume::{Kept, Mark, Note, Rest};
 use crate::source::{Opened, Source};
 use crate::{Error, ErrorKind, Result};
@@ -43,8 +43,6 @@ pub(crate) const VALIDATOR_BYTES_MAX: usize = 512;
 /// Shortest piece, and that of a source whose length is not known, bytes; both are whole chunks.
 const PIECE_BYTES_MIN: u64 = 16 << 20;
 const PIECE_BYTES_OF_UNKNOWN: u64 = 64 << 20;
-/// What a note is sent with, which needs a body. An upload of one byte is reported as one of none.
-const NOTE_BODY: &[u8; 4] = b"note";
 /// How many times the length of a source there has to be room for: the pieces, what is staged, and the layer.
 const ROOM_FACTOR: u64 = 3;
 /// How often the registry is asked for the pieces, so that it does not collect them, milliseconds. The shortest grace that this
@@ -320,10 +318,7 @@ impl Keeper {
     async fn note(&mut self) -> dvcr_image::Result<()> {
         let Some(journal) = &mut self.journal else { return Ok(()) };
         let validator = self.validator.as_deref().unwrap_or_default();
-        if let Some(note) = Note::new(validator, Rest::Pieces(self.kept.clone())).write() {
-            journal.leave_note(note);
-        }
-        journal.append(Bytes::from_static(NOTE_BODY)).await
+        Note::new(validator, Rest::Pieces(self.kept.clone())).leave(journal).await
     }
 
     /// Asks the registry for the pieces, which keeps them from being collected.
@@ -364,66 +359,37 @@ pub(crate) async fn forget(repository: &Repository, journal: Option<Upload>, pie
 
 /// The pieces one after the other, each verified before its last byte is passed on.
 pub(crate) struct KeptReader {
-    repository: Repository,
-    pieces: std::vec::IntoIter<Digest>,
-    piece_bytes: u64,
-    runtime: Handle,
-    current: Option<Piece>,
-}
-
-/// A piece that is read.
-struct Piece {
-    stream: BlobStream,
-    hasher: Hasher,
-    salt_left: usize,
-    /// Bytes of the source that were not passed on.
-    left: u64,
-    /// Those of them that are here.
-    bytes: Bytes,
+    pieces: std::vec::IntoIter<ReadBack>,
+    current: Option<ReadBack>,
 }
 
 impl KeptReader {
     /// Reads by the runtime that this is called in. Blocking; must not be read on its async threads.
-    pub(crate) fn new(repository: Repository, kept: &Kept) -> Self {
-        let (pieces, piece_bytes) = (kept.pieces.clone().into_iter(), kept.piece_bytes);
-        Self { repository, pieces, piece_bytes, runtime: Handle::current(), current: None }
+    pub(crate) fn new(repository: &Repository, kept: &Kept) -> dvcr_image::Result<Self> {
+        let salt = SALT_BYTES as u64;
+        let size = kept.piece_bytes.saturating_add(salt);
+        let pieces = kept.pieces.iter().map(|piece| ReadBack::new(repository, piece, size, salt));
+        let pieces: Vec<_> = pieces.collect::<dvcr_image::Result<_>>()?;
+        Ok(Self { pieces: pieces.into_iter(), current: None })
     }
 
-    /// The piece that has bytes left, or the next one; `None` behind the last.
-    fn piece(&mut self) -> dvcr_image::Result<Option<&mut Piece>> {
-        if self.current.as_ref().is_none_or(|piece| piece.left == 0) {
-            let Some(digest) = self.pieces.next() else { return Ok(None) };
-            let size = self.piece_bytes.saturating_add(SALT_BYTES as u64);
-            self.current = Some(Piece {
-                hasher: Hasher::matching(&digest)?,
-                stream: self.repository.blob(&digest, size),
-                salt_left: SALT_BYTES,
-                left: self.piece_bytes,
-                bytes: Bytes::new(),
-            });
-        }
-        Ok(self.current.as_mut())
-    }
-}
-
-impl Piece {
-    /// Has some bytes here.
-    fn fill(&mut self, runtime: &Handle) -> dvcr_image::Result<()> {
-        while self.bytes.is_empty() {
-            let Some(mut bytes) = runtime.block_on(self.stream.next())? else {
-                let text = format!("the piece {} ended early", self.stream.digest());
-                return Err(dvcr_image::Error::new(dvcr_image::ErrorKind::Mismatch, text));
-            };
-            self.hasher.update(&bytes);
-            let salt = bytes.split_to(self.salt_left.min(bytes.len()));
-            self.salt_left -= salt.len();
-            self.bytes = bytes;
-            if self.bytes.len() as u64 == self.left {
-                let found = self.hasher.clone().finish()?;
-                digest::same(&found, self.stream.digest(), "a piece of the source")?;
+    /// Reads on in the piece that has bytes left, or in the next one.
+    fn read_on(&mut self, buf: &mut [u8]) -> dvcr_image::Result<usize> {
+        loop {
+            if let Some(piece) = &mut self.current {
+                let bytes = piece.fill()?;
+                let count = buf.len().min(bytes.len());
+                if count > 0 {
+                    buf[..count].copy_from_slice(&bytes[..count]);
+                    piece.consume(count);
+                    return Ok(count);
+                }
+            }
+            self.current = self.pieces.next();
+            if self.current.is_none() {
+                return Ok(0);
             }
         }
-        Ok(())
     }
 }
 
@@ -432,13 +398,7 @@ impl Read for KeptReader {
         if buf.is_empty() {
             return Ok(0);
         }
-        let runtime = self.runtime.clone();
-        let Some(piece) = self.piece().map_err(unusable)? else { return Ok(0) };
-        piece.fill(&runtime).map_err(unusable)?;
-        let count = buf.len().min(piece.bytes.len());
-        piece.bytes.copy_to_slice(&mut buf[..count]);
-        piece.left = piece.left.saturating_sub(count as u64);
-        Ok(count)
+        Ok(self.read_on(buf).map_err(unusable)?)
     }
 }
 

@@ -33,10 +33,12 @@ mod name;
 mod populate;
 mod produce;
 mod random;
+mod readback;
 mod refresh;
 mod resume;
 pub mod signature;
 pub mod source;
+mod transfer;
 
 pub use clone::{CloneRequest, CloneSummary, clone};
 pub use error::{Error, ErrorKind, Result};

@@ -43,6 +43,8 @@ pub(crate) struct Produced {
     pub(crate) header: Vec<u8>,
     /// Of a file that went straight into its layer, from its beginning; that of others is made when they are read back.
     pub(crate) index: Option<Index>,
+    /// The end of a source that went straight into its layer.
+    pub(crate) end: Option<Mark>,
 }
 
 /// The source thread: from received bytes to chunks.
@@ -116,11 +118,12 @@ impl Producer {
         let read = self.writer.read_all(&mut reader, &mark).map_err(|e| self.reading(e))?;
         drop(reader);
         file.size = position.saturating_add(read);
+        let end = mark(read);
         let source_size = self.received.clone().finish(self.len)?;
         self.writer.write_all(&tar::suffix(file.size)).map_err(pushing)?;
         self.writer.finish().map_err(pushing)?;
         let index = if from == 0 { indexed.index.finish() } else { None };
-        Ok(Produced { file, source_size, header: Vec::new(), index })
+        Ok(Produced { file, source_size, header: Vec::new(), index, end })
     }
 
     fn produce(mut self, tell_route: oneshot::Sender<Route>) -> Result<Produced> {
@@ -198,7 +201,7 @@ impl Producer {
         tracing::debug!(bytes = self.writer.written(), "the source is read");
         self.writer.finish().map_err(pushing)?;
         let file = StoredFile { name, format, size, virtual_size };
-        Ok(Produced { file, source_size, header, index: None })
+        Ok(Produced { file, source_size, header, index: None, end: None })
     }
 
     fn refused(&self, error: dvcr_converter::Error) -> Error {
@@ -224,9 +227,9 @@ fn tell(tell_route: oneshot::Sender<Route>, route: Route) -> Result<()> {
 }
 
 /// Makes the index of what is read.
-struct Indexing<R> {
-    reader: R,
-    index: Builder,
+pub(crate) struct Indexing<R> {
+    pub(crate) reader: R,
+    pub(crate) index: Builder,
 }
 
 impl<R: Read> Read for Indexing<R> {

@@ -11,11 +11,14 @@
 //! names. Between it and what the registry has lie a chunk or two, which are read again from the source.
 //!
 //! That is the kind of an import whose source is stored as it comes. The session of one that is decoded or encoded on the way has
-//! nothing of the image in it: its note lists the pieces of the source that are kept beside (see [`crate::keep`]).
+//! nothing of the image in it: its note lists the pieces of the source that are kept beside (see [`crate::keep`]). When the registry
+//! has made a layer of a session, another one by the same name says which, until a manifest names it.
 
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use bytes::Bytes;
 use dvcr_converter::format::Format;
+use dvcr_image::Upload;
 use dvcr_image::digest::{self, Digest};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -24,6 +27,8 @@ use crate::checksum::Checksums;
 use crate::source::Place;
 
 const VERSION: u32 = 2;
+/// What a note is sent with, which needs a body. An upload of one byte is reported as one of none.
+const NOTE_BODY: &[u8; 4] = b"note";
 
 /// What an import leaves for the next one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +48,8 @@ pub(crate) enum Rest {
     Layer(Begun),
     /// Bytes of the source, in blobs.
     Pieces(Kept),
+    /// A whole layer, in a blob.
+    Pushed(Pushed),
 }
 
 /// Where in a layer another process goes on, and what it need not find out again.
@@ -53,6 +60,17 @@ pub(crate) struct Begun {
     hash: String,
     #[serde(flatten)]
     pub(crate) mark: Mark,
+    #[serde(flatten)]
+    pub(crate) file: StoredFile,
+}
+
+/// A layer that no manifest names yet, and what need not be found out again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Pushed {
+    pub(crate) digest: Digest,
+    /// The end of the source.
+    #[serde(flatten)]
+    pub(crate) end: Mark,
     #[serde(flatten)]
     pub(crate) file: StoredFile,
 }
@@ -92,6 +110,14 @@ pub(crate) struct StoredFile {
 impl Note {
     pub(crate) fn new(validator: &str, rest: Rest) -> Self {
         Self { version: VERSION, validator: validator.to_owned(), rest }
+    }
+
+    /// Leaves it with a session that nothing but notes comes to.
+    pub(crate) async fn leave(&self, journal: &mut Upload) -> dvcr_image::Result<()> {
+        if let Some(text) = self.write() {
+            journal.leave_note(text);
+        }
+        journal.append(Bytes::from_static(NOTE_BODY)).await
     }
 
     /// The text that is left with the session: JSON in base64, as a file's name may have any character.
@@ -259,6 +285,15 @@ mod tests {
         let text = note.write().unwrap();
         assert!(text.len() <= 8192 && text.bytes().all(|b| b.is_ascii_graphic()), "{}", text.len());
         assert_eq!(Note::read(&text).unwrap(), note);
+    }
+
+    #[test]
+    fn a_note_of_a_whole_layer_is_read_as_it_was_written() {
+        let checksums = Checksums::new(&[format!("md5:{}", "0".repeat(32)).parse().unwrap()]).unwrap();
+        let file = StoredFile { name: "a.qcow2".into(), format: Format::Qcow2, size: 1, virtual_size: None };
+        let digest = digest::sha256(b"a layer").unwrap();
+        let note = Note::new("v", Rest::Pushed(Pushed { digest, end: Mark::new(1, &checksums), file }));
+        assert_eq!(Note::read(&note.write().unwrap()).unwrap(), note);
     }
 
     #[test]

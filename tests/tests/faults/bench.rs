@@ -1,10 +1,10 @@
 //! What the cells share: two images, a registry behind a relay, and what is looked at afterwards.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "test code: a failure is the report")]
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use dvcr_tests::{
-    Daemon, PeerRegistry, Registry, Relay, S3Server, TempDir, assert_same_bytes, cmd, dvcr, fixture, qemu,
-    run, temp_dir, utf8, wait_until,
+    Daemon, PeerRegistry, Registry, Relay, Reply, S3Server, TempDir, assert_same_bytes, cmd, dvcr, fixture,
+    qemu, run, temp_dir, utf8, wait_until,
 };
 use serde_json::Value;
 use std::fs;
@@ -303,6 +303,33 @@ impl Bench {
 
     fn sessions(&self) -> usize {
         fs::read_dir(self.repository().join("_uploads")).map_or(0, Iterator::count)
+    }
+
+    /// Has nothing published until [`Bench::take_manifests`], and waits until something was to be: then its layer is there.
+    pub fn wait_to_publish(&self, running: &mut Daemon) -> Result<()> {
+        let (tell, told) = std::sync::mpsc::channel();
+        self.to.rule(move |requested| {
+            let is_manifest = requested.method == "PUT" && requested.path.contains("/manifests/");
+            if is_manifest {
+                let _ = tell.send(());
+            }
+            is_manifest.then(|| Reply::later(503, 10))
+        });
+        told.recv_timeout(END_TIMEOUT).with_context(|| running.log())
+    }
+
+    pub fn take_manifests(&self) {
+        self.to.rule(|_| None);
+    }
+
+    /// Removes all layers that no manifest names, as garbage collection does.
+    pub fn remove_layers(&self) -> Result<()> {
+        for layer in fs::read_dir(self.repository().join("_layers/sha256"))?.flatten() {
+            let digest = layer.file_name().into_string().map_err(|name| anyhow!("{name:?} is no digest"))?;
+            let url = format!("{}/v2/{NAME}/blobs/sha256:{digest}", self.registry.url());
+            run(&cmd("curl", ["-sS", "-f", "-X", "DELETE", &url]))?;
+        }
+        Ok(())
     }
 
     /// Waits until the registry has put away so many bytes of what is pushed.

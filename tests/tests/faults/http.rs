@@ -118,9 +118,55 @@ pub fn importer_killed() -> Result<()> {
         // What the registry had not acknowledged, and the chunk before it.
         assert_again(web.from.passed(), image().size, 2 * CHUNK_BYTES + image().hundredth());
     }
+    publishing_importer_killed()?;
     for image in images_on_the_way() {
         for is_in_bucket in [true, false] {
             keeping_importer_killed(image, is_in_bucket)?;
+        }
+    }
+    Ok(())
+}
+
+/// Between the layer and the manifest.
+fn publishing_importer_killed() -> Result<()> {
+    #[derive(PartialEq)]
+    enum Then {
+        Same,
+        Collected,
+        Changed,
+    }
+    for then in [Then::Same, Then::Collected, Then::Changed] {
+        let mut web = Web::new()?;
+        let checksum = |image: &Image| format!("--checksum=sha256:{}", image.sha256);
+        let mut import = Daemon::spawn(web.import()?.arg(checksum(image())))?;
+        web.bench.wait_to_publish(&mut import)?;
+        import.kill9()?;
+        web.bench.kill_registry()?;
+        web.bench.assert_untagged()?;
+        web.bench.take_manifests();
+        let (read, pushed) = (web.from.passed(), web.bench.to.pushed());
+        let mut image = image();
+        match then {
+            Then::Same => {}
+            Then::Collected => web.bench.remove_layers()?,
+            Then::Changed => {
+                image = other_image();
+                image.copy_to(web.bench.dir.path())?;
+            }
+        }
+        let told = succeed(&mut Daemon::spawn(web.import()?.arg(checksum(image)))?)?;
+        web.bench.assert_right(image)?;
+        let (read, pushed) = (web.from.passed() - read, web.bench.to.pushed() - pushed);
+        match then {
+            Then::Same => {
+                assert!(told.contains("the layer is there"), "{}", told);
+                assert_again(image.size + read, image.size, image.hundredth());
+                assert_again(image.size + pushed, image.size, image.hundredth());
+            }
+            Then::Collected | Then::Changed => {
+                assert!(told.contains("begins anew"), "{}", told);
+                assert_again(read, image.size, image.hundredth());
+            }
         }
     }
     Ok(())

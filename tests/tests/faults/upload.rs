@@ -126,7 +126,24 @@ pub fn server_killed() -> Result<()> {
     desk.assert_right(image())?;
     // What the registry had not acknowledged, and the chunk before it.
     assert_again(desk.relay.pushed(), image().size, 3 * CHUNK_BYTES);
+    publishing_server_killed()?;
     images_on_the_way().into_iter().try_for_each(keeping_server_killed)
+}
+
+/// Between the layer and the manifest.
+fn publishing_server_killed() -> Result<()> {
+    let mut desk = Desk::new()?;
+    let mut upload = desk.start_upload()?;
+    desk.bench.wait_to_publish(&mut upload)?;
+    let pushed = desk.relay.pushed();
+    desk.relay.lead_to("127.0.0.1:1".parse()?);
+    desk.uploader.daemon.kill9()?;
+    desk.bench.take_manifests();
+    desk.replace_uploader(&[])?;
+    desk.succeed(&mut upload)?;
+    desk.assert_right(image())?;
+    assert_again(image().size + desk.relay.pushed() - pushed, image().size, image().hundredth());
+    Ok(())
 }
 
 /// Of what is decoded or encoded on the way, pieces are kept.
