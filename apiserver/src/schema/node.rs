@@ -1,0 +1,64 @@
+//! A structural schema, as a tree that others walk beside an object.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+/// What a value may be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Type {
+    Object,
+    Array,
+    String,
+    Integer,
+    Number,
+    Boolean,
+    /// An integer or a string (`x-kubernetes-int-or-string`).
+    IntOrString,
+    /// Anything: no type is given.
+    #[default]
+    Any,
+}
+
+/// How a list merges (`x-kubernetes-list-type`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum ListType {
+    /// As a whole.
+    #[default]
+    Atomic,
+    /// By its values, which are scalars.
+    Set,
+    /// By the values that its items have under these keys.
+    Map(Vec<String>),
+}
+
+/// What a strategic merge patch does to a field (`x-kubernetes-patch-strategy`, `x-kubernetes-patch-merge-key`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Patch {
+    /// Items of the list are merged, by this key where there is one.
+    pub merges: bool,
+    pub merge_key: Option<String>,
+    /// Of a map, keys that the patch does not list are removed.
+    pub retains_keys: bool,
+}
+
+/// The schema of one value.
+#[derive(Clone, Debug, Default)]
+pub struct Node {
+    pub r#type: Type,
+    /// Fields of an object.
+    pub properties: BTreeMap<String, Node>,
+    /// Values of an object under any other key.
+    pub additional: Option<Box<Node>>,
+    /// Items of an array.
+    pub items: Option<Box<Node>>,
+    pub list: ListType,
+    /// An object that merges as a whole (`x-kubernetes-map-type: atomic`).
+    pub is_atomic: bool,
+    pub patch: Patch,
+    pub preserves_unknown: bool,
+    /// An object with `apiVersion`, `kind` and `metadata` of its own.
+    pub is_embedded: bool,
+    pub is_nullable: bool,
+    pub default: Option<Value>,
+}
