@@ -14,6 +14,7 @@
 pub mod auth;
 pub mod object;
 pub mod patch;
+pub mod request;
 pub mod schema;
 pub mod status;
 pub mod store;

@@ -1,0 +1,14 @@
+//! What is asked for: a path and a query, taken apart.
+//!
+//! ```text
+//!  GET /apis/G/V/namespaces/NS/RESOURCE/NAME/SUB?watch=1&...
+//!   └───────────────> Target, verb <────────────┘ └─> Options
+//! ```
+//!
+//! Nothing here knows which resources there are.
+
+mod options;
+mod target;
+
+pub use options::{DeleteOptions, DryRun, FieldValidation, ListOptions, Match, Propagation, WriteOptions};
+pub use target::{Target, Verb, Where, target};
