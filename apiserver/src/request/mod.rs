@@ -7,6 +7,7 @@
 //!
 //! Nothing here knows which resources there are.
 
+pub mod body;
 mod options;
 mod target;
 
