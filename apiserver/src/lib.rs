@@ -16,6 +16,7 @@ pub mod kinds;
 pub mod object;
 pub mod patch;
 pub mod request;
+pub mod rules;
 pub mod schema;
 pub mod status;
 pub mod store;
