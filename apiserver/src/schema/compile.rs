@@ -8,7 +8,7 @@
 //! Each step begins when those before found nothing wrong. What is structural is told in
 //! <https://kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions/#specifying-a-structural-schema>.
 
-use serde_json::{Map, Number, Value};
+use serde_json::{Map, Value};
 
 use super::{
     Checks, Limit, ListType, Node, Patch, Pattern, Type,
@@ -21,6 +21,8 @@ use super::{
 pub const SCHEMA_DEPTH_MAX: usize = 64;
 /// Most values that a schema describes.
 pub const SCHEMA_NODES_MAX: usize = 100_000;
+/// Most bytes of all expressions of a schema.
+const EXPRESSIONS_BYTES_MAX: usize = 256 << 10;
 
 /// Whose schema it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +46,8 @@ enum Level {
 ///
 /// All that is wrong with it, by paths that begin with `path`.
 pub fn compile(schema: &Value, path: &str, origin: Origin) -> Result<Node, Vec<FieldError>> {
-    let mut compiler = Compiler { path: Path::new(path), errors: Vec::new(), count: 0, origin };
+    let mut compiler =
+        Compiler { path: Path::new(path), errors: Vec::new(), count: 0, expression_bytes: 0, origin };
     let mut node = compiler.node(schema, Level::Root, 0);
     if origin == Origin::Core {
         return Ok(node);
@@ -87,6 +90,8 @@ pub(super) struct Compiler {
     pub(super) path: Path,
     pub(super) errors: Vec<FieldError>,
     count: usize,
+    /// Bytes of all expressions.
+    expression_bytes: usize,
     origin: Origin,
 }
 
@@ -101,81 +106,6 @@ impl Compiler {
     pub(super) fn refuse(&mut self, reason: FieldReason, name: &str, value: Option<Value>, detail: &str) {
         let path = if name.is_empty() { self.path.as_str().to_owned() } else { self.path.child(name) };
         self.push(FieldError::new(reason, path, value, detail));
-    }
-
-    pub(super) fn text<'a>(&mut self, schema: &'a Map<String, Value>, name: &str) -> &'a str {
-        match schema.get(name) {
-            None | Some(Value::Null) => "",
-            Some(Value::String(text)) => text,
-            Some(other) => {
-                self.wrong_type(name, other, "string");
-                ""
-            }
-        }
-    }
-
-    pub(super) fn flag(&mut self, schema: &Map<String, Value>, name: &str) -> bool {
-        match schema.get(name) {
-            None | Some(Value::Null) => false,
-            Some(Value::Bool(flag)) => *flag,
-            Some(other) => {
-                self.wrong_type(name, other, "boolean");
-                false
-            }
-        }
-    }
-
-    fn count_of(&mut self, schema: &Map<String, Value>, name: &str) -> Option<u64> {
-        let value = schema.get(name).filter(|value| !value.is_null())?;
-        // A negative bound is below all that there is.
-        let count = value.as_u64().or_else(|| value.as_i64().map(|_| 0));
-        if count.is_none() {
-            self.wrong_type(name, value, "integer");
-        }
-        count
-    }
-
-    fn number(&mut self, schema: &Map<String, Value>, name: &str) -> Option<Number> {
-        match schema.get(name)? {
-            Value::Number(number) => Some(number.clone()),
-            Value::Null => None,
-            other => {
-                self.wrong_type(name, other, "number");
-                None
-            }
-        }
-    }
-
-    pub(super) fn texts(&mut self, schema: &Map<String, Value>, name: &str) -> Vec<String> {
-        let Some(value) = schema.get(name).filter(|value| !value.is_null()) else { return Vec::new() };
-        let texts = value.as_array().map(|texts| texts.iter().map(|text| text.as_str().map(str::to_owned)));
-        match texts.and_then(Iterator::collect::<Option<Vec<_>>>) {
-            Some(texts) => texts,
-            None => {
-                self.wrong_type(name, value, "array of strings");
-                Vec::new()
-            }
-        }
-    }
-
-    fn schemas<'a>(&mut self, schema: &'a Map<String, Value>, name: &str) -> &'a [Value] {
-        match schema.get(name) {
-            None | Some(Value::Null) => &[],
-            Some(Value::Array(schemas)) => schemas,
-            Some(other) => {
-                self.wrong_type(name, other, "array");
-                &[]
-            }
-        }
-    }
-
-    fn wrong_type(&mut self, name: &str, value: &Value, wanted: &str) {
-        self.refuse(
-            FieldReason::TypeInvalid,
-            name,
-            Some(value.clone()),
-            &format!("must be of type {wanted}"),
-        );
     }
 
     fn node(&mut self, schema: &Value, level: Level, depth: usize) -> Node {
@@ -212,7 +142,8 @@ impl Compiler {
         self.children(schema, level, depth, &mut node);
         self.invariants(schema, level, &node);
         let mut checks = self.checks(schema, node.r#type);
-        self.combinations(schema, &node, &mut checks, depth);
+        let place = self.path.clone();
+        self.combinations(schema, &node, &place, &mut checks, depth);
         node.checks = boxed(checks);
         if self.origin == Origin::Definition && (level == Level::Root || node.is_embedded) {
             metadata::insert(&mut node);
@@ -392,15 +323,21 @@ impl Compiler {
         }
     }
 
-    /// The schemas under `allOf`, `anyOf`, `oneOf` and `not` of a schema whose structure is `node`'s.
-    fn combinations(&mut self, schema: &Map<String, Value>, node: &Node, checks: &mut Checks, depth: usize) {
-        let structure = self.path.clone();
+    /// The schemas under `allOf`, `anyOf`, `oneOf` and `not`, of which the structure is `node`'s, at `place`.
+    fn combinations(
+        &mut self,
+        schema: &Map<String, Value>,
+        node: &Node,
+        place: &Path,
+        checks: &mut Checks,
+        depth: usize,
+    ) {
         for name in ["allOf", "anyOf", "oneOf"] {
             let mut nodes = Vec::new();
             for (index, schema) in self.schemas(schema, name).iter().enumerate() {
                 let length = self.path.enter_child(name);
                 self.path.enter_index(index);
-                nodes.push(self.nested(schema, node, &structure, depth + 1));
+                nodes.push(self.nested(schema, node, place, depth + 1));
                 self.path.leave(length);
             }
             match name {
@@ -411,7 +348,7 @@ impl Compiler {
         }
         if let Some(schema) = schema.get("not").filter(|schema| !schema.is_null()) {
             let length = self.path.enter_child("not");
-            checks.not = Some(Box::new(self.nested(schema, node, &structure, depth + 1)));
+            checks.not = Some(Box::new(self.nested(schema, node, place, depth + 1)));
             self.path.leave(length);
         }
     }
@@ -454,10 +391,7 @@ impl Compiler {
         }
         // Formats, and the kind of a number, are of the structure's type.
         let mut checks = self.checks(schema, structure.r#type);
-        let at = self.path.clone();
-        self.path = at.clone();
-        self.combinations(schema, structure, &mut checks, depth);
-        self.path = at;
+        self.combinations(schema, structure, place, &mut checks, depth);
         node.checks = boxed(checks);
         node
     }
@@ -501,10 +435,17 @@ impl Compiler {
     /// Compiles the rules of a schema and below. `uncorrelated` is where old values cannot be found any more.
     fn rules(&mut self, schema: &Value, node: &mut Node, uncorrelated: Option<&str>) {
         let Some(schema) = schema.as_object() else { return };
-        for source in self.rule_sources(schema, node) {
+        for (index, source) in self.rule_sources(schema, node) {
             let length = self.path.enter_child("x-kubernetes-validations");
-            self.path.enter_index(source.0);
-            let source = source.1;
+            self.path.enter_index(index);
+            self.expression_bytes += source.rule.len() + source.message_expression.len();
+            if self.expression_bytes > EXPRESSIONS_BYTES_MAX {
+                let detail =
+                    format!("all expressions of a schema have at most {EXPRESSIONS_BYTES_MAX} bytes");
+                self.refuse(FieldReason::Forbidden, "rule", None, &detail);
+                self.path.leave(length);
+                return;
+            }
             match source.compile(node) {
                 Ok(rule) => {
                     if let (true, Some(place)) = (rule.uses_old_self, uncorrelated) {

@@ -10,7 +10,7 @@ use kube_cel::cel::{
 use serde_json::{Map as Object, Value};
 
 use super::{
-    Node, Type,
+    ListType, Node, Type,
     format::{self, Format},
     meter::Budget,
 };
@@ -83,6 +83,53 @@ pub fn to_cel(value: &Value, node: Option<&Node>, budget: &Budget) -> Cel {
         }
         Value::Object(object) => Cel::Map(Map { map: Arc::new(fields(object, node, budget)) }),
     }
+}
+
+/// The old value, with the items of its sets and maps in the order of the new one: there the order means nothing, and values
+/// that differ by it alone are equal.
+pub fn aligned(old: &Value, new: &Value, node: &Node) -> Value {
+    match (old, new) {
+        (Value::Object(old), Value::Object(new)) => {
+            let value = |(name, old): (&String, &Value)| {
+                let value = match (new.get(name), node.field(name)) {
+                    (Some(new), Some(field)) => aligned(old, new, field),
+                    _ => old.clone(),
+                };
+                (name.clone(), value)
+            };
+            Value::Object(old.iter().map(value).collect())
+        }
+        (Value::Array(old), Value::Array(new)) => {
+            let Some(items) = &node.items else { return Value::Array(old.clone()) };
+            let keys = match &node.list {
+                ListType::Atomic => return Value::Array(old.clone()),
+                ListType::Set => None,
+                ListType::Map(keys) => Some(keys),
+            };
+            let key = |item: &Value| match keys {
+                None => item.to_string(),
+                Some(keys) => Value::Object(key_of(item, keys)).to_string(),
+            };
+            let places: HashMap<String, (usize, &Value)> =
+                new.iter().enumerate().map(|(place, item)| (key(item), (place, item))).collect();
+            let mut placed: Vec<(usize, Value)> = old
+                .iter()
+                .map(|old| match places.get(&key(old)) {
+                    Some((place, new)) => (*place, aligned(old, new, items)),
+                    None => (usize::MAX, old.clone()),
+                })
+                .collect();
+            placed.sort_by_key(|(place, _)| *place);
+            Value::Array(placed.into_iter().map(|(_, item)| item).collect())
+        }
+        _ => old.clone(),
+    }
+}
+
+/// The fields of an item that its list knows it by.
+pub fn key_of(item: &Value, keys: &[String]) -> Object<String, Value> {
+    let value = |key: &String| Some((key.clone(), item.get(key)?.clone()));
+    keys.iter().filter_map(value).collect()
 }
 
 fn string(text: &str, node: Option<&Node>) -> Cel {

@@ -9,6 +9,9 @@ use crate::status::Cause;
 /// Most errors that one schema or object is told; the rest is not looked for.
 pub const ERRORS_COUNT_MAX: usize = 100;
 
+/// Most bytes of a field's name that a path shows: names are as long as the object.
+const NAME_BYTES_MAX: usize = 256;
+
 /// Most bytes of a value that an error shows.
 const VALUE_BYTES_MAX: usize = 4096;
 
@@ -144,10 +147,7 @@ impl FieldError {
 }
 
 fn shortened(text: &str) -> &str {
-    match text.get(..text.floor_char_boundary(VALUE_BYTES_MAX)) {
-        Some(start) => start,
-        None => text,
-    }
+    &text[..text.floor_char_boundary(VALUE_BYTES_MAX)]
 }
 
 impl fmt::Display for FieldError {
@@ -164,6 +164,31 @@ impl From<&FieldError> for Cause {
     fn from(error: &FieldError) -> Self {
         let field = if error.path.is_empty() { "<nil>".to_owned() } else { error.path.clone() };
         Self { reason: error.reason.as_str().to_owned(), message: error.body(), field }
+    }
+}
+
+/// A value as an error keeps it: whole if it is short, else as its beginning, or not at all.
+pub fn brief(value: &Value) -> Value {
+    let mut left = VALUE_BYTES_MAX;
+    match value {
+        Value::String(text) => shortened(text).into(),
+        value if is_short(value, &mut left) => value.clone(),
+        _ => "<value omitted>".into(),
+    }
+}
+
+fn is_short(value: &Value, left: &mut usize) -> bool {
+    let size = value.as_str().map_or(0, str::len);
+    let Some(rest) = left.checked_sub(size + 1) else { return false };
+    *left = rest;
+    match value {
+        Value::Array(items) => items.iter().all(|item| is_short(item, left)),
+        Value::Object(object) => object.iter().all(|(name, value)| {
+            let Some(rest) = left.checked_sub(name.len()) else { return false };
+            *left = rest;
+            is_short(value, left)
+        }),
+        _ => true,
     }
 }
 
@@ -189,6 +214,11 @@ pub fn quote(text: &str) -> String {
     quoted
 }
 
+/// What a path shows of a name.
+fn segment(name: &str) -> &str {
+    &name[..name.floor_char_boundary(NAME_BYTES_MAX)]
+}
+
 /// A field's path, made longer and shorter while an object is walked.
 #[derive(Clone, Debug, Default)]
 pub struct Path(String);
@@ -204,6 +234,7 @@ impl Path {
 
     /// The path of a field below, without going there.
     pub fn child(&self, name: &str) -> String {
+        let name = segment(name);
         if self.0.is_empty() { name.to_owned() } else { format!("{}.{name}", self.0) }
     }
 
@@ -213,7 +244,7 @@ impl Path {
         if length > 0 {
             self.0.push('.');
         }
-        self.0.push_str(name);
+        self.0.push_str(segment(name));
         length
     }
 
@@ -221,7 +252,7 @@ impl Path {
     pub fn enter_key(&mut self, key: &str) -> usize {
         let length = self.0.len();
         self.0.push('[');
-        self.0.push_str(key);
+        self.0.push_str(segment(key));
         self.0.push(']');
         length
     }

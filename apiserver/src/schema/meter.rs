@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -40,15 +41,25 @@ const REGEX_COUNT_MAX: usize = 16;
 const PRECISION_MAX: u64 = 100;
 
 const CHARGE: &str = "@charge";
+const CHARGE_SEARCH: &str = "@search";
 const CHARGE_SQUARE: &str = "@square";
 const TICK: &str = "@tick";
+
+/// Names of types, for what `type` says.
+pub const TYPE_NAMES: [&str; 9] =
+    ["bool", "bytes", "double", "int", "list", "map", "null_type", "string", "uint"];
 
 /// Names before a dot that are part of a function's name.
 const NAMESPACES: [&str; 9] =
     ["math", "sets", "lists", "strings", "base64", "ip", "format", "jsonpatch", "optional"];
 
+/// Functions that look for a text at each place of another.
+const SEARCH_FUNCTIONS: [&str; 2] = ["indexOf", "lastIndexOf"];
+/// Bytes of a text that cost as much as one value, for each value that the text it is looked for in costs.
+const SEARCH_BYTES_PER_COST: u64 = 30;
+
 /// Functions that compare each with each.
-const SQUARE_FUNCTIONS: [&str; 6] = ["contains", "equivalent", "intersects", "distinct", "flatten", "sort"];
+const SQUARE_FUNCTIONS: [&str; 4] = ["contains", "equivalent", "intersects", "distinct"];
 
 /// What is left to spend.
 #[derive(Debug, Default)]
@@ -134,13 +145,56 @@ pub fn context(budget: &Arc<Budget>) -> Context<'static> {
         Ok(value)
     });
     let counter = budget.clone();
+    context.add_function(CHARGE_SEARCH, move |value: Value| -> ResolveResult {
+        if let Value::String(text) = &value {
+            let length = text.len() as u64 / SEARCH_BYTES_PER_COST;
+            counter.charge(length.saturating_mul(length))?;
+        }
+        Ok(value)
+    });
+    let counter = budget.clone();
     context.add_function(TICK, move || -> ResolveResult {
         counter.charge(1)?;
         Ok(Value::Bool(true))
     });
-    context.add_function("dyn", |value: Value| -> ResolveResult { Ok(value) });
+    missing_functions(&mut context);
     bounded_functions(&mut context, budget);
     context
+}
+
+/// What the library has not, or has with another meaning.
+fn missing_functions(context: &mut Context<'_>) {
+    context.add_function("dyn", |value: Value| -> ResolveResult { Ok(value) });
+    // A text has as many characters, not bytes.
+    context.add_function("size", |This(this): This<Value>| -> ResolveResult {
+        let size = match &this {
+            Value::String(text) => text.chars().count(),
+            Value::Bytes(bytes) => bytes.len(),
+            Value::List(items) => items.len(),
+            Value::Map(map) => map.map.len(),
+            _ => return Err(ExecutionError::NoSuchOverload),
+        };
+        i64::try_from(size).map(Value::Int).map_err(|_| ExecutionError::NoSuchOverload)
+    });
+    // Types are values that are only compared: their names serve.
+    for name in TYPE_NAMES {
+        context.add_variable_from_value(name, Value::String(Arc::new(name.to_owned())));
+    }
+    context.add_function("type", |value: Value| -> ResolveResult {
+        let name = match value {
+            Value::Bool(_) => "bool",
+            Value::Bytes(_) => "bytes",
+            Value::Float(_) => "double",
+            Value::Int(_) => "int",
+            Value::List(_) => "list",
+            Value::Map(_) => "map",
+            Value::Null => "null_type",
+            Value::String(_) => "string",
+            Value::UInt(_) => "uint",
+            _ => return Err(ExecutionError::NoSuchOverload),
+        };
+        Ok(Value::String(Arc::new(name.to_owned())))
+    });
 }
 
 /// Functions that replace those of the library: theirs make more of little than is bounded.
@@ -240,8 +294,10 @@ impl Regexes {
 pub fn has_function(context: &Context<'_>, name: &str, is_method: bool) -> bool {
     let target = is_method.then(|| Box::new(expression(Expr::Literal(LiteralValue::Null))));
     let call = CallExpr { func_name: name.to_owned(), target, args: Vec::new() };
+    let call = expression(Expr::Call(call));
     // Called without its arguments a function fails, but not for that it is not there.
-    !matches!(context.resolve(&expression(Expr::Call(call))), Err(ExecutionError::UndeclaredReference(missing)) if *missing == name)
+    let result = catch_unwind(AssertUnwindSafe(|| context.resolve(&call)));
+    !matches!(result, Ok(Err(ExecutionError::UndeclaredReference(missing))) if *missing == name)
 }
 
 /// Weaves counting into an expression.
@@ -325,14 +381,18 @@ fn meter_call(call: CallExpr, depth: usize) -> Result<Expression, String> {
             | operators::LOGICAL_NOT
             | operators::NOT_STRICTLY_FALSE
     );
-    let is_square = target.is_some() && SQUARE_FUNCTIONS.contains(&func_name.as_str());
+    let charge = match func_name.as_str() {
+        name if target.is_some() && SQUARE_FUNCTIONS.contains(&name) => Some(CHARGE_SQUARE),
+        name if target.is_some() && SEARCH_FUNCTIONS.contains(&name) => Some(CHARGE_SEARCH),
+        _ => None,
+    };
     for (index, arg) in args.iter_mut().enumerate() {
         let is_plain = (is_logical || (is_looked_into && index == 0)) && matches!(arg.expr, Expr::Ident(_));
         if !is_plain {
             *arg = below(std::mem::take(arg))?;
         }
-        if is_square {
-            *arg = function(CHARGE_SQUARE, vec![std::mem::take(arg)]);
+        if let Some(charge) = charge {
+            *arg = function(charge, vec![std::mem::take(arg)]);
         }
     }
     if func_name == "format" && target.as_deref().is_some_and(|target| !is_format(target)) {
@@ -341,8 +401,10 @@ fn meter_call(call: CallExpr, depth: usize) -> Result<Expression, String> {
     let target = match target {
         Some(target) => Some(Box::new(match &target.expr {
             Expr::Ident(name) if NAMESPACES.contains(&name.as_str()) => *target,
-            _ if is_square => function(CHARGE_SQUARE, vec![below(*target)?]),
-            _ => below(*target)?,
+            _ => match charge {
+                Some(charge) => function(charge, vec![below(*target)?]),
+                None => below(*target)?,
+            },
         })),
         None => None,
     };

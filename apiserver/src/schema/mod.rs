@@ -9,14 +9,16 @@
 //!                become warnings  and nulls         lists, rules in CEL
 //! ```
 //!
-//! Who may not say what is refused twice: a schema when it is compiled, an object when it is validated. Both are hostile until
-//! then: depth, size, regular expressions and the cost of rules are bounded.
+//! Both sides are hostile: a schema until it is compiled, an object until it is validated. Depth, size, regular expressions
+//! and the cost of rules are bounded.
 
 mod compile;
 mod convert;
 mod default;
 mod error;
 mod format;
+mod keywords;
+mod kinds;
 mod metadata;
 mod meter;
 mod node;
@@ -34,12 +36,12 @@ use serde_json::Value;
 pub use compile::{SCHEMA_DEPTH_MAX, SCHEMA_NODES_MAX};
 pub use error::{ERRORS_COUNT_MAX, FieldError, FieldReason, quote};
 pub use format::{Format, is_quantity};
-pub use metadata::metadata;
+pub use kinds::{core, core_kinds, metadata};
 pub use node::{Checks, Limit, ListType, Node, Patch, Pattern, Type};
 pub use rules::{CALL_COST_MAX, OBJECT_COST_MAX, Rule};
 
 /// The schema of a kind.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Schema {
     root: Node,
 }
@@ -60,7 +62,7 @@ impl Schema {
     }
 
     /// Loads a schema of a core kind, which is not checked: it may have patch strategies and quantities.
-    pub fn core(schema: &Value) -> Self {
+    fn core(schema: &Value) -> Self {
         let root = compile::compile(schema, "", compile::Origin::Core).unwrap_or_default();
         Self { root }
     }

@@ -2,61 +2,56 @@
 
 use serde_json::Value;
 
-use super::Node;
+use super::{Node, error::Path};
 
-/// Removes what the schema does not know, and returns where it was, sorted.
+/// Most removed fields that are told.
+const REMOVED_COUNT_MAX: usize = 100;
+
+/// Removes what the schema does not know, and returns where it was, sorted; of very many the first.
 pub fn prune(value: &mut Value, node: &Node) -> Vec<String> {
-    let mut pruner = Pruner { path: String::new(), removed: Vec::new() };
-    pruner.value(value, node);
+    let mut pruner = Pruner { path: Path::default(), removed: Vec::new() };
+    pruner.value(value, node, node.preserves_unknown);
     pruner.removed.sort();
     pruner.removed
 }
 
 struct Pruner {
-    path: String,
+    path: Path,
     removed: Vec<String>,
 }
 
 impl Pruner {
-    fn value(&mut self, value: &mut Value, node: &Node) {
-        let length = self.path.len();
+    /// What is preserved of a list is preserved of its items.
+    fn value(&mut self, value: &mut Value, node: &Node, preserves: bool) {
         match value {
             Value::Object(object) => {
-                let is_known = |name: &str| node.preserves_unknown || node.field(name).is_some();
-                for name in object.keys().filter(|name| !is_known(name)) {
-                    let path = if length == 0 { name.clone() } else { format!("{}.{name}", self.path) };
-                    self.removed.push(path);
+                let is_known = |name: &str| preserves || node.field(name).is_some();
+                let left = REMOVED_COUNT_MAX.saturating_sub(self.removed.len());
+                for name in object.keys().filter(|name| !is_known(name)).take(left) {
+                    self.removed.push(self.path.child(name));
                 }
                 object.retain(|name, _| is_known(name));
                 for (name, value) in object {
                     let Some(field) = node.field(name) else { continue };
-                    if length > 0 {
-                        self.path.push('.');
-                    }
-                    self.path.push_str(name);
-                    self.value(value, field);
-                    self.path.truncate(length);
+                    let length = self.path.enter_child(name);
+                    self.value(value, field, field.preserves_unknown);
+                    self.path.leave(length);
                 }
             }
             Value::Array(items) => {
-                let Some(node) = items_of(node) else { return };
+                let items_node = match &node.items {
+                    Some(items) => items,
+                    None if preserves => return,
+                    // No list is known here: the items lose their fields as this value would.
+                    None => node,
+                };
                 for (index, item) in items.iter_mut().enumerate() {
-                    self.path.push_str(&format!("[{index}]"));
-                    self.value(item, node);
-                    self.path.truncate(length);
+                    let length = self.path.enter_index(index);
+                    self.value(item, items_node, preserves || items_node.preserves_unknown);
+                    self.path.leave(length);
                 }
             }
             _ => {}
         }
-    }
-}
-
-/// The schema of the items; `None` if they are kept as they are.
-fn items_of(node: &Node) -> Option<&Node> {
-    match &node.items {
-        Some(items) => Some(items),
-        None if node.preserves_unknown => None,
-        // A list where the schema knows none: the items lose their fields as this value would.
-        None => Some(node),
     }
 }

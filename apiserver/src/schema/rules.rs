@@ -17,14 +17,14 @@ use std::{
 use kube_cel::cel::{
     Context, ExecutionError, Value as Cel,
     objects::OptionalValue,
-    parser::{Expression, Parser},
+    parser::{Expression, ParseError, ParseErrors, Parser},
 };
 use serde_json::{Value, json};
 
 use super::{
     Node, Type,
-    convert::to_cel,
-    error::{FieldError, FieldReason},
+    convert::{aligned, to_cel},
+    error::{ERRORS_COUNT_MAX, FieldError, FieldReason, brief},
     meter::{self, Budget},
     types,
 };
@@ -37,8 +37,18 @@ pub const OBJECT_COST_MAX: u64 = 10_000_000;
 const EXPRESSION_BYTES_MAX: usize = 16 << 10;
 /// Most bytes of a message that an expression makes.
 const MESSAGE_BYTES_MAX: usize = 5 << 10;
+/// Deepest nesting of brackets in an expression.
+const BRACKETS_DEPTH_MAX: usize = 64;
+/// Most syntax errors that one expression is told, and most bytes of a line that is shown with one.
+const SYNTAX_ERRORS_COUNT_MAX: usize = 3;
+const SYNTAX_LINE_BYTES_MAX: usize = 500;
 /// Stack of the thread that compiles: an expression is as deep as it is long.
 const COMPILE_STACK_BYTES: usize = 256 << 20;
+
+const OUT_OF_BUDGET: &str =
+    "validation failed due to running out of cost budget, no further validation rules will be run";
+const COSTLY_MESSAGE: &str =
+    "no further validation rules will be run due to call cost exceeds limit for messageExpression";
 
 /// A rule of a schema.
 #[derive(Clone, Debug)]
@@ -126,19 +136,52 @@ fn compile_error(prefix: &str, error: String) -> String {
 }
 
 fn parse(text: &str) -> Result<Expression, String> {
+    let text = text.trim();
     if text.len() > EXPRESSION_BYTES_MAX {
         return Err(format!(
-            "an expression has at most {EXPRESSION_BYTES_MAX} bytes, and this has {}",
+            "ERROR: an expression has at most {EXPRESSION_BYTES_MAX} bytes, and this has {}",
             text.len()
         ));
     }
-    let text = text.trim();
+    if nesting(text) > BRACKETS_DEPTH_MAX {
+        return Err(format!("ERROR: brackets are nested at most {BRACKETS_DEPTH_MAX} deep"));
+    }
     let parsed =
         catch_unwind(AssertUnwindSafe(|| Parser::default().enable_optional_syntax(true).parse(text)));
     match parsed {
-        Ok(parsed) => parsed.map_err(|error| error.to_string()),
+        Ok(parsed) => parsed.map_err(|errors| syntax_errors(text, &errors)),
         Err(_) => Err("ERROR: the expression cannot be read".to_owned()),
     }
+}
+
+/// How deep brackets are within each other; those in texts count, too.
+fn nesting(text: &str) -> usize {
+    let (mut depth, mut deepest) = (0usize, 0);
+    for byte in text.bytes() {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
+}
+
+/// The first errors, each with its line if that is short.
+fn syntax_errors(text: &str, errors: &ParseErrors) -> String {
+    let text_of = |error: &ParseError| {
+        let (line, column) = error.pos;
+        let mut output = format!("ERROR: <input>:{line}:{column}: ");
+        output.extend(error.msg.chars().take(SYNTAX_LINE_BYTES_MAX));
+        let line = usize::try_from(line.saturating_sub(1)).ok().and_then(|line| text.lines().nth(line));
+        if let Some(line) = line.filter(|line| line.len() <= SYNTAX_LINE_BYTES_MAX) {
+            let before = usize::try_from(column.saturating_sub(1)).unwrap_or_default().min(line.len());
+            output.push_str(&format!("\n | {line}\n | {}^", ".".repeat(before)));
+        }
+        output
+    };
+    errors.errors.iter().take(SYNTAX_ERRORS_COUNT_MAX).map(text_of).collect::<Vec<_>>().join("\n")
 }
 
 /// Runs what compiles expressions on a stack that they do not exceed.
@@ -179,81 +222,74 @@ impl Evaluation {
         if self.is_over || node.rules.is_empty() || new.is_null() {
             return;
         }
+        let Self { context, budget, left, is_over, errors } = self;
         let old = old.filter(|old| !old.is_null());
         let kind = type_name(node);
         let uses_old_self = node.rules.iter().any(|rule| rule.uses_old_self);
-        self.budget.refill(self.left);
-        let new_value = to_cel(new, Some(node), &self.budget);
-        let old_value = old.filter(|_| uses_old_self).map(|old| to_cel(old, Some(node), &self.budget));
-        self.left = self.left.saturating_sub(self.budget.spent());
+        budget.refill(*left);
+        let mut scope = context.new_inner_scope();
+        scope.add_variable_from_value("self", to_cel(new, Some(node), budget));
+        let old_value =
+            old.filter(|_| uses_old_self).map(|old| to_cel(&aligned(old, new, node), Some(node), budget));
+        *left = left.saturating_sub(budget.spent());
         for rule in &node.rules {
             if rule.uses_old_self && old.is_none() && !rule.is_old_self_optional {
                 continue;
             }
-            if self.left == 0 {
-                let detail = "validation failed due to running out of cost budget, no further validation rules will be run";
-                return self.end(FieldError::invalid(path, kind, detail));
+            if *left == 0 || errors.len() >= ERRORS_COUNT_MAX {
+                if *left == 0 {
+                    errors.push(FieldError::invalid(path, kind, OUT_OF_BUDGET));
+                }
+                *is_over = true;
+                return;
             }
-            let mut scope = self.context.new_inner_scope();
-            scope.add_variable_from_value("self", new_value.clone());
+            let mut scope = scope.new_inner_scope();
             if rule.is_old_self_optional {
                 let old = old_value.clone().map_or_else(OptionalValue::none, OptionalValue::of);
                 scope.add_variable_from_value("oldSelf", Cel::Opaque(Arc::new(old)));
-            } else if let Some(old) = &old_value {
+            } else if let (true, Some(old)) = (rule.uses_old_self, &old_value) {
                 scope.add_variable_from_value("oldSelf", old.clone());
             }
             let shown = rule.message.as_deref().unwrap_or(&rule.text);
-            let (result, is_spent) = call(&self.budget, &mut self.left, &scope, &rule.program);
+            let is_last = *left < CALL_COST_MAX;
+            let (result, is_spent) = call(budget, left, &scope, &rule.program);
             if is_spent {
-                drop(scope);
-                let detail = format!(
-                    "'operation cancelled: actual cost limit exceeded': \
-                     no further validation rules will be run due to call cost exceeds limit for rule: {shown}"
-                );
-                return self.end(FieldError::invalid(path, kind, detail));
+                let detail = if is_last { OUT_OF_BUDGET.to_owned() } else { costly(shown) };
+                errors.push(FieldError::invalid(path, kind, detail));
+                *is_over = true;
+                return;
             }
             match result {
                 Ok(Cel::Bool(true)) => {}
                 Ok(Cel::Bool(false)) => {
-                    let made = rule.message_program.as_ref().map(|program| {
-                        let (result, is_spent) = call(&self.budget, &mut self.left, &scope, program);
-                        (message(result), is_spent)
-                    });
-                    drop(scope);
-                    let detail = match made {
+                    let made =
+                        rule.message_program.as_ref().map(|program| call(budget, left, &scope, program));
+                    let made = match made {
                         Some((_, true)) => {
-                            let detail = "no further validation rules will be run due to call cost exceeds limit for messageExpression";
-                            return self.end(FieldError::invalid(path, kind, detail));
+                            errors.push(FieldError::invalid(path, kind, COSTLY_MESSAGE));
+                            *is_over = true;
+                            return;
                         }
-                        Some((Some(made), false)) => made,
-                        _ => rule.message.clone().unwrap_or_else(|| format!("failed rule: {shown}")),
+                        Some((result, false)) => message(result),
+                        None => None,
                     };
+                    let detail = made
+                        .or_else(|| rule.message.clone())
+                        .unwrap_or_else(|| format!("failed rule: {shown}"));
                     if rule.uses_old_self || !is_ratcheted {
-                        self.errors.push(failure(rule, path, node, new, detail));
+                        errors.push(failure(rule, path, node, new, detail));
                     }
                 }
-                Ok(_) => {
-                    let detail = format!(
-                        "'no such overload': call arguments did not match a supported operator, function or macro signature for rule: {shown}"
-                    );
-                    self.errors.push(FieldError::invalid(path, kind, detail));
-                }
+                Ok(_) => errors.push(FieldError::invalid(path, kind, no_overload(shown))),
                 Err(error) => {
                     let detail = match error_text(&error) {
-                        None => format!(
-                            "'no such overload': call arguments did not match a supported operator, function or macro signature for rule: {shown}"
-                        ),
+                        None => no_overload(shown),
                         Some(error) => format!("{error} evaluating rule: {shown}"),
                     };
-                    self.errors.push(FieldError::invalid(path, kind, detail));
+                    errors.push(FieldError::invalid(path, kind, detail));
                 }
             }
         }
-    }
-
-    fn end(&mut self, error: FieldError) {
-        self.errors.push(error);
-        self.is_over = true;
     }
 }
 
@@ -277,7 +313,7 @@ fn failure(rule: &Rule, path: &str, node: &Node, new: &Value, detail: String) ->
         Some(below) if path.is_empty() => below.clone(),
         Some(below) => format!("{path}.{below}"),
     };
-    let value = (!matches!(node.r#type, Type::Object | Type::Array)).then(|| new.clone());
+    let value = (!matches!(node.r#type, Type::Object | Type::Array)).then(|| brief(new));
     match rule.reason {
         FieldReason::Required | FieldReason::Forbidden => FieldError::new(rule.reason, path, None, detail),
         FieldReason::Duplicate => FieldError::new(rule.reason, path, value, ""),
@@ -291,6 +327,21 @@ fn message(result: Result<Cel, ExecutionError>) -> Option<String> {
     let message = message.trim();
     let is_told = !message.is_empty() && message.len() <= MESSAGE_BYTES_MAX && !message.contains('\n');
     is_told.then(|| message.to_owned())
+}
+
+fn costly(shown: &str) -> String {
+    format!(
+        "'operation cancelled: actual cost limit exceeded': \
+         no further validation rules will be run due to call cost exceeds limit for rule: {shown}"
+    )
+}
+
+/// `shown` is the rule, or its message.
+fn no_overload(shown: &str) -> String {
+    format!(
+        "'no such overload': call arguments did not match a supported operator, \
+         function or macro signature for rule: {shown}"
+    )
 }
 
 /// The name of a type, as errors show it.

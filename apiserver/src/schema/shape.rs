@@ -174,11 +174,10 @@ impl Compiler {
             }
         }
         let items = schema.get("items").and_then(Value::as_object);
-        if let (Some(items), "set" | "map") = (items, name.as_str()) {
-            if items.get("nullable") == Some(&Value::Bool(true)) {
-                let detail = format!("cannot be nullable when x-kubernetes-list-type is {name}");
-                self.refuse(FieldReason::Forbidden, "items.nullable", None, &detail);
-            }
+        let is_nullable = items.is_some_and(|items| items.get("nullable") == Some(&Value::Bool(true)));
+        if is_nullable && matches!(name.as_str(), "set" | "map") {
+            let detail = format!("cannot be nullable when x-kubernetes-list-type is {name}");
+            self.refuse(FieldReason::Forbidden, "items.nullable", None, &detail);
         }
         match name.as_str() {
             "set" => self.set_items(items),

@@ -23,9 +23,6 @@ const DEPTH_MAX: usize = 150;
 /// Fields of `metadata` that a rule may speak of.
 pub const METADATA_FIELDS: [&str; 2] = ["name", "generateName"];
 
-/// Names that are types, not variables.
-const TYPE_NAMES: [&str; 8] = ["bool", "bytes", "double", "int", "string", "uint", "list", "map"];
-
 #[derive(Clone, Copy, Debug)]
 enum Kind<'a> {
     Dyn,
@@ -152,7 +149,7 @@ impl<'a> Checker<'a> {
     fn variable(&self, name: &str) -> Result<Kind<'a>, String> {
         match self.variables.iter().rev().find(|(known, _)| *known == name) {
             Some((_, kind)) => Ok(*kind),
-            None if TYPE_NAMES.contains(&name) => Ok(Kind::Dyn),
+            None if meter::TYPE_NAMES.contains(&name) => Ok(Kind::Dyn),
             None => Err(format!("ERROR: undeclared reference to '{name}' (in container '')")),
         }
     }

@@ -6,13 +6,17 @@ use serde_json::{Map, Number, Value};
 
 use super::{
     Checks, Limit, ListType, Node, Type,
-    error::{ERRORS_COUNT_MAX, FieldError, FieldReason, Path, quote},
+    convert::key_of,
+    error::{ERRORS_COUNT_MAX, FieldError, FieldReason, Path, brief, quote},
     format::Format,
     rules::Evaluation,
 };
 
 const UNCHECKED: &str = "some validation rules were not checked because the object was invalid; \
                          correct the existing errors to complete validation";
+
+const NO_QUANTITY: &str =
+    "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'";
 
 /// What is wrong with `new`, that replaces `old` if there is one.
 ///
@@ -83,7 +87,7 @@ impl Validator {
     fn invalid(&mut self, value: &Value, text: &str) {
         let path = self.path.as_str();
         let detail = if path.is_empty() { text.to_owned() } else { format!("{path} in body {text}") };
-        self.push(FieldError::invalid(path, value.clone(), detail));
+        self.push(FieldError::invalid(path, brief(value), detail));
     }
 
     fn value(&mut self, new: &Value, old: Option<&Value>, node: &Node) {
@@ -93,6 +97,9 @@ impl Validator {
         if new.is_null() {
             if !(node.is_nullable || node.r#type == Type::Any) {
                 self.wrong_type(node, "null");
+            }
+            if let Some(checks) = node.checks.as_ref().filter(|_| node.is_nullable) {
+                self.known_values(new, checks);
             }
             return;
         }
@@ -143,10 +150,7 @@ impl Validator {
     }
 
     fn checks(&mut self, value: &Value, checks: &Checks, node: &Node) {
-        if !checks.values.is_empty() && !checks.values.iter().any(|known| is_equal(known, value)) {
-            let known: Vec<String> = checks.values.iter().map(plain).collect();
-            self.push(FieldError::not_supported(self.path.as_str(), value.clone(), &known));
-        }
+        self.known_values(value, checks);
         if let Some(format) = checks.format.filter(|format| !format.permits(value)) {
             self.wrong_format(value, format, node);
         }
@@ -160,16 +164,22 @@ impl Validator {
         self.combinations(value, checks);
     }
 
+    fn known_values(&mut self, value: &Value, checks: &Checks) {
+        if !checks.values.is_empty() && !checks.values.iter().any(|known| is_equal(known, value)) {
+            let known: Vec<String> = checks.values.iter().map(plain).collect();
+            self.push(FieldError::not_supported(self.path.as_str(), brief(value), &known));
+        }
+    }
+
     fn wrong_format(&mut self, value: &Value, format: Format, node: &Node) {
         let path = self.path.as_str().to_owned();
         match value {
             Value::String(text) if format == Format::Quantity => {
-                let detail = "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'";
-                self.push(FieldError::invalid(path, text.as_str(), detail));
+                self.push(FieldError::invalid(path, text.as_str(), NO_QUANTITY));
             }
             Value::String(text) => {
                 let detail = format!("{path} in body must be of type {}: {}", format.name(), quote(text));
-                self.push(FieldError::new(FieldReason::TypeInvalid, path, Some(value.clone()), detail));
+                self.push(FieldError::new(FieldReason::TypeInvalid, path, Some(brief(value)), detail));
             }
             _ => {
                 let r#type = if node.r#type == Type::Integer { "integer" } else { "number" };
@@ -196,7 +206,7 @@ impl Validator {
 
     fn number(&mut self, value: &Value, number: &Number, checks: &Checks) {
         if let Some(factor) = checks.multiple_of.as_ref().filter(|factor| !is_multiple(number, factor)) {
-            self.invalid(value, &format!("should be a multiple of {factor}"));
+            self.invalid(value, &format!("should be a multiple of {}", shown(factor)));
         }
         if let Some(Limit { value: limit, is_exclusive }) = &checks.minimum {
             let order = compare(number, limit);
@@ -251,11 +261,9 @@ impl Validator {
         let told = |validator: &mut Self, detail: String| {
             validator.push(FieldError::invalid("", "", format!("{path} {detail}")));
         };
-        if !checks.any_of.is_empty() {
-            if let Err(best) = self.best(value, &checks.any_of) {
-                told(self, "must validate at least one schema (anyOf)".to_owned());
-                self.extend(best);
-            }
+        if let Err(best) = self.best(value, &checks.any_of) {
+            told(self, "must validate at least one schema (anyOf)".to_owned());
+            self.extend(best);
         }
         if !checks.one_of.is_empty() {
             let results: Vec<_> = checks.one_of.iter().map(|node| self.errors_of(value, node)).collect();
@@ -289,10 +297,8 @@ impl Validator {
                 told(self, format!("must validate all the schemas (allOf){none}"));
             }
         }
-        if let Some(not) = &checks.not {
-            if self.errors_of(value, not).is_empty() {
-                told(self, "must not validate the schema (not)".to_owned());
-            }
+        if checks.not.as_ref().is_some_and(|not| self.errors_of(value, not).is_empty()) {
+            told(self, "must not validate the schema (not)".to_owned());
         }
     }
 
@@ -308,8 +314,11 @@ impl Validator {
         inner.errors
     }
 
-    /// Nothing if one of the schemas fits, else the errors of the first.
+    /// Nothing if one of the schemas fits, or there is none; else the errors of the first.
     fn best(&self, value: &Value, nodes: &[Node]) -> Result<(), Vec<FieldError>> {
+        if nodes.is_empty() {
+            return Ok(());
+        }
         let mut best = None;
         for node in nodes {
             let errors = self.errors_of(value, node);
@@ -385,7 +394,7 @@ impl Validator {
                         Some(index) => {
                             let length = self.path.enter_index(index);
                             let detail = "must be an object for an array of list-type map";
-                            self.push(FieldError::invalid(self.path.as_str(), items[index].clone(), detail));
+                            self.push(FieldError::invalid(self.path.as_str(), brief(&items[index]), detail));
                             self.path.leave(length);
                         }
                         None => self.unique(items.iter().map(|item| Value::Object(key_of(item, keys)))),
@@ -410,17 +419,11 @@ impl Validator {
             *count += 1;
             if *count == 2 {
                 let length = self.path.enter_index(index);
-                self.push(FieldError::duplicate(self.path.as_str(), value));
+                self.push(FieldError::duplicate(self.path.as_str(), brief(&value)));
                 self.path.leave(length);
             }
         }
     }
-}
-
-/// The fields of an item that its list knows it by.
-fn key_of(item: &Value, keys: &[String]) -> Map<String, Value> {
-    let value = |key: &String| Some((key.clone(), item.get(key)?.clone()));
-    keys.iter().filter_map(value).collect()
 }
 
 /// The items that a list had, found by the keys of those that it has.

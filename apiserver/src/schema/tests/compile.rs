@@ -218,6 +218,15 @@ fn a_rule_that_does_not_compile_is_refused_with_its_place() {
 }
 
 #[test]
+fn a_syntax_error_is_told_with_its_line() {
+    let errors =
+        Schema::compile(&json!({"type": "object", "x-kubernetes-validations": [{"rule": "true &&"}]}));
+    let text = texts(&errors.expect_err("it was taken")).join("\n");
+    assert!(text.contains("compilation failed: ERROR: <input>:1:"), "{text}");
+    assert!(text.contains("\n | true &&\n | "), "{text}");
+}
+
+#[test]
 fn old_values_of_items_without_keys_cannot_be_spoken_of() {
     let rules = json!([{"rule": "self == oldSelf"}]);
     assert_refused(

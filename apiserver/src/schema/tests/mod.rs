@@ -1,6 +1,7 @@
 //! Promises of the module, one file each.
 
 mod compile;
+mod kinds;
 mod object;
 mod property;
 mod rules;

@@ -57,6 +57,22 @@ fn unknown_fields_are_removed_and_named() {
 }
 
 #[test]
+fn what_is_preserved_of_a_list_is_preserved_of_its_items() {
+    let schema = schema(json!({
+        "list": {"type": "array", "x-kubernetes-preserve-unknown-fields": true,
+            "items": {"type": "object", "properties": {"strict": {"type": "object"}}}},
+        "any": {"type": "object", "additionalProperties": true},
+    }));
+    let mut object =
+        json!({"list": [{"kept": {"a": 1}, "strict": {"gone": 1}}], "any": {"a": {"gone": 1}, "b": 1}});
+    assert_eq!(
+        schema.prune(&mut object),
+        ["unknown field \"any.a.gone\"", "unknown field \"list[0].strict.gone\""]
+    );
+    assert_eq!(object, json!({"list": [{"kept": {"a": 1}, "strict": {}}], "any": {"a": {}, "b": 1}}));
+}
+
+#[test]
 fn what_is_missing_is_filled_and_nulls_that_may_not_be_are_removed() {
     let schema = schema(json!({
         "spec": {"type": "object", "default": {}, "properties": {
@@ -205,6 +221,16 @@ fn an_invalid_value_is_told_in_the_known_words() {
 }
 
 #[test]
+fn a_null_is_one_of_the_known_values_or_none() {
+    let schema = schema(json!({
+        "a": {"type": "string", "nullable": true, "enum": ["A"]},
+        "b": {"type": "string", "nullable": true, "enum": ["A", null]},
+    }));
+    assert_errors(&schema, json!({"a": "A", "b": null}), &[]);
+    assert_errors(&schema, json!({"a": null}), &["a: Unsupported value: null: supported values: \"A\""]);
+}
+
+#[test]
 fn schemas_combine() {
     let schema = schema(json!({"spec": {"type": "object",
         "properties": {"a": {"type": "string"}, "b": {"type": "string"}, "c": {"type": "string"}},
@@ -285,6 +311,24 @@ fn an_object_within_an_object_says_what_it_is() {
         json!({"template": {"kind": ""}}),
         &["template.apiVersion: Required value", "template.kind: Invalid value: \"\": must not be empty"],
     );
+}
+
+#[test]
+fn an_error_does_not_grow_with_the_object() {
+    let schema =
+        schema(json!({"o": {"type": "object", "additionalProperties": {"type": "string", "maxLength": 1},
+        "enum": [{}]}, "s": {"type": "string", "pattern": "^b"}}));
+    let many: serde_json::Map<String, Value> = (0..10_000).map(|n| (n.to_string(), json!("long"))).collect();
+    let errors = schema.validate(&json!({"o": many, "s": "a".repeat(1 << 20)}), None);
+    assert!(errors.len() <= crate::schema::ERRORS_COUNT_MAX);
+    assert!(texts(&errors).iter().all(|text| text.len() < 5000));
+    let many: serde_json::Map<String, Value> = (0..10_000).map(|n| (n.to_string(), json!(1))).collect();
+    let mut object = json!({"o": {"n".repeat(1 << 20): "long"}, "x": 1, "more": many});
+    object.as_object_mut().unwrap().extend((0..1000).map(|n| (format!("{n}"), json!(1))));
+    let removed = schema.prune(&mut object);
+    assert!(removed.len() <= 100 && removed.iter().all(|text| text.len() < 5000));
+    assert_eq!(object.as_object().unwrap().len(), 1);
+    assert!(texts(&schema.validate(&object, None)).iter().all(|text| text.len() < 5000));
 }
 
 #[test]
