@@ -177,7 +177,9 @@ impl Table {
             ("map", "x-kubernetes-map-type"),
         ] {
             // A list is atomic where nothing else is told.
-            if !schema[keyword].is_null() && !(name == "list" && schema[keyword] == "atomic") {
+            let is_told =
+                !schema[keyword].is_null() && (name, &schema[keyword]) != ("list", &json!("atomic"));
+            if is_told {
                 more.insert(name.to_owned(), schema[keyword].clone());
             }
         }
