@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
+use regex::Regex;
+use serde_json::{Number, Value};
+
+use super::{format::Format, rules::Rule};
 
 /// What a value may be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,4 +64,55 @@ pub struct Node {
     pub is_embedded: bool,
     pub is_nullable: bool,
     pub default: Option<Value>,
+    /// What a value of the type has to fulfil; `None` if nothing.
+    pub checks: Option<Box<Checks>>,
+    /// Rules in CEL (`x-kubernetes-validations`).
+    pub rules: Vec<Rule>,
+    /// Whether there are rules here or below: what has none is not walked for them.
+    pub has_rules: bool,
+}
+
+impl Node {
+    /// The schema of a field of this object; `None` if it knows none of that name.
+    pub fn field(&self, name: &str) -> Option<&Node> {
+        self.properties.get(name).or(self.additional.as_deref())
+    }
+}
+
+/// What a value has to fulfil beside its type.
+#[derive(Clone, Debug, Default)]
+pub struct Checks {
+    pub format: Option<Format>,
+    pub values: Vec<Value>,
+    pub pattern: Option<Pattern>,
+    pub minimum: Option<Limit>,
+    pub maximum: Option<Limit>,
+    pub multiple_of: Option<Number>,
+    /// In characters.
+    pub length_min: Option<u64>,
+    pub length_max: Option<u64>,
+    pub items_min: Option<u64>,
+    pub items_max: Option<u64>,
+    pub is_unique: bool,
+    pub properties_min: Option<u64>,
+    pub properties_max: Option<u64>,
+    pub required: Vec<String>,
+    pub all_of: Vec<Node>,
+    pub any_of: Vec<Node>,
+    pub one_of: Vec<Node>,
+    pub not: Option<Box<Node>>,
+}
+
+/// A bound of a number.
+#[derive(Clone, Debug)]
+pub struct Limit {
+    pub value: Number,
+    pub is_exclusive: bool,
+}
+
+/// A regular expression beside its text.
+#[derive(Clone, Debug)]
+pub struct Pattern {
+    pub text: String,
+    pub regex: Regex,
 }
