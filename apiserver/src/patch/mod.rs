@@ -9,12 +9,17 @@
 //!
 //! Pure functions on JSON: what they know of a kind is its [`Node`](crate::schema::Node). Defaults, pruning and validation come after them.
 
+mod apply;
+mod fields;
 mod format;
 mod json;
+mod managed;
 mod strategic;
 #[cfg(test)]
 mod testing;
+mod typed;
 
+pub use apply::{Apply, Update, apply, track_update};
 pub use format::{Format, manager_of};
 pub use json::{json, merge};
 pub use strategic::strategic;

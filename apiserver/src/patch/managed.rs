@@ -1,0 +1,225 @@
+//! Who owns which fields of an object: `metadata.managedFields`.
+
+use chrono::{DateTime, SecondsFormat, Utc};
+use serde_json::{Map, Value};
+
+use super::fields::{Element, Set, Slot};
+use super::typed::{View, reconcile};
+use crate::object::{self, Object};
+
+/// Entries of updates that are kept apart; the oldest beyond are merged into one.
+const UPDATES_MAX_COUNT: usize = 10;
+/// Manager of the changes that are too old to be kept apart.
+const ANCIENT: &str = "ancient-changes";
+
+/// What a manager did to own its fields.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Operation {
+    Apply,
+    Update,
+}
+
+/// Who did what through which part of an object. A manager has one entry for each.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Manager {
+    pub name: String,
+    pub operation: Operation,
+    /// Of updates alone: who applies goes on with the same fields in another version.
+    pub api_version: Option<String>,
+    pub subresource: String,
+}
+
+impl Manager {
+    pub fn new(name: &str, operation: Operation, api_version: &str, subresource: &str) -> Self {
+        let name = if name.is_empty() { "unknown" } else { name }.to_owned();
+        let api_version = (operation == Operation::Update).then(|| api_version.to_owned());
+        Self { name, operation, api_version, subresource: subresource.to_owned() }
+    }
+}
+
+/// The manager as a conflict tells it.
+impl std::fmt::Display for Manager {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", Value::from(self.name.as_str()))?;
+        if !self.subresource.is_empty() {
+            write!(f, " with subresource {}", Value::from(self.subresource.as_str()))?;
+        }
+        match &self.api_version {
+            Some(version) => write!(f, " using {version}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What one manager owns.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Entry {
+    pub manager: Manager,
+    pub api_version: String,
+    pub time: Option<DateTime<Utc>>,
+    pub set: Set,
+}
+
+/// All of `metadata.managedFields`.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Managed(pub Vec<Entry>);
+
+impl Managed {
+    /// Reads what an object has.
+    ///
+    /// # Errors
+    /// Says which entry cannot be read.
+    pub fn read(view: View<'_>, entries: &Value) -> Result<Self, String> {
+        let mut managed = Self::default();
+        for (index, entry) in entries.as_array().ok_or("managedFields is a list")?.iter().enumerate() {
+            let entry =
+                read_entry(view, entry).map_err(|why| format!("managed fields entry {index}: {why}"))?;
+            managed.take(&entry.manager);
+            managed.0.push(entry);
+        }
+        Ok(managed)
+    }
+
+    /// Writes all entries into the metadata of an object, in the order of Kubernetes.
+    pub fn write(mut self, object: &mut Object) {
+        self.0.retain(|entry| !entry.set.is_empty());
+        self.0.sort_by(|left, right| {
+            let key = |entry: &Entry| (entry.manager.operation, seconds(entry));
+            let name = |entry: &Entry| {
+                (entry.manager.name.clone(), entry.api_version.clone(), entry.manager.subresource.clone())
+            };
+            key(left).cmp(&key(right)).then_with(|| name(left).cmp(&name(right)))
+        });
+        let entries: Vec<Value> = self.0.iter().map(write_entry).collect();
+        let metadata = object::metadata_mut(object);
+        match entries.is_empty() {
+            true => metadata.remove("managedFields"),
+            false => metadata.insert("managedFields".to_owned(), Value::Array(entries)),
+        };
+    }
+
+    /// Takes the entry of a manager out.
+    pub fn take(&mut self, manager: &Manager) -> Option<Entry> {
+        let index = self.0.iter().position(|entry| entry.manager == *manager)?;
+        Some(self.0.remove(index))
+    }
+
+    /// Merges the oldest updates of the same version, until there are not too many of them.
+    pub fn cap(&mut self) {
+        let mut updates: Vec<Manager> = Vec::new();
+        self.0.sort_by(|left, right| {
+            seconds(left).cmp(&seconds(right)).then_with(|| left.manager.cmp(&right.manager))
+        });
+        updates.extend(
+            self.0
+                .iter()
+                .map(|entry| entry.manager.clone())
+                .filter(|manager| manager.operation == Operation::Update),
+        );
+        let mut count = updates.len();
+        let mut first_of_version: Vec<Manager> = Vec::new();
+        for manager in updates {
+            if count <= UPDATES_MAX_COUNT {
+                break;
+            }
+            let Some(first) = first_of_version.iter().find(|first| first.api_version == manager.api_version)
+            else {
+                first_of_version.push(manager);
+                continue;
+            };
+            let version = manager.api_version.clone().unwrap_or_default();
+            let ancient = Manager::new(ANCIENT, Operation::Update, &version, "");
+            let before = self.take(&ancient).or_else(|| self.take(first));
+            if let Some(entry) = self.take(&manager) {
+                let set = before.map_or_else(Set::default, |before| before.set).union(&entry.set);
+                self.0.push(Entry { manager: ancient, set, ..entry });
+                count -= 1;
+            }
+        }
+    }
+}
+
+fn seconds(entry: &Entry) -> i64 {
+    entry.time.map_or(0, |time| time.timestamp())
+}
+
+fn read_entry(view: View<'_>, entry: &Value) -> Result<Entry, String> {
+    let text = |key: &str| match entry.get(key) {
+        None | Some(Value::Null) => Ok(""),
+        Some(Value::String(text)) => Ok(text.as_str()),
+        Some(other) => Err(format!("{key} is a string, not {other}")),
+    };
+    let operation = match text("operation")? {
+        "Apply" => Operation::Apply,
+        "Update" => Operation::Update,
+        _ => return Err("operation must be `Apply` or `Update`".to_owned()),
+    };
+    let api_version = text("apiVersion")?;
+    if api_version.is_empty() {
+        return Err("apiVersion must not be empty".to_owned());
+    }
+    match text("fieldsType")? {
+        "FieldsV1" => {}
+        "" => return Err("missing fieldsType".to_owned()),
+        other => return Err(format!("invalid fieldsType {other:?}")),
+    }
+    let time = match text("time")? {
+        "" => None,
+        time => {
+            let time = DateTime::parse_from_rfc3339(time).map_err(|why| format!("time {time:?}: {why}"))?;
+            Some(time.with_timezone(&Utc))
+        }
+    };
+    let set = match entry.get("fieldsV1") {
+        None | Some(Value::Null) => Set::default(),
+        Some(fields) => Set::read(fields)?,
+    };
+    let manager = Manager {
+        name: text("manager")?.to_owned(),
+        ..Manager::new("", operation, api_version, text("subresource")?)
+    };
+    Ok(Entry { manager, api_version: api_version.to_owned(), time, set: reconcile(view, &set) })
+}
+
+fn write_entry(entry: &Entry) -> Value {
+    let mut written = Map::new();
+    let mut put = |key: &str, value: &str| {
+        if !value.is_empty() {
+            written.insert(key.to_owned(), Value::from(value));
+        }
+    };
+    put("manager", &entry.manager.name);
+    put("operation", if entry.manager.operation == Operation::Apply { "Apply" } else { "Update" });
+    put("apiVersion", &entry.api_version);
+    put("subresource", &entry.manager.subresource);
+    put("fieldsType", "FieldsV1");
+    if let Some(time) = entry.time {
+        put("time", &time.to_rfc3339_opts(SecondsFormat::Secs, true));
+    }
+    // A set has no keys but strings, so that it always is a value.
+    written.insert("fieldsV1".to_owned(), serde_json::to_value(&entry.set).unwrap_or_default());
+    Value::Object(written)
+}
+
+/// Without the fields that nobody owns: what the object is, and what the server keeps in its metadata.
+pub(super) fn without_system_fields(set: &Set) -> Set {
+    let members = |names: &[&str]| {
+        let mut set = Set::default();
+        names.iter().for_each(|name| set.put(Element::Field((*name).to_owned()), Slot::member()));
+        set
+    };
+    let of_metadata = [
+        "name",
+        "namespace",
+        "creationTimestamp",
+        "selfLink",
+        "uid",
+        "generation",
+        "managedFields",
+        "resourceVersion",
+    ];
+    let mut system = members(&["apiVersion", "kind"]);
+    let metadata = Slot { is_member: true, below: members(&of_metadata) };
+    system.put(Element::Field("metadata".to_owned()), metadata);
+    set.difference(&system)
+}
