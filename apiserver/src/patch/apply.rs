@@ -12,13 +12,15 @@ use serde_json::{Map, Value};
 use super::check_depth;
 use super::fields::Set;
 use super::managed::{Entry, Managed, Manager, Operation, without_system_fields};
-use super::typed::{View, changes, check, fields, merge, remove, with_declared};
+use super::typed::{View, changes, check, fields, merge, remove, whole, with_declared};
 use crate::object::{self, Object};
 use crate::schema::Node;
 use crate::status::{Cause, Reason, Result, Status};
 
 /// Where kubectl keeps what it applied on the client's side.
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+/// Paths of one answer to a conflict; what is beyond is counted, not told.
+const CONFLICTS_MAX_BYTES: usize = 64 << 10;
 /// All annotations of an object together.
 const ANNOTATIONS_MAX_BYTES: usize = 256 << 10;
 /// The one manager whose conflicts with its own client-side applies are none.
@@ -67,56 +69,40 @@ pub struct Update<'a> {
 /// change.
 pub fn apply(request: Apply<'_>) -> Result<Object> {
     let view = View::of(request.node);
-    let applied = check_applied(view, &request)?;
-    let (mut live, managed) = match request.live {
+    check_applied(view, &request)?;
+    let (live, managed) = match request.live {
         None => (identity(request.applied), Managed::default()),
         Some(live) => {
-            let managed = owned(view, live).map_err(|why| {
+            let mut managed = owned(view, live).map_err(|why| {
                 Status::new(Reason::InternalError, format!("failed to decode managed fields: {why}"))
             })?;
-            (without_managed_fields(live), managed)
-        }
-    };
-    let mut managed = managed;
-    if managed.0.is_empty() && request.live.is_some() {
-        let manager =
-            Manager::new(BEFORE_FIRST_APPLY, Operation::Update, request.api_version, request.subresource);
-        update(view, &identity(&live), &live, &mut managed, (manager, request.api_version, request.now));
-    }
-
-    let live_value = Value::Object(std::mem::take(&mut live));
-    let (new, managed) = match applying(view, &request, &live_value, &applied, managed.clone(), request.force)
-    {
-        Ok(done) => done,
-        Err(conflicts) => {
-            let allowed = if request.manager == KUBECTL {
-                applied_by_client(view, &request, &live_value)
-            } else {
-                Set::default()
-            };
-            let conflicts: Vec<(Manager, Set)> = conflicts
-                .into_iter()
-                .map(|(manager, set)| (manager, set.difference(&allowed)))
-                .filter(|(_, set)| !set.is_empty())
-                .collect();
-            if !conflicts.is_empty() {
-                return Err(conflict(&conflicts));
+            let live = without_managed_fields(live);
+            if managed.0.is_empty() {
+                let by = request.manager(BEFORE_FIRST_APPLY, Operation::Update);
+                update(view, &identity(&live), &live, &mut managed, (by, request.api_version, request.now));
             }
-            applying(view, &request, &live_value, &applied, managed, true)
-                .map_err(|conflicts| conflict(&conflicts))?
+            (live, managed)
         }
     };
-    let Value::Object(mut new) = new else {
-        return Err(Status::new(
-            Reason::InternalError,
-            "Internal error occurred: what was applied is no object",
-        ));
-    };
+    let done = applying(view, &request, &live, managed.clone(), request.force).or_else(|conflicts| {
+        let conflicts = without_those_of_kubectl(view, &request, &live, conflicts);
+        match conflicts.is_empty() {
+            true => applying(view, &request, &live, managed, true),
+            false => Err(conflicts),
+        }
+    });
+    let (mut new, managed) = done.map_err(|conflicts| conflict(&conflicts))?;
     if request.manager == KUBECTL && last_applied(&new).is_some() {
         keep_last_applied(&mut new, request.applied);
     }
     managed.write(&mut new);
     Ok(new)
+}
+
+impl Apply<'_> {
+    fn manager(&self, name: &str, operation: Operation) -> Manager {
+        Manager::new(name, operation, self.api_version, self.subresource)
+    }
 }
 
 /// Writes into an object, which is about to be stored, who changed what: the fields that differ from the live object are the manager's,
@@ -175,13 +161,11 @@ fn without_managed_fields(object: &Object) -> Object {
     object
 }
 
-fn check_applied(view: View<'_>, request: &Apply<'_>) -> Result<Value> {
+fn check_applied(view: View<'_>, request: &Apply<'_>) -> Result<()> {
     let applied = request.applied;
     applied.values().try_for_each(check_depth)?;
-    if object::metadata(applied)
-        .and_then(|metadata| metadata.get("managedFields"))
-        .is_some_and(|fields| !fields.is_null())
-    {
+    let managed = object::metadata(applied).and_then(|metadata| metadata.get("managedFields"));
+    if managed.is_some_and(|fields| !fields.is_null()) {
         return Err(Status::bad_request("metadata.managedFields must be nil"));
     }
     let version = object::text(applied, &["apiVersion"]).unwrap_or_default();
@@ -191,80 +175,78 @@ fn check_applied(view: View<'_>, request: &Apply<'_>) -> Result<Value> {
             request.api_version
         )));
     }
-    let applied_value = Value::Object(applied.clone());
-    check(view, &applied_value).map_err(|why| {
-        let (namespace, name) = (object::namespace(applied), object::name(applied));
+    check(view, applied).map_err(|why| {
+        let namespace = object::namespace(applied).unwrap_or_default();
+        let name = object::name(applied).unwrap_or_default();
         let kind = object::text(applied, &["kind"]).unwrap_or_default();
         Status::bad_request(format!(
-            "failed to create typed patch object ({}/{}; {version}, Kind={kind}): {why}",
-            namespace.unwrap_or_default(),
-            name.unwrap_or_default()
+            "failed to create typed patch object ({namespace}/{name}; {version}, Kind={kind}): {why}"
         ))
-    })?;
-    Ok(applied_value)
+    })
 }
+
+/// What others own of what a request would change.
+type Conflicts = Vec<(Manager, Set)>;
 
 /// Applies; or tells what others own of it.
 fn applying(
     view: View<'_>,
     request: &Apply<'_>,
-    live: &Value,
-    applied: &Value,
+    live: &Object,
     mut managed: Managed,
     force: bool,
-) -> Result<(Value, Managed), Vec<(Manager, Set)>> {
-    let manager = Manager::new(request.manager, Operation::Apply, request.api_version, request.subresource);
-    let before = managed.take(&manager);
+) -> Result<(Object, Managed), Conflicts> {
+    let manager = request.manager(request.manager, Operation::Apply);
+    let before = managed.0.remove(&manager);
     let last = before.as_ref().map_or_else(Set::default, |entry| entry.set.clone());
-    let applies = fields(view, applied);
+    let applies = fields(view, request.applied);
 
-    let wanted = managed.0.iter().fold(applies.clone(), |wanted, entry| wanted.union(&entry.set));
-    let new = prune(view, merge(view, live, applied), &last, &wanted);
+    let mut wanted = applies.clone();
+    managed.0.values().for_each(|entry| wanted.add(entry.set.clone()));
+    let new = prune(view, merge(view, live, request.applied), &last, &wanted);
 
     let conflicts = give_up(view, live, &new, &mut managed);
     if !force && !conflicts.is_empty() {
         return Err(conflicts);
     }
     let set = without_system_fields(&applies);
-    let is_same = super::fields::compare(live, &new).is_eq() && set == last;
+    let is_same = *live == new && set == last;
     let time = before.filter(|_| is_same).map_or(Some(request.now), |entry| entry.time);
-    managed.0.push(Entry { manager, api_version: request.api_version.to_owned(), time, set });
+    managed.0.insert(manager, Entry { api_version: request.api_version.to_owned(), time, set });
     Ok((new, managed))
 }
 
 /// Takes out of an object what its manager applied before (`last`), unless it or somebody else still wants it. What is below a field that is
 /// not wanted any more goes with it, if nobody wants that.
-fn prune(view: View<'_>, merged: Value, last: &Set, wanted: &Set) -> Value {
+fn prune(view: View<'_>, merged: Object, last: &Set, wanted: &Set) -> Object {
     if last.is_empty() {
         return merged;
     }
-    let all = |value: &Value| with_declared(view, &fields(view, value));
     let last = with_declared(view, last);
-    let merged_fields = all(&merged);
+    let all = whole(view, &merged);
     let pruned = remove(view, merged.clone(), &last);
     // Back comes what is wanted.
-    let kept = all(&pruned).union(&with_declared(view, wanted));
-    let pruned = remove(view, merged.clone(), &merged_fields.difference(&kept));
+    let kept = whole(view, &pruned).union(&with_declared(view, wanted));
+    let pruned = remove(view, merged.clone(), &all.difference(&kept));
     // Back comes what nobody wants, and the manager never had.
-    let gone = merged_fields.difference(&all(&pruned)).intersection(&last);
+    let gone = all.difference(&whole(view, &pruned)).intersection(&last);
     remove(view, merged, &gone)
 }
 
 /// Takes from all managers what has changed and what is gone; returns what has changed against their will.
-fn give_up(view: View<'_>, live: &Value, new: &Value, managed: &mut Managed) -> Vec<(Manager, Set)> {
+fn give_up(view: View<'_>, live: &Object, new: &Object, managed: &mut Managed) -> Conflicts {
     let changes = changes(view, live, new);
     let changed = changes.modified.union(&changes.added);
     let lost = changed.union(&changes.removed);
     let mut conflicts = Vec::new();
-    for entry in &mut managed.0 {
+    for (manager, entry) in &mut managed.0 {
         let conflict = entry.set.intersection(&changed);
         if !conflict.is_empty() {
-            conflicts.push((entry.manager.clone(), conflict));
+            conflicts.push((manager.clone(), conflict));
         }
         entry.set = entry.set.difference(&lost);
     }
-    managed.0.retain(|entry| !entry.set.is_empty());
-    conflicts.sort_by(|left, right| left.0.cmp(&right.0));
+    managed.0.retain(|_, entry| !entry.set.is_empty());
     conflicts
 }
 
@@ -276,41 +258,40 @@ fn update(
     managed: &mut Managed,
     by: (Manager, &str, DateTime<Utc>),
 ) {
-    let (live, new) = (Value::Object(live.clone()), Value::Object(new.clone()));
-    give_up(view, &live, &new, managed);
-    let changes = changes(view, &live, &new);
+    give_up(view, live, new, managed);
+    let changes = changes(view, live, new);
     let changed = without_system_fields(&changes.modified.union(&changes.added));
     if changed.is_empty() {
         return;
     }
     let (manager, api_version, now) = by;
-    let before = managed.take(&manager).map_or_else(Set::default, |entry| entry.set);
-    managed.0.push(Entry {
-        manager,
-        api_version: api_version.to_owned(),
-        time: Some(now),
-        set: before.union(&changed),
-    });
+    let mut set = managed.0.remove(&manager).map_or_else(Set::default, |entry| entry.set);
+    set.add(changed);
+    managed.0.insert(manager, Entry { api_version: api_version.to_owned(), time: Some(now), set });
 }
 
 fn last_applied(object: &Object) -> Option<&str> {
     object::text(object, &["metadata", "annotations", LAST_APPLIED]).filter(|text| !text.is_empty())
 }
 
-/// The fields that kubectl applied on the client's side and that still are as it did: there is no conflict with oneself.
-fn applied_by_client(view: View<'_>, request: &Apply<'_>, live: &Value) -> Set {
-    let last =
-        live.as_object().and_then(last_applied).and_then(|text| serde_json::from_str::<Object>(text).ok());
-    let Some(last) = last.filter(|last| object::text(last, &["apiVersion"]) == Some(request.api_version))
-    else {
-        return Set::default();
-    };
-    let last = Value::Object(last);
-    if check(view, &last).is_err() {
-        return Set::default();
-    }
+/// The conflicts that remain for kubectl: none is with what it applied on the client's side, and what still is as it did.
+fn without_those_of_kubectl(
+    view: View<'_>,
+    request: &Apply<'_>,
+    live: &Object,
+    conflicts: Conflicts,
+) -> Conflicts {
+    let last = last_applied(live).and_then(|text| serde_json::from_str::<Object>(text).ok()).filter(|last| {
+        request.manager == KUBECTL
+            && object::text(last, &["apiVersion"]) == Some(request.api_version)
+            && check(view, last).is_ok()
+    });
+    let Some(last) = last else { return conflicts };
     let changes = changes(view, &last, live);
-    fields(view, &last).difference(&changes.modified).difference(&changes.added).difference(&changes.removed)
+    let changed = changes.modified.union(&changes.added).union(&changes.removed);
+    let own = fields(view, &last).difference(&changed);
+    let remaining = conflicts.into_iter().map(|(manager, set)| (manager, set.difference(&own)));
+    remaining.filter(|(_, set)| !set.is_empty()).collect()
 }
 
 /// Keeps the annotation of kubectl's client-side apply in step, so that one can go back to it.
@@ -332,9 +313,10 @@ fn keep_last_applied(new: &mut Object, applied: &Object) {
 }
 
 fn conflict(conflicts: &[(Manager, Set)]) -> Status {
+    let bytes_max = CONFLICTS_MAX_BYTES / conflicts.len().max(1);
     let all: Vec<(String, Vec<String>)> =
-        conflicts.iter().map(|(manager, set)| (manager.to_string(), set.paths())).collect();
-    let count: usize = all.iter().map(|(_, paths)| paths.len()).sum();
+        conflicts.iter().map(|(manager, set)| (manager.to_string(), set.paths(bytes_max))).collect();
+    let count: usize = conflicts.iter().map(|(_, set)| set.len()).sum();
     let message = match all.as_slice() {
         [(manager, paths)] if count == 1 => {
             format!("Apply failed with 1 conflict: conflict with {manager}: {}", paths.concat())

@@ -7,7 +7,7 @@
 //! ```
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::ser::{Serialize, SerializeMap, Serializer};
@@ -204,48 +204,67 @@ impl Set {
         }
     }
 
+    /// Adds all paths of another set.
+    pub fn add(&mut self, other: Self) {
+        for (element, slot) in other.0 {
+            let here = self.0.entry(element).or_default();
+            here.is_member |= slot.is_member;
+            here.below.add(slot.below);
+        }
+    }
+
     pub fn union(&self, other: &Self) -> Self {
-        self.combine(other, |left, right| left || right)
+        let mut union = self.clone();
+        union.add(other.clone());
+        union
     }
 
     pub fn intersection(&self, other: &Self) -> Self {
-        self.combine(other, |left, right| left && right)
+        self.only(other, true)
     }
 
     pub fn difference(&self, other: &Self) -> Self {
-        self.combine(other, |left, right| left && !right)
+        self.only(other, false)
     }
 
-    fn combine(&self, other: &Self, keeps: fn(bool, bool) -> bool) -> Self {
+    /// The paths that the other set has, or that it does not have.
+    fn only(&self, other: &Self, has: bool) -> Self {
         let nothing = Slot::default();
-        let mut combined = Self::default();
-        let elements: BTreeSet<&Element> = self.0.keys().chain(other.0.keys()).collect();
-        for element in elements {
-            let left = self.0.get(element).unwrap_or(&nothing);
-            let right = other.0.get(element).unwrap_or(&nothing);
-            let slot = Slot {
-                is_member: keeps(left.is_member, right.is_member),
-                below: left.below.combine(&right.below, keeps),
-            };
-            combined.put(element.clone(), slot);
+        let mut only = Self::default();
+        for (element, slot) in &self.0 {
+            let other = other.0.get(element).unwrap_or(&nothing);
+            let is_member = slot.is_member && other.is_member == has;
+            only.put(element.clone(), Slot { is_member, below: slot.below.only(&other.below, has) });
         }
-        combined
+        only
     }
 
-    /// The paths as people read them: of every map first its members, then what is below them.
-    pub fn paths(&self) -> Vec<String> {
-        fn collect(set: &Set, before: &str, paths: &mut Vec<String>) {
-            paths.extend(
-                set.slots()
-                    .filter(|(_, slot)| slot.is_member)
-                    .map(|(element, _)| format!("{before}{element}")),
-            );
+    /// Number of paths.
+    pub fn len(&self) -> usize {
+        self.0.values().map(|slot| usize::from(slot.is_member) + slot.below.len()).sum()
+    }
+
+    /// The paths as people read them: of every map first its members, then what is below them. They end before the first that does not fit
+    /// into so many bytes: a long key is in all paths below it.
+    pub fn paths(&self, mut bytes_max: usize) -> Vec<String> {
+        fn collect(set: &Set, before: &str, left: &mut usize, paths: &mut Vec<String>) {
+            for (element, _) in set.slots().filter(|(_, slot)| slot.is_member) {
+                let path = format!("{before}{element}");
+                *left = left.saturating_sub(path.len());
+                if *left == 0 {
+                    return;
+                }
+                paths.push(path);
+            }
             for (element, slot) in set.slots().filter(|(_, slot)| !slot.below.is_empty()) {
-                collect(&slot.below, &format!("{before}{element}"), paths);
+                if *left == 0 {
+                    return;
+                }
+                collect(&slot.below, &format!("{before}{element}"), left, paths);
             }
         }
         let mut paths = Vec::new();
-        collect(self, "", &mut paths);
+        collect(self, "", &mut bytes_max, &mut paths);
         paths
     }
 

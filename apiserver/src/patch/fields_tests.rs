@@ -1,7 +1,11 @@
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
 use serde_json::json as value;
 
 use super::*;
+
+const ALL: usize = usize::MAX;
 
 fn parse(text: &str) -> Set {
     Set::read(&serde_json::from_str(text).unwrap()).unwrap()
@@ -51,7 +55,18 @@ fn paths_are_told_as_kubernetes_tells_them() {
     let set = parse(
         r#"{"f:spec":{"f:replicas":{},"f:list":{"k:{\"name\":\"a\",\"port\":1}":{"f:x":{}}},"f:set":{"v:5":{}}},"f:z":{"i:3":{}}}"#,
     );
-    assert_eq!(set.paths(), [".spec.replicas", r#".spec.list[name="a",port=1].x"#, ".spec.set[=5]", ".z[3]"]);
+    assert_eq!(
+        set.paths(ALL),
+        [".spec.replicas", r#".spec.list[name="a",port=1].x"#, ".spec.set[=5]", ".z[3]"]
+    );
+}
+
+#[test]
+fn paths_are_as_long_as_allowed_and_no_longer() {
+    let set = parse(r#"{"f:long":{"f:a":{},"f:b":{},"f:c":{"f:d":{}}},"f:x":{}}"#);
+    assert_eq!(set.paths(ALL), [".x", ".long.a", ".long.b", ".long.c.d"]);
+    assert_eq!(set.paths(10), [".x", ".long.a"]);
+    assert_eq!((set.paths(1), set.len()), (vec![], 4));
 }
 
 #[test]
@@ -113,11 +128,12 @@ proptest! {
 
     #[test]
     fn sets_combine_as_sets_of_paths(left in any_set(), right in any_set()) {
-        let paths = |set: &Set| set.paths().into_iter().collect::<BTreeSet<String>>();
+        let paths = |set: &Set| set.paths(ALL).into_iter().collect::<BTreeSet<String>>();
         let both: BTreeSet<String> = paths(&left).union(&paths(&right)).cloned().collect();
         prop_assert_eq!(paths(&left.union(&right)), both);
         prop_assert_eq!(left.difference(&right).union(&left.intersection(&right)), left.clone());
         prop_assert!(left.difference(&right).intersection(&right).is_empty());
         prop_assert_eq!(left.union(&right), right.union(&left));
+        prop_assert_eq!(left.union(&right).len() + left.intersection(&right).len(), left.len() + right.len());
     }
 }

@@ -34,6 +34,9 @@ pub fn json(current: &Object, patch: &Value) -> Result<Object> {
     let mut limits = Limits { levels: depth(&document), copied_bytes: 0, moved_items: 0 };
     for (index, operation) in operations.iter().enumerate() {
         limits.check(&document, operation)?;
+        if is_test_of_absence(&document, operation) {
+            continue;
+        }
         json_patch::patch_unsafe(&mut document, std::slice::from_ref(operation))
             .map_err(|error| rejected(index, operation, &error.kind))?;
     }
@@ -41,6 +44,13 @@ pub fn json(current: &Object, patch: &Value) -> Result<Object> {
         Value::Object(object) => Ok(object),
         _ => Err(Status::bad_request("the JSON patch leaves no object, which is what it has to leave")),
     }
+}
+
+/// Whether an operation tests a field that is not there for null, which holds in Kubernetes.
+fn is_test_of_absence(document: &Value, operation: &PatchOperation) -> bool {
+    let PatchOperation::Test(test) = operation else { return false };
+    let parent = test.path.parent().and_then(|parent| parent.resolve(document).ok());
+    test.value.is_null() && parent.is_some_and(Value::is_object) && test.path.resolve(document).is_err()
 }
 
 /// Applies a JSON merge patch to an object: its nulls delete, its objects merge, anything else replaces.

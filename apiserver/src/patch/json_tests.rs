@@ -60,6 +60,16 @@ fn an_operation_that_cannot_be_done_is_invalid_and_says_which() {
 }
 
 #[test]
+fn a_field_that_is_not_there_can_be_tested_for_null() {
+    assert_eq!(
+        done(value!({"a": {}}), value!([{"op": "test", "path": "/a/b", "value": null}])),
+        value!({"a": {}})
+    );
+    let elsewhere = value!([{"op": "test", "path": "/b/c", "value": null}]);
+    assert_eq!(refused(value!({"a": {}}), elsewhere).reason, Reason::Invalid);
+}
+
+#[test]
 fn what_is_no_json_patch_is_a_bad_request() {
     for patch in [
         value!({"op": "remove", "path": "/a"}),

@@ -1,5 +1,7 @@
 //! Who owns which fields of an object: `metadata.managedFields`.
 
+use std::collections::BTreeMap;
+
 use chrono::{DateTime, SecondsFormat, Utc};
 use serde_json::{Map, Value};
 
@@ -54,7 +56,6 @@ impl std::fmt::Display for Manager {
 /// What one manager owns.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Entry {
-    pub manager: Manager,
     pub api_version: String,
     pub time: Option<DateTime<Utc>>,
     pub set: Set,
@@ -62,7 +63,7 @@ pub(super) struct Entry {
 
 /// All of `metadata.managedFields`.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Managed(pub Vec<Entry>);
+pub(super) struct Managed(pub BTreeMap<Manager, Entry>);
 
 impl Managed {
     /// Reads what an object has.
@@ -70,27 +71,22 @@ impl Managed {
     /// # Errors
     /// Says which entry cannot be read.
     pub fn read(view: View<'_>, entries: &Value) -> Result<Self, String> {
-        let mut managed = Self::default();
-        for (index, entry) in entries.as_array().ok_or("managedFields is a list")?.iter().enumerate() {
-            let entry =
-                read_entry(view, entry).map_err(|why| format!("managed fields entry {index}: {why}"))?;
-            managed.take(&entry.manager);
-            managed.0.push(entry);
-        }
-        Ok(managed)
+        let entries = entries.as_array().ok_or("managedFields is a list")?.iter().enumerate();
+        let read = |(index, entry): (usize, &Value)| {
+            read_entry(view, entry).map_err(|why| format!("managed fields entry {index}: {why}"))
+        };
+        Ok(Self(entries.map(read).collect::<Result<_, _>>()?))
     }
 
     /// Writes all entries into the metadata of an object, in the order of Kubernetes.
-    pub fn write(mut self, object: &mut Object) {
-        self.0.retain(|entry| !entry.set.is_empty());
-        self.0.sort_by(|left, right| {
-            let key = |entry: &Entry| (entry.manager.operation, seconds(entry));
-            let name = |entry: &Entry| {
-                (entry.manager.name.clone(), entry.api_version.clone(), entry.manager.subresource.clone())
-            };
-            key(left).cmp(&key(right)).then_with(|| name(left).cmp(&name(right)))
+    pub fn write(self, object: &mut Object) {
+        let mut entries: Vec<(&Manager, &Entry)> =
+            self.0.iter().filter(|(_, entry)| !entry.set.is_empty()).collect();
+        entries.sort_by_key(|&(manager, entry)| {
+            (manager.operation, seconds(entry), &manager.name, &entry.api_version, &manager.subresource)
         });
-        let entries: Vec<Value> = self.0.iter().map(write_entry).collect();
+        let entries: Vec<Value> =
+            entries.into_iter().map(|(manager, entry)| write_entry(manager, entry)).collect();
         let metadata = object::metadata_mut(object);
         match entries.is_empty() {
             true => metadata.remove("managedFields"),
@@ -98,43 +94,30 @@ impl Managed {
         };
     }
 
-    /// Takes the entry of a manager out.
-    pub fn take(&mut self, manager: &Manager) -> Option<Entry> {
-        let index = self.0.iter().position(|entry| entry.manager == *manager)?;
-        Some(self.0.remove(index))
-    }
-
     /// Merges the oldest updates of the same version, until there are not too many of them.
     pub fn cap(&mut self) {
-        let mut updates: Vec<Manager> = Vec::new();
-        self.0.sort_by(|left, right| {
-            seconds(left).cmp(&seconds(right)).then_with(|| left.manager.cmp(&right.manager))
-        });
-        updates.extend(
-            self.0
-                .iter()
-                .map(|entry| entry.manager.clone())
-                .filter(|manager| manager.operation == Operation::Update),
-        );
-        let mut count = updates.len();
-        let mut first_of_version: Vec<Manager> = Vec::new();
-        for manager in updates {
-            if count <= UPDATES_MAX_COUNT {
+        let updates = self.0.iter().filter(|(manager, _)| manager.operation == Operation::Update);
+        let mut updates: Vec<(i64, Manager)> =
+            updates.map(|(manager, entry)| (seconds(entry), manager.clone())).collect();
+        updates.sort();
+        let mut surplus = updates.len().saturating_sub(UPDATES_MAX_COUNT);
+        let mut first_of_version: BTreeMap<String, Manager> = BTreeMap::new();
+        for (_, manager) in updates {
+            if surplus == 0 {
                 break;
             }
-            let Some(first) = first_of_version.iter().find(|first| first.api_version == manager.api_version)
-            else {
-                first_of_version.push(manager);
+            let version = manager.api_version.clone().unwrap_or_default();
+            let Some(first) = first_of_version.get(&version) else {
+                first_of_version.insert(version, manager);
                 continue;
             };
-            let version = manager.api_version.clone().unwrap_or_default();
             let ancient = Manager::new(ANCIENT, Operation::Update, &version, "");
-            let before = self.take(&ancient).or_else(|| self.take(first));
-            if let Some(entry) = self.take(&manager) {
-                let set = before.map_or_else(Set::default, |before| before.set).union(&entry.set);
-                self.0.push(Entry { manager: ancient, set, ..entry });
-                count -= 1;
+            let Some(mut entry) = self.0.remove(&manager) else { continue };
+            if let Some(before) = self.0.remove(&ancient).or_else(|| self.0.remove(first)) {
+                entry.set.add(before.set);
             }
+            self.0.insert(ancient, entry);
+            surplus -= 1;
         }
     }
 }
@@ -143,7 +126,7 @@ fn seconds(entry: &Entry) -> i64 {
     entry.time.map_or(0, |time| time.timestamp())
 }
 
-fn read_entry(view: View<'_>, entry: &Value) -> Result<Entry, String> {
+fn read_entry(view: View<'_>, entry: &Value) -> Result<(Manager, Entry), String> {
     let text = |key: &str| match entry.get(key) {
         None | Some(Value::Null) => Ok(""),
         Some(Value::String(text)) => Ok(text.as_str()),
@@ -178,20 +161,20 @@ fn read_entry(view: View<'_>, entry: &Value) -> Result<Entry, String> {
         name: text("manager")?.to_owned(),
         ..Manager::new("", operation, api_version, text("subresource")?)
     };
-    Ok(Entry { manager, api_version: api_version.to_owned(), time, set: reconcile(view, &set) })
+    Ok((manager, Entry { api_version: api_version.to_owned(), time, set: reconcile(view, &set) }))
 }
 
-fn write_entry(entry: &Entry) -> Value {
+fn write_entry(manager: &Manager, entry: &Entry) -> Value {
     let mut written = Map::new();
     let mut put = |key: &str, value: &str| {
         if !value.is_empty() {
             written.insert(key.to_owned(), Value::from(value));
         }
     };
-    put("manager", &entry.manager.name);
-    put("operation", if entry.manager.operation == Operation::Apply { "Apply" } else { "Update" });
+    put("manager", &manager.name);
+    put("operation", if manager.operation == Operation::Apply { "Apply" } else { "Update" });
     put("apiVersion", &entry.api_version);
-    put("subresource", &entry.manager.subresource);
+    put("subresource", &manager.subresource);
     put("fieldsType", "FieldsV1");
     if let Some(time) = entry.time {
         put("time", &time.to_rfc3339_opts(SecondsFormat::Secs, true));

@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::{Map, Value};
 
 use super::check_depth;
+use super::typed::View;
 use crate::object::Object;
 use crate::schema::Node;
 use crate::status::{Reason, Result, Status};
@@ -37,15 +38,10 @@ const BAD_RETAIN_KEYS: &str = "invalid patch format of retainKeys";
 /// `BadRequest` for directives that cannot be understood and items without their merge key, `Invalid` for lists in lists that merge.
 pub fn strategic(node: &Node, current: &Object, patch: &Object) -> Result<Object> {
     patch.values().try_for_each(check_depth)?;
-    merge_map(Some(node), current.clone(), patch)
+    merge_map(View::of(node), current.clone(), patch)
 }
 
-fn field<'a>(node: Option<&'a Node>, key: &str) -> Option<&'a Node> {
-    let node = node?;
-    node.properties.get(key).or(node.additional.as_deref())
-}
-
-fn merge_map(node: Option<&Node>, mut current: Object, patch: &Object) -> Result<Object> {
+fn merge_map(view: View<'_>, mut current: Object, patch: &Object) -> Result<Object> {
     match patch.get(DIRECTIVE) {
         None => {}
         Some(Value::String(directive)) if directive == "replace" => return Ok(clean_map(patch)),
@@ -59,7 +55,7 @@ fn merge_map(node: Option<&Node>, mut current: Object, patch: &Object) -> Result
     for (directive, order) in patch {
         let Some(key) = key_of(directive, ELEMENT_ORDER, BAD_ORDER)? else { continue };
         let order = order.as_array().ok_or_else(|| Status::bad_request(BAD_ORDER))?;
-        set_order(field(node, key), &mut current, key, patch.get(key), order)?;
+        set_order(view.any_field(key).0, &mut current, key, patch.get(key), order)?;
         ordered.insert(key);
     }
     for (key, value) in patch {
@@ -74,14 +70,14 @@ fn merge_map(node: Option<&Node>, mut current: Object, patch: &Object) -> Result
         if is_directive(key) || ordered.contains(key.as_str()) {
             continue;
         }
-        let node = field(node, key);
+        let view = view.any_field(key).0;
         let merged = match (current.remove(key), value) {
             (_, Value::Null) => None,
             (Some(Value::Object(current)), Value::Object(patch)) => {
-                Some(Value::Object(merge_map(node, current, patch)?))
+                Some(Value::Object(merge_map(view, current, patch)?))
             }
             (Some(Value::Array(current)), Value::Array(patch)) => {
-                Some(Value::Array(merge_list(node, current, patch)?))
+                Some(Value::Array(merge_list(view, current, patch)?))
             }
             (_, value) => clean(value),
         };
@@ -119,11 +115,10 @@ fn retain_keys(current: &mut Object, patch: &Object, keys: &Value) -> Result<()>
 /// How the items of a list are told from each other: by the value of a key, or by what they are.
 fn identity(item: &Value, key: Option<&str>) -> Result<String> {
     let Some(key) = key else { return Ok(item.to_string()) };
-    let map = item
-        .as_object()
-        .ok_or_else(|| Status::bad_request(format!("expected a map, but received {item}")))?;
+    let map = item.as_object().ok_or_else(|| Status::bad_request("expected a map, but received none"))?;
     let value = map.get(key);
-    let missing = || Status::bad_request(format!("map: {item} does not contain declared merge key: {key}"));
+    let missing =
+        || Status::bad_request(format!("map: {} does not contain declared merge key: {key}", keys_of(map)));
     value.map(Value::to_string).ok_or_else(missing)
 }
 
@@ -136,8 +131,8 @@ fn places(items: &[Value], key: Option<&str>) -> Result<BTreeMap<String, usize>>
     Ok(places)
 }
 
-fn merge_list(node: Option<&Node>, current: Vec<Value>, patch: &[Value]) -> Result<Vec<Value>> {
-    let Some(node) = node.filter(|node| node.patch.merges) else {
+fn merge_list(view: View<'_>, current: Vec<Value>, patch: &[Value]) -> Result<Vec<Value>> {
+    let Some(strategy) = view.patch().filter(|patch| patch.merges) else {
         return Ok(patch.iter().filter_map(clean).collect());
     };
     if current.is_empty() && patch.is_empty() {
@@ -150,7 +145,7 @@ fn merge_list(node: Option<&Node>, current: Vec<Value>, patch: &[Value]) -> Resu
         merged.retain(|item| seen.insert(item.to_string()));
         return arrange(merged, patch, &current, None);
     }
-    let Some(key) = node.patch.merge_key.as_deref() else {
+    let Some(key) = strategy.merge_key.as_deref() else {
         return Err(Status::bad_request("cannot merge lists without merge key"));
     };
 
@@ -187,7 +182,7 @@ fn merge_list(node: Option<&Node>, current: Vec<Value>, patch: &[Value]) -> Resu
         match (places.get(&identity), item) {
             (Some(&place), Value::Object(patch)) => {
                 if let Value::Object(current) = merged[place].take() {
-                    merged[place] = Value::Object(merge_map(node.items.as_deref(), current, patch)?);
+                    merged[place] = Value::Object(merge_map(view.items(), current, patch)?);
                 }
             }
             _ => {
@@ -254,19 +249,18 @@ fn arrange(items: Vec<Value>, order: &[Value], server: &[Value], key: Option<&st
 
 /// Merges the list `key` and puts it in order.
 fn set_order(
-    node: Option<&Node>,
+    view: View<'_>,
     current: &mut Object,
     key: &str,
     patch: Option<&Value>,
     order: &[Value],
 ) -> Result<()> {
-    let not_a_list =
-        |value: &Value| Status::bad_request(format!("{key}: expected a list, but received {value}"));
-    let merge_key = node.and_then(|node| node.patch.merge_key.as_deref());
+    let not_a_list = || Status::bad_request(format!("{key}: expected a list, but received none"));
+    let merge_key = view.patch().and_then(|patch| patch.merge_key.as_deref());
     let patch = match patch {
         None => None,
         Some(Value::Array(items)) => Some(items.as_slice()),
-        Some(other) => return Err(not_a_list(other)),
+        Some(_) => return Err(not_a_list()),
     };
     if let Some(patch) = patch {
         check_order(patch, order, merge_key)?;
@@ -274,13 +268,13 @@ fn set_order(
     let server = match current.get(key) {
         None => None,
         Some(Value::Array(items)) => Some(items.clone()),
-        Some(other) => return Err(not_a_list(other)),
+        Some(_) => return Err(not_a_list()),
     };
     let merged = match (&server, patch) {
         (None, None) => return Ok(()),
         (Some(server), None) => server.clone(),
         (None, Some(patch)) => patch.iter().filter_map(clean).collect(),
-        (Some(server), Some(patch)) => merge_list(node, server.clone(), patch)?,
+        (Some(server), Some(patch)) => merge_list(view, server.clone(), patch)?,
     };
     let arranged = arrange(merged, order, &server.unwrap_or_default(), merge_key)?;
     current.insert(key.to_owned(), Value::Array(arranged));
@@ -300,9 +294,13 @@ fn check_order(patch: &[Value], order: &[Value], key: Option<&str>) -> Result<()
         let identity_of_item = identity(item, key)?;
         loop {
             let Some(next) = left.next() else {
-                let (patch, order) = (Value::from(patch), Value::from(order));
+                let list = |items: &[Value]| {
+                    let known = items.iter().filter_map(|item| identity(item, key).ok());
+                    known.collect::<Vec<_>>().join(" ")
+                };
+                let (patch, order) = (list(patch), list(order));
                 let message = format!(
-                    "The order in patch list:\n{patch}\n doesn't match {ELEMENT_ORDER} list:\n{order}\n"
+                    "The order in patch list:\n[{patch}]\n doesn't match {ELEMENT_ORDER} list:\n[{order}]\n"
                 );
                 return Err(Status::bad_request(message));
             };
@@ -315,7 +313,12 @@ fn check_order(patch: &[Value], order: &[Value], key: Option<&str>) -> Result<()
 }
 
 fn unknown_directive(directive: &Value, map: &Object) -> Status {
-    Status::bad_request(format!("unknown patch type: {directive} in map: {}", Value::Object(map.clone())))
+    Status::bad_request(format!("unknown patch type: {directive} in map: {}", keys_of(map)))
+}
+
+/// The keys of a map; its values may be secret.
+fn keys_of(map: &Object) -> String {
+    format!("[{}]", map.keys().map(String::as_str).collect::<Vec<_>>().join(" "))
 }
 
 /// What of a patch is to be stored where nothing was: no nulls, no directives; nothing of a map that is one.

@@ -131,7 +131,9 @@ fn the_order_is_that_of_the_patch_and_items_it_does_not_name_stay_between() {
         value!({"containers": [{"name": "a"}, {"name": "c", "image": "1"}, {"name": "server"}]})
     );
     let against = value!({"$setElementOrder/containers": order(["a", "b"]), "containers": [{"name": "b"}, {"name": "a"}]});
-    assert!(refused(current.clone(), against).starts_with("The order in patch list:\n"));
+    let told =
+        "The order in patch list:\n[\"b\" \"a\"]\n doesn't match $setElementOrder list:\n[\"a\" \"b\"]\n";
+    assert_eq!(refused(current.clone(), against), told);
     assert_eq!(
         refused(current, value!({"$setElementOrder/containers": "a"})),
         "invalid patch format of setElementOrder list"
@@ -144,18 +146,18 @@ fn what_cannot_be_merged_is_told() {
     for (patch, message) in [
         (
             value!({"containers": [{"image": "1"}]}),
-            r#"map: {"image":"1"} does not contain declared merge key: name"#,
+            r#"map: [image] does not contain declared merge key: name"#,
         ),
         (value!({"containers": ["a"]}), "list element types are not identical: map and string"),
         (
             value!({"labels": {"$patch": "paint"}, "$patch": "merge"}),
-            "unknown patch type: \"merge\" in map: ",
+            "unknown patch type: \"merge\" in map: [$patch labels]",
         ),
         (
             value!({"containers": [{"$patch": "merge", "name": "a"}]}),
             "merging lists cannot yet be specified in the patch",
         ),
-        (value!({"containers": [{"$patch": 1, "name": "a"}]}), "unknown patch type: 1 in map: "),
+        (value!({"containers": [{"$patch": 1, "name": "a"}]}), "unknown patch type: 1 in map: [$patch name]"),
     ] {
         let told = refused(current.clone(), patch);
         assert!(told.starts_with(message), "{told}");
@@ -166,6 +168,17 @@ fn what_cannot_be_merged_is_told() {
     assert_eq!(
         (status.reason, status.message.as_str()),
         (Reason::Invalid, "lists of lists are not supported")
+    );
+}
+
+#[test]
+fn metadata_merges_as_that_of_every_object_where_the_schema_has_none() {
+    let current = value!({"metadata": {"finalizers": ["a"], "ownerReferences": [{"uid": "1", "name": "x"}]}});
+    let patch =
+        value!({"metadata": {"finalizers": ["b"], "ownerReferences": [{"uid": "1", "$patch": "delete"}]}});
+    assert_eq!(
+        patched(current, patch),
+        value!({"metadata": {"finalizers": ["b", "a"], "ownerReferences": []}})
     );
 }
 

@@ -10,9 +10,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::LazyLock;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::fields::{Element, Ordered, Set, Slot, compare as order};
+use crate::object::Object;
 use crate::schema::{ListType, Node, Patch, Type};
 
 /// The schema of one value, as far as there is one.
@@ -82,11 +83,16 @@ impl<'a> View<'a> {
     }
 
     /// The same, where a field that is not known is treated as one of a map without a schema.
-    fn any_field(self, key: &str) -> (Self, bool) {
+    pub fn any_field(self, key: &str) -> (Self, bool) {
         self.field(key).unwrap_or((Self::below(None), false))
     }
 
-    fn items(self) -> Self {
+    /// What a strategic merge patch does to it.
+    pub fn patch(self) -> Option<&'a Patch> {
+        self.node.map(|node| &node.patch)
+    }
+
+    pub fn items(self) -> Self {
         Self::below(self.node.and_then(|node| node.items.as_deref()))
     }
 
@@ -171,108 +177,129 @@ static METADATA: LazyLock<Node> = LazyLock::new(|| {
 const FAILURES_MAX_COUNT: usize = 20;
 
 /// Checks that a value can be merged: its fields are known, its maps and lists are such, no item of its lists is there twice.
-pub(super) fn check(view: View<'_>, value: &Value) -> Result<(), String> {
-    let mut failures = Vec::new();
-    check_below(view, value, "", &mut failures);
-    match failures.len() {
-        0 => Ok(()),
-        1 => Err(failures.remove(0)),
-        _ => Err(format!("errors:\n  {}", failures.join("\n  "))),
+pub(super) fn check(view: View<'_>, object: &Object) -> Result<(), String> {
+    let mut failures = Failures::default();
+    failures.check_fields(view, object);
+    let told: Vec<String> = failures
+        .0
+        .into_iter()
+        .map(|(path, why)| if path.is_empty() { why } else { path + ": " + &why })
+        .collect();
+    match told.as_slice() {
+        [] => Ok(()),
+        [one] => Err(one.clone()),
+        _ => Err(format!("errors:\n  {}", told.join("\n  "))),
     }
 }
 
-fn check_below(view: View<'_>, value: &Value, path: &str, failures: &mut Vec<String>) {
-    let mut fails = |message: String| {
-        let separator = if path.is_empty() { "" } else { ": " };
-        if failures.len() < FAILURES_MAX_COUNT {
-            failures.push(format!("{path}{separator}{message}"));
+/// Paths and what is wrong there. A path is made on the way back from a failure: most values have none.
+#[derive(Default)]
+struct Failures(Vec<(String, String)>);
+
+impl Failures {
+    fn tell(&mut self, why: impl Into<String>) {
+        if self.0.len() < FAILURES_MAX_COUNT {
+            self.0.push((String::new(), why.into()));
         }
-    };
-    let shape = view.shape(value);
-    match value {
-        Value::Null => {}
-        Value::Object(fields) => {
-            if view.node.is_some_and(|node| !matches!(node.r#type, Type::Object | Type::Any)) {
-                return fails(format!("unexpected map {value}"));
-            }
-            for (key, value) in fields {
-                let path = format!("{path}.{key}");
-                match view.field(key) {
-                    Some((view, _)) => check_below(view, value, &path, failures),
-                    None if failures.len() < FAILURES_MAX_COUNT => {
-                        failures.push(format!("{path}: field not declared in schema"));
-                    }
-                    None => {}
-                }
-            }
+    }
+
+    /// Puts the step before all paths that were found since.
+    fn below(&mut self, step: impl std::fmt::Display, check: impl FnOnce(&mut Self)) {
+        let before = self.0.len();
+        check(self);
+        for (path, _) in &mut self.0[before..] {
+            *path = format!("{step}{path}");
         }
-        Value::Array(items) => {
-            if view.node.is_some_and(|node| !matches!(node.r#type, Type::Array | Type::Any)) {
-                return fails(format!("unexpected list {value}"));
+    }
+
+    fn check(&mut self, view: View<'_>, value: &Value) {
+        let wants = view.node.map_or(Type::Any, |node| node.r#type);
+        match value {
+            Value::Null => {}
+            Value::Object(fields) if matches!(wants, Type::Object | Type::Any) => {
+                self.check_fields(view, fields)
             }
-            let mut seen = BTreeSet::new();
-            for (index, item) in items.iter().enumerate() {
-                let mut step = format!("[{index}]");
-                if !matches!(shape, Shape::Whole) {
-                    match view.element(shape, item) {
-                        Ok(element) => {
-                            step = element.to_string();
-                            if !seen.insert(element) {
-                                let separator = if path.is_empty() { "" } else { ": " };
-                                failures.push(format!("{path}{separator}duplicate entries for key {step}"));
-                            }
-                        }
-                        Err(why) => {
-                            failures.push(format!("{path}: element {index}: {why}"));
-                            return;
-                        }
-                    }
-                }
-                if failures.len() >= FAILURES_MAX_COUNT {
-                    return;
-                }
-                check_below(view.items(), item, &format!("{path}{step}"), failures);
+            Value::Array(items) if matches!(wants, Type::Array | Type::Any) => {
+                self.check_items(view, view.shape(value), items)
+            }
+            Value::Object(_) => self.tell("expected no map, got one"),
+            Value::Array(_) => self.tell("expected no list, got one"),
+            Value::String(_) | Value::Number(_) | Value::Bool(_) => match wants {
+                Type::Object => self.tell("expected map, got a scalar"),
+                Type::Array => self.tell("expected list, got a scalar"),
+                _ => {}
+            },
+        }
+    }
+
+    fn check_fields(&mut self, view: View<'_>, fields: &Object) {
+        for (key, value) in fields {
+            let step = Element::Field(key.clone());
+            match view.field(key) {
+                Some((view, _)) => self.below(step, |failures| failures.check(view, value)),
+                None => self.below(step, |failures| failures.tell("field not declared in schema")),
             }
         }
-        scalar => match view.node.map(|node| node.r#type) {
-            Some(Type::Object) => fails(format!("expected map, got {scalar}")),
-            Some(Type::Array) => fails(format!("expected list, got {scalar}")),
-            _ => {}
-        },
+    }
+
+    fn check_items(&mut self, view: View<'_>, shape: Shape<'_>, items: &[Value]) {
+        let mut seen = BTreeSet::new();
+        for (index, item) in items.iter().enumerate() {
+            let element = match shape {
+                Shape::Whole => Element::Index(i64::try_from(index).unwrap_or(i64::MAX)),
+                _ => match view.element(shape, item) {
+                    Ok(element) => element,
+                    // Without them, nothing in the list can be told from each other.
+                    Err(why) => return self.tell(format!("element {index}: {why}")),
+                },
+            };
+            self.below(&element, |failures| failures.check(view.items(), item));
+            if seen.contains(&element) {
+                self.tell(format!("duplicate entries for key {element}"));
+            }
+            seen.insert(element);
+        }
     }
 }
 
-/// The fields that a value has.
-pub(super) fn fields(view: View<'_>, value: &Value) -> Set {
-    slot(view, value, false).below
+/// The fields that an object has.
+pub(super) fn fields(view: View<'_>, object: &Object) -> Set {
+    slots(view, object, false)
 }
 
-/// The fields of a value below a place, and the place itself where it is a field; with all maps and lists on the way, if `whole`.
+/// The fields that an object has, and all maps and lists that they are in.
+pub(super) fn whole(view: View<'_>, object: &Object) -> Set {
+    slots(view, object, true)
+}
+
+fn slots(view: View<'_>, fields: &Object, whole: bool) -> Set {
+    let mut set = Set::default();
+    for (key, value) in fields {
+        let (view, is_declared) = view.any_field(key);
+        let mut field = slot(view, value, whole);
+        field.is_member |= !is_declared || value.is_null() || value.as_object().is_some_and(Object::is_empty);
+        set.put(Element::Field(key.clone()), field);
+    }
+    set
+}
+
+/// The fields of a value below a place, and the place itself where it is a field, or if it is wanted as a `whole`.
 fn slot(view: View<'_>, value: &Value, whole: bool) -> Slot {
-    let shape = view.shape(value);
-    let mut slot = Slot { is_member: whole, below: Set::default() };
-    match (shape, value) {
-        (Shape::Map, Value::Object(fields)) => {
-            for (key, value) in fields {
-                let (view, is_declared) = view.any_field(key);
-                let mut field = self::slot(view, value, whole);
-                field.is_member |=
-                    !is_declared || value.is_null() || value.as_object().is_some_and(Map::is_empty);
-                slot.below.put(Element::Field(key.clone()), field);
-            }
-        }
+    match (view.shape(value), value) {
+        (Shape::Map, Value::Object(fields)) => Slot { is_member: whole, below: slots(view, fields, whole) },
         (Shape::Set | Shape::List(_), Value::Array(_)) => {
+            let mut below = Set::default();
             for (element, items) in by_element(view, value) {
                 let item = match items.as_slice() {
-                    [item] => self::slot(view.items(), item, whole),
+                    [item] => slot(view.items(), item, whole),
                     _ => Slot::default(),
                 };
-                slot.below.put(element, Slot { is_member: true, ..item });
+                below.put(element, Slot { is_member: true, ..item });
             }
+            Slot { is_member: whole, below }
         }
-        _ => slot.is_member = true,
+        _ => Slot::member(),
     }
-    slot
 }
 
 /// The items of a list that merges, by what tells them apart. Items that nothing does are left out: they were there before the schema.
@@ -311,9 +338,19 @@ impl Change {
 }
 
 /// What has to be done to `old` to make it `new`. The order of items is no difference.
-pub(super) fn changes(view: View<'_>, old: &Value, new: &Value) -> Changes {
-    let Change { removed, modified, added } = change(view, Some(old), Some(new));
+pub(super) fn changes(view: View<'_>, old: &Object, new: &Object) -> Changes {
+    let Change { removed, modified, added } = change_fields(view, old, new);
     Changes { removed: removed.below, modified: modified.below, added: added.below }
+}
+
+fn change_fields(view: View<'_>, old: &Object, new: &Object) -> Change {
+    let mut all = Change::default();
+    let keys: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    for key in keys {
+        let field = change(view.any_field(key).0, old.get(key), new.get(key));
+        all.put(&Element::Field(key.clone()), field);
+    }
+    all
 }
 
 fn change(view: View<'_>, old: Option<&Value>, new: Option<&Value>) -> Change {
@@ -326,11 +363,7 @@ fn change(view: View<'_>, old: Option<&Value>, new: Option<&Value>) -> Change {
     };
     match (view.shape(old), old, view.shape(new), new) {
         (Shape::Map, Value::Object(old), Shape::Map, Value::Object(new)) => {
-            let keys: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
-            for key in keys {
-                let field = change(view.any_field(key).0, old.get(key), new.get(key));
-                all.put(&Element::Field(key.clone()), field);
-            }
+            return change_fields(view, old, new);
         }
         (Shape::Set | Shape::List(_), Value::Array(_), Shape::Set | Shape::List(_), Value::Array(_)) => {
             let (old, new) = (by_element(view, old), by_element(view, new));
@@ -375,19 +408,23 @@ fn change_items(view: View<'_>, old: &[&Value], new: &[&Value]) -> Change {
     all
 }
 
-/// Merges an applied value into a live one. Items of lists come in the order of the applied ones, others stay between them.
-pub(super) fn merge(view: View<'_>, live: &Value, applied: &Value) -> Value {
+/// Merges an applied object into a live one. Items of lists come in the order of the applied ones, others stay between them.
+pub(super) fn merge(view: View<'_>, live: &Object, applied: &Object) -> Object {
+    let mut merged = live.clone();
+    for (key, applied) in applied {
+        let value = match live.get(key) {
+            Some(live) => merge_value(view.any_field(key).0, live, applied),
+            None => applied.clone(),
+        };
+        merged.insert(key.clone(), value);
+    }
+    merged
+}
+
+fn merge_value(view: View<'_>, live: &Value, applied: &Value) -> Value {
     match (view.shape(live), live, view.shape(applied), applied) {
         (Shape::Map, Value::Object(live), Shape::Map, Value::Object(applied)) => {
-            let mut merged = live.clone();
-            for (key, applied) in applied {
-                let value = match live.get(key) {
-                    Some(live) => merge(view.any_field(key).0, live, applied),
-                    None => applied.clone(),
-                };
-                merged.insert(key.clone(), value);
-            }
-            Value::Object(merged)
+            Value::Object(merge(view, live, applied))
         }
         (Shape::Set | Shape::List(_), Value::Array(live), shape, Value::Array(applied)) => {
             Value::Array(merge_items(view, shape, live, applied))
@@ -435,7 +472,7 @@ fn merge_items(view: View<'_>, shape: Shape<'_>, live: &[Value], applied: &[Valu
         }
         let same = element.as_ref().and_then(|element| live_items.get(element)).map(Vec::as_slice);
         merged.push(match same {
-            Some([live]) => merge(view.items(), live, item),
+            Some([live]) => merge_value(view.items(), live, item),
             _ => (*item).clone(),
         });
         if element.is_some() && element.as_ref() == next_shared {
@@ -447,24 +484,23 @@ fn merge_items(view: View<'_>, shape: Shape<'_>, live: &[Value], applied: &[Valu
     merged
 }
 
-/// Takes fields out of a value.
-pub(super) fn remove(view: View<'_>, value: Value, doomed: &Set) -> Value {
-    if doomed.is_empty() {
-        return value;
-    }
+/// Takes fields out of an object. A map or list that nothing stays in is empty.
+pub(super) fn remove(view: View<'_>, object: Object, doomed: &Set) -> Object {
+    let keep = |(key, value): (String, Value)| match doomed.get(&Element::Field(key.clone())) {
+        Some(slot) if slot.is_member => None,
+        Some(slot) => {
+            let view = view.any_field(&key).0;
+            Some((key, remove_value(view, value, &slot.below)))
+        }
+        None => Some((key, value)),
+    };
+    object.into_iter().filter_map(keep).collect()
+}
+
+fn remove_value(view: View<'_>, value: Value, doomed: &Set) -> Value {
     let shape = view.shape(&value);
     match (shape, value) {
-        (Shape::Map, Value::Object(fields)) => {
-            let keep = |(key, value): (String, Value)| match doomed.get(&Element::Field(key.clone())) {
-                Some(slot) if slot.is_member => None,
-                Some(slot) => {
-                    let view = view.any_field(&key).0;
-                    Some((key, remove(view, value, &slot.below)))
-                }
-                None => Some((key, value)),
-            };
-            Value::Object(fields.into_iter().filter_map(keep).collect())
-        }
+        (Shape::Map, Value::Object(fields)) => Value::Object(remove(view, fields, doomed)),
         (Shape::Set | Shape::List(_), Value::Array(items)) => {
             let keep = |item: Value| match view
                 .element(shape, &item)
@@ -472,7 +508,7 @@ pub(super) fn remove(view: View<'_>, value: Value, doomed: &Set) -> Value {
                 .and_then(|element| doomed.get(&element))
             {
                 Some(slot) if slot.is_member => None,
-                Some(slot) => Some(remove(view.items(), item, &slot.below)),
+                Some(slot) => Some(remove_value(view.items(), item, &slot.below)),
                 None => Some(item),
             };
             Value::Array(items.into_iter().filter_map(keep).collect())
