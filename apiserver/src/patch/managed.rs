@@ -113,8 +113,10 @@ impl Managed {
             };
             let ancient = Manager::new(ANCIENT, Operation::Update, &version, "");
             let Some(mut entry) = self.0.remove(&manager) else { continue };
-            if let Some(before) = self.0.remove(&ancient).or_else(|| self.0.remove(first)) {
-                entry.set.add(before.set);
+            if let Some(mut before) = self.0.remove(&ancient).or_else(|| self.0.remove(first)) {
+                // The small set goes into the large one.
+                before.set.add(entry.set);
+                entry.set = before.set;
             }
             self.0.insert(ancient, entry);
             surplus -= 1;
