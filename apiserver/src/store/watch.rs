@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
 use super::{Error, Key, Range, Shared, text::Text};
 
@@ -84,6 +85,7 @@ pub struct Watch {
     until: u64,
     replayed: VecDeque<Arc<Event>>,
     replayed_to: u64,
+    reading: Option<JoinHandle<Result<(Vec<Arc<Event>>, u64), Error>>>,
     queue: mpsc::Receiver<Arc<Event>>,
     seat: Arc<Seat>,
     end: Option<End>,
@@ -115,8 +117,11 @@ impl Watch {
                 let (shared, range, after, until) =
                     (self.shared.clone(), self.range.clone(), self.replayed_to, self.until);
                 let read = move || shared.read(|snapshot| snapshot.events(Some(&range), after, until));
-                let read = tokio::task::spawn_blocking(read).await.map_err(|_| End::Closed)?;
-                let (events, to) = read.map_err(End::Failed)?;
+                // Kept, so that one who is cancelled goes on with it.
+                let reading = self.reading.get_or_insert_with(|| tokio::task::spawn_blocking(read));
+                let read = reading.await;
+                self.reading = None;
+                let (events, to) = read.map_err(|_| End::Closed)?.map_err(End::Failed)?;
                 self.replayed.extend(events);
                 self.replayed_to = to;
                 continue;
@@ -223,6 +228,7 @@ impl Hub {
             until,
             replayed: VecDeque::new(),
             replayed_to: from,
+            reading: None,
             queue,
             seat,
             end: None,

@@ -62,7 +62,12 @@ async fn drain(store: &Store, watch: &mut Watch) -> Result<Vec<(u64, Key, Option
     let newest = store.revision();
     let mut seen = Vec::new();
     while watch.revision() < newest {
-        let event = watch.next().await?;
+        let event = tokio::select! {
+            biased;
+            event = watch.next() => event?,
+            // Nothing of the range may come: whether that is all is looked at again.
+            () = tokio::time::sleep(Duration::from_millis(1)) => continue,
+        };
         let (before, after) = (number(event.before.as_ref()), number(event.after.as_ref()));
         seen.push((event.revision, event.key.clone(), before, after));
     }

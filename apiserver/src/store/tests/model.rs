@@ -254,7 +254,7 @@ fn assert_no_text_is_left(store: &Store, model: &Model) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 200, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 16, max_shrink_iters: 30, ..ProptestConfig::default() })]
 
     #[test]
     fn the_store_is_what_a_model_that_forgets_nothing_says(steps in steps()) {
