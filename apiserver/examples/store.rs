@@ -1,4 +1,4 @@
-//! Measures the store: `cargo run --example store -p dvcr-apiserver -- FOLDER [OBJECTS]`.
+//! Measures the store: `cargo run --example store -p dvcr-apiserver -- FOLDER [OBJECTS [JOURNAL_BYTES]]`.
 //!
 //! It writes OBJECTS objects (100,000) of about 2 KiB into an empty folder, and prints durable writes per second at 1, 16 and 64
 //! writers, percentiles of get and of a page of 500, how long a list of all takes, how long 200 watchers wait for an event, the memory
@@ -51,8 +51,9 @@ fn memory() -> String {
 }
 
 fn disk(folder: &Path) -> Result<String, Error> {
-    let file = folder.join("objects.redb").metadata()?;
-    Ok(format!("{} MiB long, {} MiB on disk", file.len() >> 20, (file.blocks() * 512) >> 20))
+    let (file, journal) = (folder.join("objects.redb").metadata()?, folder.join("journal").metadata()?);
+    let blocks = file.blocks() + journal.blocks();
+    Ok(format!("{} MiB long, {} MiB on disk with the journal", file.len() >> 20, (blocks * 512) >> 20))
 }
 
 fn percentiles(what: &str, mut times: Vec<Duration>) {
@@ -99,9 +100,9 @@ async fn writers(store: &Store, count: u64, objects: u64, seconds: u64) -> Resul
     Ok(())
 }
 
-async fn measure(folder: &Path, objects: u64) -> Result<(), Error> {
+async fn measure(folder: &Path, objects: u64, options: Options) -> Result<(), Error> {
     let start = Instant::now();
-    let store = Store::open(folder, Options::default())?;
+    let store = Store::open(folder, options)?;
     println!("made in {:?}, {}", start.elapsed(), memory());
     let start = Instant::now();
     for first in (0..objects).step_by(500) {
@@ -180,15 +181,17 @@ async fn measure(folder: &Path, objects: u64) -> Result<(), Error> {
     store.close().await;
     drop(store);
     let start = Instant::now();
-    let store = Store::open(folder, Options::default())?;
+    let store = Store::open(folder, options)?;
     println!("opened again in {:?}", start.elapsed());
     drop(store.write(write(1, 4)?).await?);
     // As a process that is killed leaves it: the copy was never closed.
     let copy = folder.join("copy");
     std::fs::create_dir(&copy)?;
-    std::fs::copy(folder.join("objects.redb"), copy.join("objects.redb"))?;
+    for file in ["objects.redb", "journal"] {
+        std::fs::copy(folder.join(file), copy.join(file))?;
+    }
     let start = Instant::now();
-    let killed = Store::open(&copy, Options::default())?;
+    let killed = Store::open(&copy, options)?;
     println!("opened after a kill in {:?}, {}", start.elapsed(), memory());
     killed.close().await;
     store.close().await;
@@ -199,6 +202,9 @@ async fn measure(folder: &Path, objects: u64) -> Result<(), Error> {
 async fn main() -> Result<(), Error> {
     let mut arguments = std::env::args_os().skip(1);
     let folder = arguments.next().ok_or("a folder that is empty is needed")?;
-    let objects = arguments.next().and_then(|count| count.to_str()?.parse().ok()).unwrap_or(100_000);
-    measure(Path::new(&folder), objects).await
+    let mut number = || arguments.next().and_then(|number| number.to_str()?.parse().ok());
+    let objects = number().unwrap_or(100_000);
+    let mut options = Options::default();
+    options.journal_bytes = number().unwrap_or(options.journal_bytes);
+    measure(Path::new(&folder), objects, options).await
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{Expect, Key};
-use crate::status::{Reason, Status};
+use crate::status::{Cause, Reason, Status};
 
 /// A refusal or a failure of the store. A failure of a transaction is told to all whose writes were in it.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -88,7 +88,7 @@ impl From<Error> for Status {
             Error::Key(_) | Error::Twice(_) => Self::bad_request(text),
             Error::TooLarge { .. } => Self::new(Reason::RequestEntityTooLarge, text),
             Error::TooOld { .. } => Self::new(Reason::Expired, text),
-            Error::TooNew { .. } => Self::new(Reason::Timeout, text),
+            Error::TooNew { .. } => too_new(&text),
             Error::TooManyWatches(_) => Self::new(Reason::TooManyRequests, text),
             Error::Full { .. } | Error::Closed => Self::new(Reason::ServiceUnavailable, text),
             Error::InUse(_)
@@ -98,6 +98,18 @@ impl From<Error> for Status {
             | Error::Io { .. } => Self::internal("the store failed", &error),
         }
     }
+}
+
+/// Clients ask again after a second, by the cause.
+fn too_new(text: &str) -> Status {
+    let mut status = Status::new(Reason::Timeout, format!("Timeout: {text}"));
+    status.details.retry_after_seconds = Some(1);
+    status.details.causes = vec![Cause {
+        reason: "ResourceVersionTooLarge".to_owned(),
+        message: "Too large resource version".to_owned(),
+        field: String::new(),
+    }];
+    status
 }
 
 /// As Kubernetes tells it, with the resource as `plural.group`.

@@ -1,8 +1,8 @@
 //! Where objects are kept: every write is durable before it is answered, and watchers learn of it in order.
 //!
 //! ```text
-//!  write ──> queue ──> writer ──> one transaction, one sync ──┬──> watchers
-//!           (bounded)  (a thread)   objects, texts, history   └──> answers
+//!  write ──> queue ──> writer ──> journal, one sync ──> one transaction ──┬──> watchers
+//!           (bounded)  (a thread)                objects, texts, history  └──> answers
 //!
 //!  get, list ──> snapshot          watch ──> the history, then what comes
 //! ```
@@ -12,9 +12,10 @@
 //! bounded time, what came before. So an older state, and what happened since, are read from the same texts.
 //!
 //! Requests that wait while a transaction is synced are the next transaction: the more write, the fewer syncs has each. The form of
-//! the file is in `docs/formats/store.md`.
+//! the files is in `docs/formats/store.md`.
 
 mod error;
+mod journal;
 mod key;
 mod snapshot;
 mod tables;
@@ -35,13 +36,14 @@ use redb::{Database, ReadableDatabase};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 pub use error::Error;
+pub use journal::JournalFile;
 pub use key::{KEY_BYTES_MAX, Key, Range};
 pub use snapshot::{List, PAGE_BYTES_MAX, Place, Snapshot};
 pub use tables::{Medium, State};
 pub use text::{Draft, TEXT_BYTES_MAX, Text};
 pub use watch::{End, Event, QUEUE_BYTES_MAX, QUEUE_EVENTS_MAX, WATCHES_MAX, Watch};
 
-use tables::InFile;
+use tables::InFolder;
 use watch::Hub;
 use writer::{Job, Message, Writer};
 
@@ -67,6 +69,8 @@ pub struct Options {
     pub history_bytes_max: u64,
     /// Age of the oldest event. It is forgotten with the first write after that.
     pub history_age_max_s: u64,
+    /// Length of the journal. The longer, the fewer syncs of the database, and the longer it takes to open it after a crash.
+    pub journal_bytes: u64,
     /// Memory for pages of the file. The system's page cache is behind it.
     pub cache_bytes: usize,
 }
@@ -77,6 +81,7 @@ impl Default for Options {
             history_events_max: 50_000,
             history_bytes_max: 64 << 20,
             history_age_max_s: 3600,
+            journal_bytes: 16 << 20,
             cache_bytes: 16 << 20,
         }
     }
@@ -114,7 +119,7 @@ impl Write {
 #[derive(Clone, Copy, Debug)]
 pub struct Stats {
     pub state: State,
-    /// Transactions, each with one sync, since the store was opened.
+    /// Transactions, each with a sync of the journal or of the database, since the store was opened.
     pub transactions: u64,
     /// Writes in them.
     pub writes: u64,
@@ -122,6 +127,8 @@ pub struct Stats {
 }
 
 /// Objects in a folder. A clone is the same store.
+///
+/// When the last clone is dropped, the thread that writes ends by itself, some time later; [`close`](Self::close) waits for that.
 #[derive(Clone)]
 pub struct Store {
     shared: Arc<Shared>,
@@ -132,12 +139,12 @@ pub struct Store {
 impl Store {
     /// Opens the store in a folder, or makes both: the folder with mode 0700, the files with 0600.
     ///
-    /// After a process was killed the file is verified first, which takes as long as reading it.
+    /// After a process was killed, what it has written since the last sync of the database is put back from the journal.
     ///
     /// # Errors
     /// [`Error::InUse`] if another process has it, [`Error::Format`] if a newer program made it, and those of the file system.
     pub fn open(folder: &Path, options: Options) -> Result<Self, Error> {
-        Self::open_on(folder, Box::new(InFile(folder.join("objects.redb"))), options)
+        Self::open_on(folder, Box::new(InFolder(folder.to_owned())), options)
     }
 
     /// Opens a store whose database is on that medium; the folder is for the lock.
@@ -146,12 +153,12 @@ impl Store {
     /// Those of [`open`](Self::open).
     pub fn open_on(folder: &Path, medium: Box<dyn Medium>, options: Options) -> Result<Self, Error> {
         let lock = lock(folder)?;
-        let (slot, state) = writer::open(&*medium, &options)?;
+        let (db, journal, state) = writer::open(&*medium, &options)?;
         // The name of a new file has to outlast a crash as well.
         let synced = File::open(folder).and_then(|folder| folder.sync_all());
         synced.map_err(Error::io(format!("cannot sync {}", folder.display())))?;
         let shared = Arc::new(Shared {
-            slot: RwLock::new(slot),
+            slot: RwLock::new(Slot::Open(db)),
             hub: Hub::new(state.revision),
             numbers: Mutex::new(Stats { state, transactions: 0, writes: 0, watches: 0 }),
         });
@@ -159,6 +166,7 @@ impl Store {
         let writer = Writer {
             shared: shared.clone(),
             medium,
+            journal,
             options,
             queue,
             failed: None,

@@ -1,9 +1,14 @@
 //! What is in the file: tables and their rows. The byte-level page is `docs/formats/store.md`.
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use redb::{Builder, Database, ReadableTable, Table, TableDefinition, WriteTransaction};
+use redb::{Builder, Database, ReadableDatabase, ReadableTable, Table, TableDefinition, WriteTransaction};
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 
+use super::journal::{Group, JournalFile};
 use super::{Error, Key, text::Text};
 
 /// Version of the format of this file.
@@ -28,6 +33,12 @@ pub trait Medium: Send + Sync + 'static {
     /// Those of the database.
     fn open(&self, builder: &Builder) -> Result<Database, redb::Error>;
 
+    /// Opens the file of the journal, which gets this length if it is shorter, with room on the disk for all of it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    fn open_journal(&self, bytes: u64) -> std::io::Result<Box<dyn JournalFile>>;
+
     /// Bytes that can still be written.
     ///
     /// # Errors
@@ -41,30 +52,47 @@ pub trait Medium: Send + Sync + 'static {
     fn file_bytes(&self) -> std::io::Result<u64>;
 }
 
-/// A file of a file system.
-pub(super) struct InFile(pub PathBuf);
+/// Files in a folder.
+pub(super) struct InFolder(pub PathBuf);
 
-impl Medium for InFile {
+impl InFolder {
+    fn objects(&self) -> PathBuf {
+        self.0.join("objects.redb")
+    }
+}
+
+fn open_file(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+impl Medium for InFolder {
     fn open(&self, builder: &Builder) -> Result<Database, redb::Error> {
-        use std::os::unix::fs::OpenOptionsExt;
-        let file = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&self.0)?;
+        let file = open_file(&self.objects())?;
         Ok(builder.create_with_backend(redb::backends::FileBackend::new(file)?)?)
     }
 
+    fn open_journal(&self, bytes: u64) -> std::io::Result<Box<dyn JournalFile>> {
+        let file = open_file(&self.0.join("journal"))?;
+        if file.metadata()?.len() < bytes {
+            match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
+                Ok(()) => {}
+                // A file system that cannot promise room: then a write may find none.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.set_len(bytes)?,
+                Err(error) => return Err(error.into()),
+            }
+            // Its length, too, so that later syncs are of the content alone.
+            file.sync_all()?;
+        }
+        Ok(Box::new(file))
+    }
+
     fn room_bytes(&self) -> std::io::Result<u64> {
-        let folder = self.0.parent().unwrap_or(Path::new("."));
-        let volume = rustix::fs::statvfs(folder)?;
+        let volume = rustix::fs::statvfs(&self.0)?;
         Ok(volume.f_bavail.saturating_mul(volume.f_frsize))
     }
 
     fn file_bytes(&self) -> std::io::Result<u64> {
-        Ok(std::fs::metadata(&self.0)?.len())
+        Ok(std::fs::metadata(self.objects())?.len())
     }
 }
 
@@ -79,6 +107,8 @@ pub struct State {
     pub history_bytes: u64,
     /// Bytes of the objects: their keys and texts.
     pub object_bytes: u64,
+    /// The epoch of the journal: which beginning of it follows what is synced.
+    pub epoch: u64,
 }
 
 impl State {
@@ -90,6 +120,7 @@ impl State {
             trimmed: row("trimmed")?,
             history_bytes: row("history-bytes")?,
             object_bytes: row("object-bytes")?,
+            epoch: row("epoch")?,
         })
     }
 
@@ -98,13 +129,13 @@ impl State {
         table.insert("trimmed", self.trimmed)?;
         table.insert("history-bytes", self.history_bytes)?;
         table.insert("object-bytes", self.object_bytes)?;
+        table.insert("epoch", self.epoch)?;
         Ok(())
     }
 }
 
 /// Makes the tables if there are none, and refuses those of another format.
 pub(super) fn prepare(db: &Database) -> Result<State, Error> {
-    use redb::ReadableDatabase;
     match db.begin_read()?.open_table(STATE) {
         Ok(table) => {
             let found = table.get("format")?.map_or(0, |value| value.value());
@@ -116,7 +147,9 @@ pub(super) fn prepare(db: &Database) -> Result<State, Error> {
         Err(redb::TableError::TableDoesNotExist(_)) => {}
         Err(error) => return Err(error.into()),
     }
-    let txn = db.begin_write()?;
+    let mut txn = db.begin_write()?;
+    txn.set_quick_repair(true);
+    let first = State { epoch: 1, ..State::default() };
     {
         txn.open_table(OBJECTS)?;
         txn.open_table(TEXTS)?;
@@ -124,10 +157,10 @@ pub(super) fn prepare(db: &Database) -> Result<State, Error> {
         txn.open_table(COUNTS)?;
         let mut state = txn.open_table(STATE)?;
         state.insert("format", FORMAT)?;
-        State::default().save(&mut state)?;
+        first.save(&mut state)?;
     }
     txn.commit()?;
-    Ok(State::default())
+    Ok(first)
 }
 
 /// A row of [`EVENTS`].
@@ -255,6 +288,20 @@ impl<'a> Tables<'a> {
         self.state.history_bytes = self.state.history_bytes.saturating_add(record.bytes());
         self.state.revision = revision;
         Ok((revision, before, after))
+    }
+
+    /// Puts what a group of the journal has, which follows what is here.
+    pub fn put_group(&mut self, group: Group) -> Result<(), Error> {
+        if Some(group.first) != self.state.revision.checked_add(1) {
+            let (first, newest) = (group.first, self.state.revision);
+            return Err(Error::Damaged(format!(
+                "the journal goes on at {first}, and the objects end at {newest}"
+            )));
+        }
+        for (key, text) in group.writes {
+            self.put(&key, group.time, text.map(|text| |_| text))?;
+        }
+        Ok(())
     }
 
     /// The oldest event of the history.

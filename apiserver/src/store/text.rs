@@ -133,9 +133,14 @@ impl Text {
     /// The stored form: the place of the digits, 4 bytes little-endian, and the JSON.
     pub(super) fn stored(&self) -> Vec<u8> {
         let mut stored = Vec::with_capacity(HEAD + self.json.len());
-        stored.extend_from_slice(&(self.at as u32).to_le_bytes());
-        stored.extend_from_slice(&self.json);
+        self.store(&mut stored);
         stored
+    }
+
+    /// Appends the stored form.
+    pub(super) fn store(&self, to: &mut Vec<u8>) {
+        to.extend_from_slice(&(self.at as u32).to_le_bytes());
+        to.extend_from_slice(&self.json);
     }
 
     /// The text of this revision from its stored form, whose JSON `keep` makes bytes of.

@@ -1,23 +1,26 @@
 //! The thread that writes. It takes what waits, commits it as one transaction, tells the watchers, and answers.
 //!
 //! ```text
-//!            ┌──── nothing fits its expectation: no transaction ────┐
-//!  wait ──> group ──> commit (one sync) ──> watchers, answers ──> wait
-//!                        │ fails                                    ▲
-//!                        └──> answers: the failure ──> open anew ───┘
+//!            ┌──────── nothing fits its expectation: no transaction ────────┐
+//!            │        ┌──> journal (one sync) ──> commit ───────┐           ▼
+//!  wait ──> group ────┤                                         ├──> watchers, answers ──> wait
+//!                     └──> the journal is full: commit, synced ─┘                           ▲
+//!                                        │ any of it fails                                  │
+//!                                        └──> answers: the failure ──> open anew ───────────┘
 //! ```
 //!
-//! After a failure nobody knows whether the transaction is in the file: a sync that failed may have written all. The database is
-//! opened anew, which decides it, and what is there then is told to the watchers.
+//! After a failure nobody knows whether the writes are on the disk: a sync that failed may have written all. The database is opened
+//! anew, and what is read from the journal then has happened: it is synced again, and told to the watchers.
 
 use std::collections::HashSet;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use redb::Builder;
+use redb::{Builder, Database, Durability};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
+use super::journal::{Journal, encode};
 use super::tables::{Medium, State, Tables, prepare};
 use super::{Draft, Error, Event, Expect, Options, Shared, Slot, Write};
 
@@ -27,8 +30,9 @@ const GROUP_REQUESTS_MAX: usize = 1024;
 const GROUP_BYTES_MAX: usize = 16 << 20;
 /// Events that one transaction forgets, beside as many as it writes.
 const TRIM_EVENTS_MAX: usize = 256;
-/// Room that has to be left on the disk for a transaction to begin, beside four times what it writes.
-const ROOM_BYTES_MIN: u64 = 8 << 20;
+/// Room that has to be left on the disk for a transaction to begin, beside four times what it writes: for pages of the database that
+/// are not written yet.
+const ROOM_BYTES_MIN: u64 = 32 << 20;
 /// How long writes are refused after a failure, as opening the database anew may read all of it.
 const FAILURE_PAUSE_MS: u64 = 1000;
 /// A file of less is not compacted.
@@ -55,6 +59,7 @@ pub(super) type Answer = Result<Vec<Arc<Event>>, Error>;
 pub(super) struct Writer {
     pub shared: Arc<Shared>,
     pub medium: Box<dyn Medium>,
+    pub journal: Journal,
     pub options: Options,
     pub queue: mpsc::Receiver<Message>,
     /// When writes are tried again, and why not before.
@@ -78,7 +83,7 @@ impl Writer {
     pub fn run(mut self) {
         let mut closing = None;
         while closing.is_none() {
-            let Some(message) = self.queue.blocking_recv() else { break };
+            let Some(message) = self.next() else { break };
             let (mut group, mut bytes) = (Vec::new(), 0usize);
             let mut next = Some(message);
             while let Some(message) = next {
@@ -102,10 +107,32 @@ impl Writer {
                 self.compact();
             }
         }
+        if !self.journal.is_empty() {
+            // The next process need not read it. If that fails, it has to.
+            let synced = self.sync();
+            let _ = synced.inspect_err(|error| {
+                tracing::warn!(error = error as &dyn std::error::Error, "the store was not synced")
+            });
+        }
         drop(self);
         if let Some(done) = closing {
             let _ = done.send(());
         }
+    }
+
+    /// The next message. While the database is given up, it is tried to open it meanwhile: who reads waits for it.
+    fn next(&mut self) -> Option<Message> {
+        while !self.shared.is_open() {
+            match self.queue.try_recv() {
+                Ok(message) => return Some(message),
+                Err(mpsc::error::TryRecvError::Disconnected) => return None,
+                Err(mpsc::error::TryRecvError::Empty) => {
+                    std::thread::sleep(Duration::from_millis(FAILURE_PAUSE_MS));
+                    let _ = self.ready(0);
+                }
+            }
+        }
+        self.queue.blocking_recv()
     }
 
     fn write(&mut self, group: Vec<Job>, bytes: u64) {
@@ -155,8 +182,9 @@ impl Writer {
     /// Commits what fits its expectations, and gives the answers in the order of the jobs.
     fn commit(&mut self, jobs: Vec<Vec<Write>>) -> Result<Vec<Answer>, Error> {
         let time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        self.shared.with(|db| {
-            let txn = db.begin_write()?;
+        let (options, journal, shared) = (&self.options, &mut self.journal, &self.shared);
+        shared.with(|db| {
+            let mut txn = db.begin_write()?;
             let mut tables = Tables::open(&txn)?;
             let mut answers = Vec::with_capacity(jobs.len());
             let mut written = 0usize;
@@ -175,11 +203,40 @@ impl Writer {
                 txn.abort()?;
                 return Ok(answers);
             }
-            trim(&mut tables, &self.options, time, written)?;
-            let state = tables.finish()?;
-            txn.commit()?;
-            self.shared.committed(state, written as u64);
+            trim(&mut tables, options, time, written)?;
+            let group = encode(time, answers.iter().flatten().flatten());
+            let state = if journal.fits(&group) {
+                let state = tables.finish()?;
+                txn.set_durability(Durability::None).map_err(Error::storage)?;
+                journal.append(group)?;
+                txn.commit()?;
+                state
+            } else {
+                tables.state.epoch = journal.epoch().saturating_add(1);
+                let state = tables.finish()?;
+                txn.set_quick_repair(true);
+                txn.commit()?;
+                journal.begin(state.epoch);
+                state
+            };
+            shared.committed(state, written as u64);
             Ok(answers)
+        })
+    }
+
+    /// Syncs the database with all that the journal has, which begins anew.
+    fn sync(&mut self) -> Result<(), Error> {
+        let (journal, shared) = (&mut self.journal, &self.shared);
+        shared.with(|db| {
+            let mut txn = db.begin_write()?;
+            let mut tables = Tables::open(&txn)?;
+            tables.state.epoch = journal.epoch().saturating_add(1);
+            let state = tables.finish()?;
+            txn.set_quick_repair(true);
+            txn.commit()?;
+            journal.begin(state.epoch);
+            shared.committed(state, 0);
+            Ok(())
         })
     }
 
@@ -193,8 +250,9 @@ impl Writer {
     }
 
     fn reopen(&mut self) -> Result<(), Error> {
-        let (slot, state) = open(&*self.medium, &self.options)?;
-        self.shared.replace(slot);
+        let (db, journal, state) = open(&*self.medium, &self.options)?;
+        self.journal = journal;
+        self.shared.replace(Slot::Open(db));
         self.shared.committed(state, 0);
         // What the failed transaction has written after all.
         let mut at = self.shared.hub.newest();
@@ -216,6 +274,9 @@ impl Writer {
     /// Makes the file small again when most of it is empty. Reads and writes wait meanwhile.
     fn compact(&mut self) {
         let Ok(file_bytes) = self.medium.file_bytes() else { return };
+        if !self.shared.is_open() {
+            return;
+        }
         let state = self.shared.state();
         let used = state.object_bytes.saturating_add(state.history_bytes).saturating_mul(COMPACT_FACTOR);
         if file_bytes <= self.compact_above.max(used) {
@@ -224,23 +285,50 @@ impl Writer {
         match self.shared.compact() {
             // Somebody reads: after the next writes, perhaps.
             Err(redb::CompactionError::TransactionInProgress) => return,
-            Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "the store cannot be compacted");
-                self.fail(Error::storage(error));
+            // Compaction leaves a file that has to be verified after a crash; what is synced now does not.
+            result => {
+                if let Err(error) = result.map_err(Error::storage).and_then(|()| self.sync()) {
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "the store cannot be compacted"
+                    );
+                    self.fail(error);
+                }
             }
-            Ok(()) => {}
         }
         self.compact_above = compact_above(self.medium.file_bytes().unwrap_or(file_bytes));
     }
 }
 
-/// Opens the database, in the form of this version.
-pub(super) fn open(medium: &dyn Medium, options: &Options) -> Result<(Slot, State), Error> {
+/// Opens the database, in the form of this version, with all that the journal has.
+pub(super) fn open(medium: &dyn Medium, options: &Options) -> Result<(Database, Journal, State), Error> {
     let mut builder = Builder::new();
     builder.set_cache_size(options.cache_bytes);
     let db = medium.open(&builder).map_err(Error::storage)?;
-    let state = prepare(&db)?;
-    Ok((Slot::Open(db), state))
+    let mut state = prepare(&db)?;
+    let file = medium.open_journal(options.journal_bytes).map_err(Error::io("cannot open the journal"))?;
+    let mut journal = Journal::new(file, state.epoch)?;
+    let mut txn = db.begin_write()?;
+    let mut tables = Tables::open(&txn)?;
+    while let Some(group) = journal.read()? {
+        // A database that was closed has them.
+        if group.last() > tables.state.revision {
+            let (time, written) = (group.time, group.writes.len());
+            tables.put_group(group)?;
+            trim(&mut tables, options, time, written)?;
+        }
+    }
+    if journal.is_empty() {
+        drop(tables);
+        txn.abort()?;
+    } else {
+        journal.sync()?;
+        state = tables.finish()?;
+        // It stays in the journal until that is full: this way a full disk can be read from.
+        txn.set_durability(Durability::None).map_err(Error::storage)?;
+        txn.commit()?;
+    }
+    Ok((db, journal, state))
 }
 
 /// A file that was compacted to this length is compacted again when it is twice as long.

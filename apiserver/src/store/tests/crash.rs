@@ -15,7 +15,8 @@ const WRITERS: u64 = 8;
 fn write_until_killed(folder: &Path) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
-        let store = Store::open(folder, Options::default()).unwrap();
+        // A short journal, so that the kills meet syncs of the database, too.
+        let store = Store::open(folder, Options { journal_bytes: 256 << 10, ..Options::default() }).unwrap();
         let writers: Vec<_> = (0..WRITERS)
             .map(|writer| {
                 let store = store.clone();

@@ -35,12 +35,17 @@ impl Fault {
     }
 }
 
-struct Faulty(InFile, Arc<Fault>);
+struct Faulty(InFolder, Arc<Fault>);
 
 impl Medium for Faulty {
     fn open(&self, builder: &Builder) -> Result<Database, redb::Error> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&self.0.0)?;
+        let path = self.0.0.join("objects.redb");
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
         Ok(builder.create_with_backend(Disk(FileBackend::new(file)?, self.1.clone()))?)
+    }
+
+    fn open_journal(&self, bytes: u64) -> std::io::Result<Box<dyn JournalFile>> {
+        Ok(Box::new(FaultyJournal(self.0.open_journal(bytes)?, self.1.clone())))
     }
 
     fn room_bytes(&self) -> std::io::Result<u64> {
@@ -49,6 +54,26 @@ impl Medium for Faulty {
 
     fn file_bytes(&self) -> std::io::Result<u64> {
         self.0.file_bytes()
+    }
+}
+
+struct FaultyJournal(Box<dyn JournalFile>, Arc<Fault>);
+
+impl JournalFile for FaultyJournal {
+    fn bytes(&self) -> std::io::Result<u64> {
+        self.0.bytes()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_at(offset, buffer)
+    }
+
+    fn write_at(&self, offset: u64, buffer: &[u8]) -> std::io::Result<()> {
+        self.1.meet(|| self.0.write_at(offset, buffer))
+    }
+
+    fn sync(&self) -> std::io::Result<()> {
+        self.1.meet(|| self.0.sync())
     }
 }
 
@@ -90,8 +115,10 @@ impl StorageBackend for Disk {
 }
 
 fn open_faulty(folder: &Path, fault: &Arc<Fault>) -> Store {
-    let medium = Faulty(InFile(folder.join("objects.redb")), fault.clone());
-    Store::open_on(folder, Box::new(medium), Options::default()).unwrap()
+    let medium = Faulty(InFolder(folder.to_owned()), fault.clone());
+    // Room for eight small groups, so that the database is synced as well.
+    let options = Options { journal_bytes: 8 * 4096, ..Options::default() };
+    Store::open_on(folder, Box::new(medium), options).unwrap()
 }
 
 /// Writes until it is taken.
@@ -125,36 +152,40 @@ async fn a_full_disk_refuses_writes_and_goes_on_reading() {
 /// works again the store does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_fails_anywhere_loses_nothing_and_recovers() {
-    for (calls, done) in (0..24).map(|calls| (calls, calls % 2 == 1)) {
-        let folder = tempfile::tempdir().unwrap();
-        let fault = Fault::none();
-        let store = open_faulty(folder.path(), &fault);
-        let mut watch = store.watch(&all(), 0).unwrap();
-        for number in 1..=3 {
-            store.write(put(&key("", "x"), number)).await.unwrap();
-        }
-        fault.done_all_the_same.store(done, Ordering::SeqCst);
-        fault.left.store(calls, Ordering::SeqCst);
-        let mut acknowledged = 3;
-        let failed = loop {
-            match store.write(put(&key("", "x"), acknowledged + 1)).await {
-                Ok(_) => acknowledged += 1,
-                Err(error) => break error,
-            }
-        };
-        assert!(matches!(failed, Error::Storage(_)), "{failed:?}");
-        fault.left.store(i64::MAX, Ordering::SeqCst);
-        // The store may be waiting to be opened anew, which the next write does.
-        let last = write_again(&store, put(&key("", "y"), 7)).await;
-        let (revision, number) = parse(store.get(&key("", "x")).unwrap().unwrap().json());
-        assert!(number == acknowledged || number == acknowledged + 1, "{calls}: {number} of {acknowledged}");
-        assert_eq!((revision, last.revision), (number, number + 1));
-        let seen = drain(&store, &mut watch).await.unwrap();
-        let seen: Vec<_> =
-            seen.into_iter().map(|(revision, key, _, _)| (revision, key.name().to_owned())).collect();
-        let name = |revision| if revision == last.revision { "y" } else { "x" };
-        assert_eq!(seen, (1..=last.revision).map(|at| (at, name(at).to_owned())).collect::<Vec<_>>());
-        store.close().await;
-        assert_eq!(open(folder.path()).revision(), last.revision);
+    let cases: Vec<_> = (0..64).map(|calls| tokio::spawn(fail_after(calls, calls % 2 == 1))).collect();
+    for case in cases {
+        case.await.unwrap();
     }
+}
+
+async fn fail_after(calls: i64, done_all_the_same: bool) {
+    let folder = tempfile::tempdir().unwrap();
+    let fault = Fault::none();
+    let store = open_faulty(folder.path(), &fault);
+    let mut watch = store.watch(&all(), 0).unwrap();
+    for number in 1..=3 {
+        store.write(put(&key("", "x"), number)).await.unwrap();
+    }
+    fault.done_all_the_same.store(done_all_the_same, Ordering::SeqCst);
+    fault.left.store(calls, Ordering::SeqCst);
+    let mut acknowledged = 3;
+    let failed = loop {
+        match store.write(put(&key("", "x"), acknowledged + 1)).await {
+            Ok(_) => acknowledged += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(failed, Error::Storage(_) | Error::Io { .. }), "{calls}: {failed:?}");
+    fault.left.store(i64::MAX, Ordering::SeqCst);
+    let last = write_again(&store, put(&key("", "y"), 7)).await;
+    let (revision, number) = parse(store.get(&key("", "x")).unwrap().unwrap().json());
+    assert!(number == acknowledged || number == acknowledged + 1, "{calls}: {number} of {acknowledged}");
+    assert_eq!((revision, last.revision), (number, number + 1), "{calls}");
+    let seen = drain(&store, &mut watch).await.unwrap();
+    let seen: Vec<_> =
+        seen.into_iter().map(|(revision, key, _, _)| (revision, key.name().to_owned())).collect();
+    let name = |revision| if revision == last.revision { "y" } else { "x" };
+    assert_eq!(seen, (1..=last.revision).map(|at| (at, name(at).to_owned())).collect::<Vec<_>>(), "{calls}");
+    store.close().await;
+    assert_eq!(open(folder.path()).revision(), last.revision);
 }

@@ -3,6 +3,7 @@
 mod crash;
 mod faults;
 mod files;
+mod journal;
 mod model;
 mod watching;
 mod writing;

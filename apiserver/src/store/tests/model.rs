@@ -26,6 +26,8 @@ enum Step {
     },
     Look,
     Restart,
+    /// What a process that is killed leaves.
+    Crash,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -40,6 +42,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (0..6u8, 0..35u64).prop_map(|(range, back)| Step::Watch { range, back }),
         2 => Just(Step::Look),
         1 => Just(Step::Restart),
+        2 => Just(Step::Crash),
     ];
     proptest::collection::vec(step, 1..60)
 }
@@ -171,8 +174,9 @@ async fn list(
 }
 
 async fn run(steps: Vec<Step>) {
-    let folder = tempfile::tempdir().unwrap();
-    let options = Options { history_events_max: HISTORY, ..Options::default() };
+    let mut folder = tempfile::tempdir().unwrap();
+    // Room for three small groups, so that the journal begins anew often.
+    let options = Options { history_events_max: HISTORY, journal_bytes: 3 * 4096, ..Options::default() };
     let mut store = Store::open(folder.path(), options).unwrap();
     let mut model = Model::default();
     let mut watches: Vec<(Range, u64, Watch)> = Vec::new();
@@ -193,9 +197,16 @@ async fn run(steps: Vec<Step>) {
                 }
             }
             Step::Look => look(&store, &model, &mut watches).await,
-            Step::Restart => {
+            Step::Restart | Step::Crash => {
                 look(&store, &model, &mut watches).await;
+                let copy = tempfile::tempdir().unwrap();
+                for file in ["objects.redb", "journal"] {
+                    std::fs::copy(folder.path().join(file), copy.path().join(file)).unwrap();
+                }
                 store.close().await;
+                if matches!(step, Step::Crash) {
+                    folder = copy;
+                }
                 store = Store::open(folder.path(), options).unwrap();
                 for (range, from, watch) in &mut watches {
                     assert!(matches!(watch.next().await, Err(End::Closed)));

@@ -129,6 +129,15 @@ async fn the_errors_are_told_as_kubernetes_tells_them() {
     let text = "Operation cannot be fulfilled on things.example.com \"x\": the object has been modified; \
                 please apply your changes to the latest version and try again";
     assert_eq!(tell(Expect::Revision(4)).await, (409, text.to_owned()));
+    let at = |revision| Place { revision: Some(revision), ..Place::default() };
+    let status: crate::status::Status = store.list(&all(), &at(9), 1).unwrap_err().into();
+    assert_eq!(
+        (status.reason.code(), status.message.as_str()),
+        (504, "Timeout: Too large resource version: 9, current: 1")
+    );
+    assert_eq!(status.details.causes[0].reason, "ResourceVersionTooLarge");
+    let status: crate::status::Status = Error::TooOld { revision: 3, oldest: 9 }.into();
+    assert_eq!((status.reason.code(), status.message.as_str()), (410, "too old resource version: 3 (9)"));
 }
 
 #[tokio::test]
