@@ -75,6 +75,9 @@ pub enum End {
     Failed(Error),
 }
 
+/// Events of the history, and up to which revision they are all.
+type Replayed = Result<(Vec<Arc<Event>>, u64), Error>;
+
 /// Events of a range, in order, each once.
 pub struct Watch {
     shared: Arc<Shared>,
@@ -85,7 +88,7 @@ pub struct Watch {
     until: u64,
     replayed: VecDeque<Arc<Event>>,
     replayed_to: u64,
-    reading: Option<JoinHandle<Result<(Vec<Arc<Event>>, u64), Error>>>,
+    reading: Option<JoinHandle<Replayed>>,
     queue: mpsc::Receiver<Arc<Event>>,
     seat: Arc<Seat>,
     end: Option<End>,

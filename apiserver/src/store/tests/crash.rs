@@ -61,9 +61,9 @@ fn nothing_acknowledged_is_lost_when_the_process_is_killed() {
             .unwrap();
         let mut acknowledged = Vec::new();
         let enough = 1 + (round * 97) % 300;
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut killed = false;
-        while let Some(line) = lines.next() {
+        for line in lines {
             // The last line may be torn, and was then not told to anybody.
             let line = line.unwrap();
             let words: Vec<_> = line.split(' ').collect();
