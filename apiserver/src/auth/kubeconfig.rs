@@ -84,3 +84,6 @@ impl Kubeconfig {
         files::write(path, &self.render())
     }
 }
+
+#[cfg(test)]
+mod tests;

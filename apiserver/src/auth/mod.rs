@@ -7,7 +7,11 @@
 //! ```
 
 mod files;
+mod invalid;
 pub mod kubeconfig;
 pub mod pki;
 pub mod rbac;
+pub mod reviews;
+pub mod roles;
+pub mod token;
 pub mod user;

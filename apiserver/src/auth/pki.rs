@@ -16,6 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use chrono::NaiveDateTime;
 use rcgen::{
     BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SigningKey, date_time_ymd,
@@ -66,10 +67,16 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
-    /// The authority cannot speak for the server.
+    /// The authority is of no use any more.
     #[error(
-        "a certificate of {path} would not be accepted: {what}; if the authority has ended, move the file away, start again and write new kubeconfigs"
+        "the certificate of {path} has ended, or its end cannot be read; move the file away to have a new one made, and write new kubeconfigs"
     )]
+    Ended {
+        /// The file of the authority.
+        path: PathBuf,
+    },
+    /// The authority cannot speak for the server.
+    #[error("a certificate of {path} would not be accepted: {what}; is the clock right?")]
     Authority {
         /// The file of the authority.
         path: PathBuf,
@@ -129,6 +136,10 @@ impl Authority {
         let path = folder.join("ca.pem");
         if let Some(text) = read(&path)? {
             let (certificate, key) = parse(&path, &text)?;
+            // Not every client would tell.
+            if end_of(&certificate).is_none_or(|end| end <= now) {
+                return Err(Error::Ended { path });
+            }
             return Ok(Self { folder: folder.to_owned(), certificate, key });
         }
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
@@ -275,6 +286,18 @@ impl Authority {
     }
 }
 
+/// Opens a private key that is kept in a file of the folder; both are made if they are missing. Blocks.
+pub(super) fn key(folder: &Path, file: &str) -> Result<KeyPair, Error> {
+    files::private_folder(folder).map_err(|source| Error::File { path: folder.to_owned(), source })?;
+    let path = folder.join(file);
+    if let Some(text) = read(&path)? {
+        return parse_key(&path, &text);
+    }
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    write(&path, &key.serialize_pem())?;
+    Ok(key)
+}
+
 /// Returns the user that a certificate speaks for which was verified; `None` if it names none.
 pub fn user_of(certificate: &CertificateDer<'_>) -> Option<User> {
     let mut groups = dvcr_tls::organizations(certificate)?;
@@ -315,16 +338,43 @@ fn parse(path: &Path, text: &str) -> Result<(CertificateDer<'static>, KeyPair), 
     let refuse = |what: String| Error::Content { path: path.to_owned(), what };
     let certificate =
         CertificateDer::from_pem_slice(text.as_bytes()).map_err(|error| refuse(error.to_string()))?;
-    let key =
-        PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes()).map_err(|error| refuse(error.to_string()))?;
-    let key = KeyPair::from_pkcs8_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256)
-        .map_err(|error| refuse(error.to_string()))?;
+    let key = parse_key(path, text)?;
     let belongs =
         certificate.windows(key.public_key_raw().len()).any(|window| window == key.public_key_raw());
     match belongs {
         true => Ok((certificate, key)),
         false => Err(refuse("the key is another one's".to_owned())),
     }
+}
+
+fn parse_key(path: &Path, text: &str) -> Result<KeyPair, Error> {
+    let refuse = |what: String| Error::Content { path: path.to_owned(), what };
+    let key =
+        PrivatePkcs8KeyDer::from_pem_slice(text.as_bytes()).map_err(|error| refuse(error.to_string()))?;
+    KeyPair::from_pkcs8_der_and_sign_algo(&key, &PKCS_ECDSA_P256_SHA256)
+        .map_err(|error| refuse(error.to_string()))
+}
+
+/// When a certificate ends (RFC 5280, 4.1.2.5); `None` if it cannot be read.
+fn end_of(certificate: &[u8]) -> Option<SystemTime> {
+    let (_, certificate, _) = split(certificate)?;
+    let (_, mut inner, _) = split(certificate)?;
+    // Version, serial number, algorithm and issuer are before it.
+    for _ in 0..4 {
+        inner = split(inner)?.2;
+    }
+    let (_, validity, _) = split(inner)?;
+    let (_, _, after) = split(validity)?;
+    let (whole, end, _) = split(after)?;
+    let end = std::str::from_utf8(end).ok()?;
+    // A UTCTime has two digits of the year, 1950 to 2049.
+    let century = match (whole.first()?, end.get(..2)?) {
+        (0x17, year) if year >= "50" => "19",
+        (0x17, _) => "20",
+        _ => "",
+    };
+    let end = NaiveDateTime::parse_from_str(&format!("{century}{end}"), "%Y%m%d%H%M%SZ").ok()?;
+    Some(UNIX_EPOCH + Duration::from_secs(u64::try_from(end.and_utc().timestamp()).ok()?))
 }
 
 /// Writes PEM (RFC 7468).

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Map, json};
+use serde_json::{Map, Value, json};
 
 use super::rbac::{Policy, Target, forbidden};
 use crate::object::Object;
@@ -195,3 +195,16 @@ fn unescaped(key: &str) -> String {
     }
     String::from_utf8(bytes).unwrap_or_else(|_| key.to_owned())
 }
+
+/// Reads the attributes of a user from fields of an object, as `SubjectAccessReview` has them.
+pub(super) fn extra_of(value: Option<&Value>) -> BTreeMap<String, Vec<String>> {
+    let Some(Value::Object(extra)) = value else { return BTreeMap::new() };
+    let values = |value: &Value| match value {
+        Value::Array(values) => values.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+        _ => Vec::new(),
+    };
+    extra.iter().map(|(key, value)| (key.clone(), values(value))).collect()
+}
+
+#[cfg(test)]
+mod tests;

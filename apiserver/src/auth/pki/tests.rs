@@ -74,6 +74,22 @@ fn a_server_certificate_of_another_authority_or_that_is_broken_is_made_again() {
 }
 
 #[test]
+fn an_authority_that_has_ended_says_what_to_do() {
+    // Before 2050 and after it, the time is written in another way.
+    for now in [now(), UNIX_EPOCH + days(25_000), UNIX_EPOCH + days(30_000)] {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::open(folder.path(), now).unwrap();
+        assert_eq!(end_of(&authority.certificate).unwrap(), now + days(AUTHORITY_DAYS));
+        Authority::open(folder.path(), now + days(AUTHORITY_DAYS - 1)).unwrap();
+        let error = Authority::open(folder.path(), now + days(AUTHORITY_DAYS)).unwrap_err();
+        assert!(
+            matches!(error, Error::Ended { .. }) && error.to_string().contains("move the file away"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn a_file_with_something_else_is_not_overwritten() {
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::open(folder.path(), now()).unwrap();

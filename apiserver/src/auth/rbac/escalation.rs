@@ -77,12 +77,13 @@ impl Policy {
         };
         let namespace = object::namespace(binding).unwrap_or_default();
         let text = |key: &str| object::text(binding, &["roleRef", key]).unwrap_or_default();
-        let (kind, role, group) = (text("kind"), text("name"), text("apiGroup"));
+        let (kind, role) = (text("kind"), text("name"));
         let roles = match kind {
             "Role" => "roles",
             _ => "clusterroles",
         };
-        let target = Target::Resource { group, resource: roles, subresource: "", namespace, name: role };
+        let target =
+            Target::Resource { group: GROUP, resource: roles, subresource: "", namespace, name: role };
         if matches!(kind, "Role" | "ClusterRole") && self.authorize(user, "bind", &target).allowed {
             return Ok(());
         }
@@ -175,3 +176,6 @@ fn describe(missing: Vec<Rule>) -> String {
     }
     lines.join("\n")
 }
+
+#[cfg(test)]
+mod tests;

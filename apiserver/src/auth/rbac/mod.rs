@@ -9,16 +9,20 @@
 //! There is no rule that forbids: what nothing allows is refused.
 
 mod escalation;
+#[cfg(test)]
+mod oracle;
 mod policy;
 mod rule;
 #[cfg(test)]
 mod tests;
+mod validate;
 
 use std::borrow::Cow;
 use std::sync::{Arc, PoisonError, RwLock};
 
 pub use policy::Policy;
 pub use rule::Rule;
+pub use validate::{default, validate};
 
 use super::user::User;
 use crate::object::Object;

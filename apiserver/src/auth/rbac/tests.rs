@@ -1,8 +1,9 @@
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
 
-fn object(value: Value) -> Object {
+pub fn object(value: Value) -> Object {
     value.as_object().unwrap().clone()
 }
 
@@ -17,23 +18,23 @@ pub fn meta(kind: &str, namespace: &str, name: &str, rest: Value) -> Object {
     whole
 }
 
-fn rule(verbs: &[&str], groups: &[&str], resources: &[&str]) -> Value {
+pub fn rule(verbs: &[&str], groups: &[&str], resources: &[&str]) -> Value {
     json!({"verbs": verbs, "apiGroups": groups, "resources": resources})
 }
 
-fn bind(namespace: &str, name: &str, role: (&str, &str), subject: Value) -> Object {
+pub fn bind(namespace: &str, name: &str, role: (&str, &str), subject: Value) -> Object {
     let kind = if namespace.is_empty() { "ClusterRoleBinding" } else { "RoleBinding" };
     let role = json!({"apiGroup": GROUP, "kind": role.0, "name": role.1});
     meta(kind, namespace, name, json!({"roleRef": role, "subjects": [subject]}))
 }
 
-fn policy(objects: &[Object]) -> Policy {
+pub fn policy(objects: &[Object]) -> Policy {
     let mut policy = Policy::default();
     policy.apply(objects.iter().map(Change::Put));
     policy
 }
 
-fn user(name: &str, groups: &[&str]) -> User {
+pub fn user(name: &str, groups: &[&str]) -> User {
     User {
         name: name.to_owned(),
         groups: groups.iter().map(|group| (*group).to_owned()).collect(),
@@ -41,7 +42,7 @@ fn user(name: &str, groups: &[&str]) -> User {
     }
 }
 
-fn on<'a>(group: &'a str, resource: &'a str, namespace: &'a str, name: &'a str) -> Target<'a> {
+pub fn on<'a>(group: &'a str, resource: &'a str, namespace: &'a str, name: &'a str) -> Target<'a> {
     let (resource, subresource) = resource.split_once('/').unwrap_or((resource, ""));
     Target::Resource { group, resource, subresource, namespace, name }
 }
@@ -151,5 +152,211 @@ fn rules_match_subresources_names_and_paths() {
         [json!({"resourceNames": [1]}), json!({"verbs": "get"}), json!({"resourceNames": {}}), json!([])]
     {
         assert_eq!(Rule::from_json(&broken), None);
+    }
+}
+
+fn labelled(name: &str, labels: Value, rest: Value) -> Object {
+    let mut role = meta("ClusterRole", "", name, rest);
+    role["metadata"]["labels"] = labels;
+    role
+}
+
+fn gathering(name: &str, labels: Value, selectors: Value) -> Object {
+    // What is written in its rules is of no meaning.
+    let own = json!([rule(&["own"], &["*"], &["*"])]);
+    labelled(name, labels, json!({"aggregationRule": {"clusterRoleSelectors": selectors}, "rules": own}))
+}
+
+fn verbs(policy: &Policy, role: &str) -> Vec<String> {
+    let mut verbs: Vec<String> =
+        policy.cluster_role_rules(role).unwrap().iter().flat_map(|rule| rule.verbs.clone()).collect();
+    verbs.sort();
+    verbs
+}
+
+#[test]
+fn aggregated_roles_follow_the_roles_they_choose() {
+    let plain = |name: &str, labels: Value| {
+        labelled(name, labels, json!({"rules": [rule(&[name], &[""], &["pods"])]}))
+    };
+    let rbac = Rbac::default();
+    let put = |role: &Object| rbac.apply([Change::Put(role)]);
+    put(&gathering(
+        "all",
+        json!({}),
+        json!([{"matchLabels": {"to": "all"}}, {"matchLabels": {"to": "more"}}]),
+    ));
+    put(&plain("one", json!({"to": "all"})));
+    put(&plain("two", json!({"to": "more", "kind": "x"})));
+    put(&plain("three", json!({"to": "none"})));
+    assert_eq!(verbs(&rbac.snapshot(), "all"), ["one", "two"]);
+    put(&plain("three", json!({"to": "all"})));
+    let before = rbac.snapshot();
+    rbac.apply([Change::Delete(&plain("one", json!({})))]);
+    assert_eq!(verbs(&rbac.snapshot(), "all"), ["three", "two"]);
+    assert_eq!(verbs(&before, "all"), ["one", "three", "two"], "a snapshot does not change");
+    for (selector, chosen) in [
+        (json!({}), vec!["three", "two"]),
+        (json!({"matchExpressions": [{"key": "kind", "operator": "Exists"}]}), vec!["two"]),
+        (json!({"matchExpressions": [{"key": "kind", "operator": "DoesNotExist"}]}), vec!["three"]),
+        (
+            json!({"matchExpressions": [{"key": "to", "operator": "In", "values": ["more", "x"]}]}),
+            vec!["two"],
+        ),
+        (json!({"matchExpressions": [{"key": "kind", "operator": "NotIn", "values": ["x"]}]}), vec!["three"]),
+        (
+            json!({"matchLabels": {"to": "more"}, "matchExpressions": [{"key": "kind", "operator": "DoesNotExist"}]}),
+            vec![],
+        ),
+        (json!({"matchExpressions": [{"key": "to", "operator": "Near"}]}), vec![]),
+        (json!({"matchLabels": {"to": 1}}), vec![]),
+    ] {
+        put(&gathering("all", json!({}), json!([selector])));
+        assert_eq!(verbs(&rbac.snapshot(), "all"), chosen, "{selector}");
+    }
+}
+
+#[test]
+fn roles_that_gather_each_other_in_a_circle_have_the_same_rules() {
+    let next = |at: usize| json!([{"matchLabels": {"circle": (at % 50).to_string()}}]);
+    let mut objects: Vec<Object> = (0..50)
+        .map(|at| gathering(&format!("r{at}"), json!({"circle": at.to_string()}), next(at + 1)))
+        .collect();
+    let seed = json!({"rules": [rule(&["get"], &[""], &["pods"])]});
+    objects.push(labelled("seed", json!({"circle": "7"}), seed));
+    // One that chooses all, itself too.
+    objects.push(gathering("self", json!({"circle": "9"}), json!([{}])));
+    let policy = policy(&objects);
+    for at in 0..50 {
+        assert_eq!(verbs(&policy, &format!("r{at}")), ["get"]);
+    }
+    assert_eq!(verbs(&policy, "self"), ["get"]);
+}
+
+#[test]
+fn an_aggregated_role_has_a_bounded_number_of_rules() {
+    let many: Vec<Value> = (0..10_001).map(|at| rule(&[&format!("v{at}")], &[""], &["pods"])).collect();
+    let many = labelled("many", json!({"to": "all"}), json!({"rules": many}));
+    let policy = policy(&[many, gathering("all", json!({}), json!([{"matchLabels": {"to": "all"}}]))]);
+    assert_eq!(policy.cluster_role_rules("many").unwrap().len(), 10_001);
+    assert_eq!(policy.cluster_role_rules("all").unwrap().len(), 10_000);
+}
+
+#[test]
+fn odd_names_mean_themselves_and_nobody_else() {
+    let everything = json!({"rules": [rule(&["*"], &["*"], &["*"])]});
+    let role = ("ClusterRole", "all");
+    let objects = [
+        meta("ClusterRole", "", "all", everything.clone()),
+        // Without its namespace a Role is none of the cluster's.
+        meta("Role", "", "lost", everything),
+        bind("", "star", role, json!({"kind": "User", "name": "*"})),
+        bind("", "empty", role, json!({"kind": "Group", "name": ""})),
+        bind("", "missing", role, json!({"kind": "User"})),
+        bind("", "homeless", role, json!({"kind": "ServiceAccount", "name": "robot"})),
+        bind("", "kind", role, json!({"kind": "user", "name": "anna"})),
+        bind("", "lost", ("Role", "lost"), json!({"kind": "User", "name": "anna"})),
+        meta(
+            "RoleBinding",
+            "",
+            "lost",
+            json!({
+                "roleRef": {"kind": "ClusterRole", "name": "all"}, "subjects": [{"kind": "User", "name": "anna"}],
+            }),
+        ),
+        bind("a", "long", role, json!({"kind": "User", "name": "ü".repeat(100_000)})),
+    ];
+    let policy = policy(&objects);
+    let may = |user: &User| policy.authorize(user, "get", &on("", "pods", "a", "")).allowed;
+    assert!(!may(&user("anna", &[])) && !may(&user("", &["robot"])));
+    assert!(!may(&user("system:serviceaccount::robot", &[])));
+    assert!(may(&user("*", &[])) && may(&user("x", &[""])) && may(&user(&"ü".repeat(100_000), &[])));
+}
+
+#[test]
+fn a_binding_that_changes_or_goes_takes_its_subjects_along() {
+    let rbac = Rbac::default();
+    let subjects = |names: &[&str]| {
+        let subjects: Vec<Value> = names.iter().map(|name| json!({"kind": "User", "name": name})).collect();
+        let role = json!({"kind": "ClusterRole", "name": "all"});
+        meta("ClusterRoleBinding", "", "b", json!({"roleRef": role, "subjects": subjects}))
+    };
+    rbac.apply([Change::Put(&meta(
+        "ClusterRole",
+        "",
+        "all",
+        json!({"rules": [rule(&["*"], &["*"], &["*"])]}),
+    ))]);
+    let may =
+        |name: &str| rbac.snapshot().authorize(&user(name, &[]), "get", &on("", "pods", "", "")).allowed;
+    rbac.apply([Change::Put(&subjects(&["anna", "bert", "anna"]))]);
+    assert!(may("anna") && may("bert") && !may("carl"));
+    rbac.apply([Change::Put(&subjects(&["carl", "bert"]))]);
+    assert!(!may("anna") && may("bert") && may("carl"));
+    rbac.apply([Change::Delete(&subjects(&[]))]);
+    assert!(!may("anna") && !may("bert") && !may("carl"));
+    let deleted = meta("ClusterRole", "", "all", json!({}));
+    rbac.apply([Change::Delete(&deleted), Change::Delete(&deleted)]);
+    assert_eq!(
+        format!("{:?}", rbac.snapshot()),
+        format!("{:?}", Policy::default()),
+        "nothing is left behind"
+    );
+}
+
+/// Any JSON, with the keys and the kinds that mean something.
+fn json_values() -> impl Strategy<Value = Value> {
+    let words = ["ClusterRole", "RoleBinding", "Group", "a", "*", "", "In", GROUP];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<i64>().prop_map(Value::from),
+        prop::sample::select(words.to_vec()).prop_map(Value::from),
+        ".{0,8}".prop_map(Value::from),
+    ];
+    let keys = [
+        "metadata",
+        "name",
+        "namespace",
+        "labels",
+        "kind",
+        "rules",
+        "subjects",
+        "roleRef",
+        "aggregationRule",
+        "verbs",
+        "clusterRoleSelectors",
+        "matchLabels",
+        "matchExpressions",
+        "operator",
+        "key",
+        "values",
+        "resources",
+        "x",
+    ];
+    leaf.prop_recursive(5, 64, 6, move |inner| {
+        let keys = prop::sample::select(keys.to_vec()).prop_map(str::to_owned);
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            prop::collection::btree_map(keys, inner, 0..6)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn no_object_makes_a_policy_panic_or_leaves_a_trace_when_it_is_deleted(
+        kind in prop::sample::select(vec!["Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding", "Pod"]),
+        fields in prop::collection::btree_map("rules|subjects|roleRef|aggregationRule|metadata", json_values(), 0..5),
+    ) {
+        let mut object = meta(kind, "a", "b", json!({}));
+        object.extend(fields);
+        let mut policy = Policy::default();
+        policy.apply([Change::Put(&object)]);
+        let _ = policy.authorize(&user("a", &["a", ""]), "get", &on("", "a", "a", "a"));
+        let _ = policy.may_write_role(&user("a", &[]), &object, None);
+        let _ = policy.may_write_binding(&user("a", &[]), &object, None);
+        policy.apply([Change::Delete(&object)]);
+        prop_assert_eq!(format!("{policy:?}"), format!("{:?}", Policy::default()));
     }
 }
