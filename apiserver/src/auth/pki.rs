@@ -143,7 +143,7 @@ impl Authority {
             return Ok(Self { folder: folder.to_owned(), certificate, key });
         }
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut params = params("dvcr", now, days(AUTHORITY_DAYS));
+        let mut params = params("dvcr certificate authority", now, days(AUTHORITY_DAYS));
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages =
             vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
