@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   PEM files, Clients, Terms ──> acceptor ──> connections
-//!   a verified certificate ──> common_name ──> who it is
+//!   a verified certificate ──> common_name, organizations ──> who it is, and which groups it is in
 //! ```
 //!
 //! Who wants files to be read again when they change makes a new acceptor.
@@ -22,7 +22,7 @@ use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig, SupportedProtocolVersion, version};
 use tokio_rustls::TlsAcceptor;
 
-pub use name::common_name;
+pub use name::{common_name, organizations};
 
 /// Largest file with certificates or a key, bytes.
 const PEM_BYTES_MAX: u64 = 1 << 20;

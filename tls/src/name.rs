@@ -1,32 +1,54 @@
-//! The common name in a certificate's subject.
+//! The names in a certificate's subject.
 
 use rustls::pki_types::CertificateDer;
 use webpki::EndEntityCert;
 
 /// The name of a subject, 2.5.4.3.
 const COMMON_NAME: &[u8] = &[0x55, 0x04, 0x03];
+/// What it belongs to, 2.5.4.10.
+const ORGANIZATION: &[u8] = &[0x55, 0x04, 0x0a];
 
 /// Returns the common name in a certificate that was verified; `None` if there is none, or more than one.
 pub fn common_name(certificate: &CertificateDer<'_>) -> Option<String> {
     name_of(EndEntityCert::try_from(certificate).ok()?.subject())
 }
 
-/// Finds the common name in a subject: sets of sequences of type and value.
+/// Returns the organizations in a certificate that was verified, as they follow each other; `None` if one of them cannot be read.
+pub fn organizations(certificate: &CertificateDer<'_>) -> Option<Vec<String>> {
+    values(EndEntityCert::try_from(certificate).ok()?.subject(), ORGANIZATION).into_iter().map(text).collect()
+}
+
+/// Finds the common name in a subject.
 fn name_of(subject: &[u8]) -> Option<String> {
-    let mut names = Vec::new();
+    match values(subject, COMMON_NAME).as_slice() {
+        [name] => text(*name),
+        _ => None,
+    }
+}
+
+/// The values of one type in a subject: sets of sequences of type and value.
+fn values<'a>(subject: &'a [u8], of: &[u8]) -> Vec<(u8, &'a [u8])> {
+    let mut values = Vec::new();
     let mut subject = Der(subject);
     while let Some((SET, set)) = subject.next() {
         let mut set = Der(set);
         while let Some((SEQUENCE, attribute)) = set.next() {
             let mut attribute = Der(attribute);
-            if let (Some((OID, COMMON_NAME)), Some(value)) = (attribute.next(), attribute.next()) {
-                names.push(value);
+            if let (Some((OID, kind)), Some(value)) = (attribute.next(), attribute.next())
+                && kind == of
+            {
+                values.push(value);
             }
         }
     }
-    match names.as_slice() {
-        [(UTF8_STRING | PRINTABLE_STRING | IA5_STRING, name)] if !name.is_empty() => {
-            String::from_utf8(name.to_vec()).ok()
+    values
+}
+
+/// A string that is not empty.
+fn text((tag, value): (u8, &[u8])) -> Option<String> {
+    match tag {
+        UTF8_STRING | PRINTABLE_STRING | IA5_STRING if !value.is_empty() => {
+            String::from_utf8(value.to_vec()).ok()
         }
         _ => None,
     }
@@ -74,6 +96,18 @@ mod tests {
 
     fn attribute(oid: &[u8], tag: u8, value: &[u8]) -> Vec<u8> {
         der(SET, &der(SEQUENCE, &[der(OID, oid), der(tag, value)].concat()))
+    }
+
+    #[test]
+    fn organizations_are_all_there_or_nobody_is_told_any() {
+        let organization = |tag, value: &str| attribute(ORGANIZATION, tag, value.as_bytes());
+        let found =
+            |subject: &[u8]| values(subject, ORGANIZATION).into_iter().map(text).collect::<Option<Vec<_>>>();
+        let (a, b) = (organization(UTF8_STRING, "system:masters"), organization(PRINTABLE_STRING, "dev"));
+        let name = attribute(COMMON_NAME, UTF8_STRING, b"admin");
+        assert_eq!(found(&[a.clone(), name.clone(), b].concat()).unwrap(), ["system:masters", "dev"]);
+        assert_eq!(found(&name).unwrap(), Vec::<String>::new());
+        assert_eq!(found(&[a, organization(0x1e, "x")].concat()), None);
     }
 
     #[test]
