@@ -15,6 +15,7 @@ pub mod auth;
 pub mod object;
 pub mod patch;
 pub mod schema;
+pub mod select;
 pub mod status;
 pub mod store;
 pub mod table;
