@@ -14,6 +14,7 @@
 pub mod auth;
 pub mod object;
 pub mod patch;
+pub mod quantity;
 pub mod schema;
 pub mod select;
 pub mod status;
