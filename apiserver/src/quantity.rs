@@ -165,9 +165,14 @@ impl FromStr for Quantity {
             None => ("", rest),
         };
         let (format, scale) = read_suffix(suffix)?;
+        let has_digits = !whole.is_empty() || !fraction.is_empty();
         let trimmed = whole.trim_start_matches('0');
         let whole = if trimmed.is_empty() { "0" } else { trimmed };
         let units = Units::read(whole, fraction, scale)?;
+        // A few forms without a digit are zero in Kubernetes.
+        if !has_digits && !units.is_small {
+            return Err(QuantityError::Number);
+        }
         let is_kept = units.is_kept(scale, whole, fraction);
         let mut nanos = units.nanos;
         let mut format = format;
@@ -238,23 +243,26 @@ impl Units {
     fn read(whole: &str, fraction: &str, scale: Scale) -> Result<Self, QuantityError> {
         let length = |text: &str| i32::try_from(text.len()).unwrap_or(i32::MAX);
         let digits_len = length(whole).saturating_add(length(fraction));
+        let is_small = match scale {
+            Scale::Ten(exponent) => {
+                digits_len <= KEPT_DIGITS_MAX && exponent.saturating_sub(length(fraction)) >= NANO_EXPONENT
+            }
+            Scale::Two(exponent) => {
+                fraction.is_empty() && digits_len.saturating_add(binary_digits(exponent)) <= 14
+            }
+        };
         let significant = format!("{whole}{fraction}");
         let significant = significant.trim_start_matches('0');
         if significant.is_empty() {
-            return Ok(Self { nanos: 0, is_small: true });
+            return Ok(Self { nanos: 0, is_small });
         }
         // The text is bounded: so is what a number of its digits needs, except for what the bounds of the type refuse.
-        let (nanos, is_small) = match scale {
+        let nanos = match scale {
             Scale::Ten(exponent) => {
                 let shift = exponent.saturating_sub(length(fraction)).saturating_sub(NANO_EXPONENT);
-                (shifted(significant, shift)?, digits_len <= KEPT_DIGITS_MAX && shift >= 0)
+                shifted(significant, shift)?
             }
-            Scale::Two(exponent) => {
-                let factor = 1_i128 << exponent;
-                let nanos = binary(significant, length(fraction), factor)?;
-                let digits = digits_len.saturating_add(i32::try_from(exponent * 3 / 10).unwrap_or(i32::MAX));
-                (nanos, fraction.is_empty() && digits <= 14)
-            }
+            Scale::Two(exponent) => binary(significant, length(fraction), 1_i128 << exponent)?,
         };
         Ok(Self { nanos, is_small })
     }
@@ -271,6 +279,11 @@ impl Units {
                 Scale::Two(_) => whole.parse::<i64>().is_ok_and(|number| number % 8 != 0),
             }
     }
+}
+
+/// About how many decimal digits a power of two has.
+fn binary_digits(exponent: u32) -> i32 {
+    i32::try_from(exponent * 3 / 10).unwrap_or(i32::MAX)
 }
 
 /// The digits times 10 to the power of `shift`, rounded up.
@@ -401,6 +414,7 @@ mod tests {
             ("1+5", QuantityError::Suffix),
             ("1e99999999999", QuantityError::Suffix),
             ("1e30", QuantityError::Number),
+            ("Pi", QuantityError::Number),
         ] {
             assert_eq!(text.parse::<Quantity>(), Err(error), "{text}");
         }
