@@ -1,6 +1,7 @@
 //! What an answer is written as: the `Accept` header against what is offered.
 //!
-//! Offered are JSON and YAML, and JSON alone for the events of a watch. Protobuf is not: clients that name it first name JSON too.
+//! Offered are JSON and YAML, and JSON alone for the events of a watch. Protobuf is not: clients that name it
+//! first name JSON too.
 //!
 //! Source: RFC 9110, section 12.5.1, and the parameters `as`, `g` and `v` of
 //! <https://kubernetes.io/docs/reference/using-api/api-concepts/#alternate-representations-of-resources>.
@@ -61,8 +62,8 @@ pub struct Accepted {
     pub is_pretty: bool,
 }
 
-/// Chooses what an answer is written as: of what the header names the most preferred that is offered, and before it what is named
-/// in full. Without a header it is JSON.
+/// Chooses what an answer is written as: of what the header names the most preferred that is offered, and
+/// before it what is named in full. Without a header it is JSON.
 ///
 /// # Errors
 ///

@@ -1,7 +1,9 @@
-//! Quantities: numbers with a suffix, as capacities, requests and quotas are written (`100m`, `1536Mi`, `1e3`).
+//! Quantities: numbers with a suffix, as capacities, requests and quotas are written (`100m`, `1536Mi`,
+//! `1e3`).
 //!
-//! A quantity remembers which family of suffixes it was written with, and is written with the same one: as a whole number with the
-//! largest suffix that loses nothing. It is exact down to 10⁻⁹; what is finer is rounded away from zero.
+//! A quantity remembers which family of suffixes it was written with, and is written with the same one: as a
+//! whole number with the largest suffix that loses nothing. It is exact down to 10⁻⁹; what is finer is
+//! rounded away from zero.
 //!
 //! Source: <https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/>.
 
@@ -256,7 +258,8 @@ impl Units {
         if significant.is_empty() {
             return Ok(Self { nanos: 0, is_small });
         }
-        // The text is bounded: so is what a number of its digits needs, except for what the bounds of the type refuse.
+        // The text is bounded: so is what a number of its digits needs, except for what the bounds of the
+        // type refuse.
         let nanos = match scale {
             Scale::Ten(exponent) => {
                 let shift = exponent.saturating_sub(length(fraction)).saturating_sub(NANO_EXPONENT);
@@ -301,7 +304,8 @@ fn shifted(digits: &str, shift: i32) -> Result<i128, QuantityError> {
     Ok(number + i128::from(lost.bytes().any(|c| c != b'0')))
 }
 
-/// The digits, of which the last `places` are a fraction, times `factor`, in nanos, rounded up, at most what fits.
+/// The digits, of which the last `places` are a fraction, times `factor`, in nanos, rounded up, at most what
+/// fits.
 fn binary(digits: &str, places: i32, factor: i128) -> Result<i128, QuantityError> {
     let cap = i128::from(i64::MAX) * NANO;
     let places = usize::try_from(places).map_err(|_| QuantityError::Number)?;

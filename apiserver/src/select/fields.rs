@@ -1,14 +1,15 @@
 //! Field selectors: comparisons of the few fields that a kind offers.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::meta::find;
-use super::{SELECTOR_BYTES_MAX, SELECTOR_TERMS_MAX, quote, scalar_text};
+use super::meta::{Meta, find};
+use super::{SELECTOR_BYTES_MAX, SELECTOR_TERMS_MAX, cause, quote, scalar_text};
 use crate::object::Object;
 use crate::schema::{Node, Type};
-use crate::status::{Result, Status};
+use crate::status::{Cause, Result, Status};
 
 /// The most `selectableFields` of one version of a CustomResourceDefinition.
 const SELECTABLE_FIELDS_MAX: usize = 8;
@@ -54,6 +55,17 @@ impl Field {
     fn text(name: &str) -> Self {
         Self::new(name, &[name], "")
     }
+
+    /// The first value at one of the paths that is not empty.
+    fn in_text<'a>(&self, json: &'a [u8]) -> Result<Option<Cow<'a, str>>, serde_json::Error> {
+        for path in &self.paths {
+            let found = find(json, path)?.filter(|text| !text.is_empty());
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
 }
 
 impl SelectableFields {
@@ -68,18 +80,6 @@ impl SelectableFields {
                 "status.phase",
                 "status.nominatedNodeName",
             ],
-            ("", "Event") => &[
-                "involvedObject.kind",
-                "involvedObject.namespace",
-                "involvedObject.name",
-                "involvedObject.uid",
-                "involvedObject.apiVersion",
-                "involvedObject.resourceVersion",
-                "involvedObject.fieldPath",
-                "reason",
-                "reportingComponent",
-                "type",
-            ],
             ("", "Secret") => &["type"],
             ("", "Namespace") => &["status.phase"],
             ("", "Service") => &["spec.clusterIP", "spec.type"],
@@ -91,12 +91,10 @@ impl SelectableFields {
                 // What clients of the first versions ask for.
                 Field::new("spec.host", &["spec.nodeName"], ""),
                 Field::new("spec.hostNetwork", &["spec.hostNetwork"], "false"),
-                Field::new("status.podIP", &["status.podIPs.ip"], ""),
+                Field::new("status.podIP", &["status.podIPs.ip", "status.podIP"], ""),
                 Field::new("status.podIPs", &[], ""),
             ]),
-            ("", "Event") => {
-                fields.push(Field::new("source", &["source.component", "reportingComponent"], ""))
-            }
+            ("" | "events.k8s.io", "Event") => fields.extend(event_fields(group)),
             ("", "Node") => fields.push(Field::new("spec.unschedulable", &["spec.unschedulable"], "false")),
             _ => {}
         }
@@ -118,44 +116,43 @@ impl SelectableFields {
         Self { fields, has_own: true }
     }
 
-    /// Checks `selectableFields` of a CustomResourceDefinition against the schema of the kind: each error with the path of the
-    /// field, below that of the list, and the text of Kubernetes.
-    pub fn check(paths: &[String], schema: &Node) -> Vec<(String, String)> {
-        let mut errors = Vec::new();
-        let mut seen: Vec<&str> = Vec::new();
+    /// Checks `selectableFields` of a CustomResourceDefinition, a list at the path `base`, against the schema
+    /// of the kind: what is wrong, with the texts of Kubernetes.
+    pub fn check(paths: &[String], schema: &Node, base: &str) -> Vec<Cause> {
+        let mut causes = Vec::new();
+        let mut seen: BTreeSet<&str> = BTreeSet::new();
         for (i, path) in paths.iter().enumerate() {
-            let field = format!("[{i}].jsonPath");
+            let mut refuse = |message: String| causes.push(cause(format!("{base}[{i}].jsonPath"), message));
             if path.is_empty() {
-                errors.push((field, "Required value".to_owned()));
+                refuse("Required value".to_owned());
                 continue;
             }
             let shown = quote(path);
             let node = match node_at(path, schema) {
                 Ok(node) => node,
                 Err(error) => {
-                    errors.push((field, format!("Invalid value: {shown}: is an invalid path: {error}")));
+                    refuse(format!("Invalid value: {shown}: is an invalid path: {error}"));
                     continue;
                 }
             };
             if path == ".metadata" || path.starts_with(".metadata.") {
-                let text = format!("Invalid value: {shown}: must not point to fields in metadata");
-                errors.push((field.clone(), text));
+                refuse(format!("Invalid value: {shown}: must not point to fields in metadata"));
             }
             if !matches!(node.r#type, Type::String | Type::Boolean | Type::Integer) {
-                let text = "must point to a field of type string, boolean or integer. Enum string fields and strings with formats are allowed.";
-                errors.push((field.clone(), format!("Invalid value: {shown}: {text}")));
+                let text = "must point to a field of type string, boolean or integer. \
+                    Enum string fields and strings with formats are allowed.";
+                refuse(format!("Invalid value: {shown}: {text}"));
             }
-            if seen.contains(&path.as_str()) {
-                errors.push((field, format!("Duplicate value: {shown}")));
-            } else {
-                seen.push(path);
+            if !seen.insert(path) {
+                refuse(format!("Duplicate value: {shown}"));
             }
         }
         if seen.len() > SELECTABLE_FIELDS_MAX {
-            let text = format!("Too many: {}: must have at most {SELECTABLE_FIELDS_MAX} items", seen.len());
-            errors.push((String::new(), text));
+            let message =
+                format!("Too many: {}: must have at most {SELECTABLE_FIELDS_MAX} items", seen.len());
+            causes.push(cause(base.to_owned(), message));
         }
-        errors
+        causes
     }
 
     fn get(&self, name: &str) -> Result<&Field> {
@@ -170,6 +167,25 @@ impl SelectableFields {
             })
         })
     }
+}
+
+/// The two groups of events name the same fields in two ways; what is kept may be of either.
+fn event_fields(group: &str) -> Vec<Field> {
+    const REFERENCE: [&str; 7] =
+        ["kind", "namespace", "name", "uid", "apiVersion", "resourceVersion", "fieldPath"];
+    const REPORTERS: [&str; 2] = ["reportingComponent", "reportingController"];
+    let (reference, reporter) =
+        if group.is_empty() { ("involvedObject", REPORTERS[0]) } else { ("regarding", REPORTERS[1]) };
+    let mut fields = vec![Field::text("reason"), Field::text("type"), Field::new(reporter, &REPORTERS, "")];
+    fields.extend(REFERENCE.map(|field| {
+        let paths = [format!("involvedObject.{field}"), format!("regarding.{field}")];
+        Field::new(&format!("{reference}.{field}"), &[&paths[0], &paths[1]], "")
+    }));
+    if group.is_empty() {
+        let paths = ["source.component", "deprecatedSource.component", REPORTERS[0], REPORTERS[1]];
+        fields.push(Field::new("source", &paths, ""));
+    }
+    fields
 }
 
 fn node_at<'a>(path: &str, schema: &'a Node) -> Result<&'a Node, String> {
@@ -196,12 +212,13 @@ fn node_at<'a>(path: &str, schema: &'a Node) -> Result<&'a Node, String> {
 }
 
 impl FieldSelector {
-    /// Reads the form of a query: `metadata.name=a,status.phase!=Running`. In values `\`, `,` and `=` are written with a `\` before
-    /// them. The empty text selects everything.
+    /// Reads the form of a query: `metadata.name=a,status.phase!=Running`. In values `\`, `,` and `=` are
+    /// written with a `\` before them. The empty text selects everything.
     ///
     /// # Errors
     ///
-    /// BadRequest, with the text of Kubernetes, for what cannot be read and for a field that the kind does not offer.
+    /// BadRequest, with the text of Kubernetes, for what cannot be read and for a field that the kind does
+    /// not offer.
     pub fn parse(selector: &str, selectable: &SelectableFields) -> Result<Self> {
         if selector.len() > SELECTOR_BYTES_MAX {
             let message = format!(
@@ -230,7 +247,8 @@ impl FieldSelector {
         self.terms.is_empty()
     }
 
-    /// The one name that objects must have to be selected, if there is such: a list of it is a read of one object.
+    /// The one name that objects must have to be selected, if there is such: a list of it is a read of one
+    /// object.
     pub fn name(&self) -> Option<&str> {
         let term = self.terms.iter().find(|term| term.is_equal && term.field.name == "metadata.name")?;
         Some(&term.value)
@@ -242,15 +260,28 @@ impl FieldSelector {
     ///
     /// What was read before the fields were found is not JSON.
     pub fn matches(&self, json: &[u8]) -> Result<bool, serde_json::Error> {
+        self.all_hold(|field| field.in_text(json))
+    }
+
+    /// As `matches`, with `metadata` of the same text that was read once for many selectors.
+    ///
+    /// # Errors
+    ///
+    /// As of `matches`.
+    pub fn matches_read(&self, meta: &Meta<'_>, json: &[u8]) -> Result<bool, serde_json::Error> {
+        self.all_hold(|field| match field.name.as_str() {
+            "metadata.name" => Ok(Some(Cow::Borrowed(&*meta.name))),
+            "metadata.namespace" => Ok(Some(Cow::Borrowed(&*meta.namespace))),
+            _ => field.in_text(json),
+        })
+    }
+
+    fn all_hold<'a>(
+        &self,
+        found: impl Fn(&Field) -> Result<Option<Cow<'a, str>>, serde_json::Error>,
+    ) -> Result<bool, serde_json::Error> {
         for term in &self.terms {
-            let mut found = None;
-            for path in &term.field.paths {
-                found = find(json, path)?.filter(|text| !text.is_empty());
-                if found.is_some() {
-                    break;
-                }
-            }
-            if !term.holds(found) {
+            if !term.holds(found(&term.field)?) {
                 return Ok(false);
             }
         }

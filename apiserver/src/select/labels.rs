@@ -38,7 +38,8 @@ enum Operator {
 }
 
 impl LabelSelector {
-    /// Reads the form of a query: `a=b,c!=d,e in (x,y),!f,g notin (z),h>1`. The empty text selects everything.
+    /// Reads the form of a query: `a=b,c!=d,e in (x,y),!f,g notin (z),h>1`. The empty text selects
+    /// everything.
     ///
     /// # Errors
     ///
@@ -55,8 +56,8 @@ impl LabelSelector {
         Self::new(requirements)
     }
 
-    /// Reads the form of objects: `matchLabels` and `matchExpressions`. An empty object selects everything. Where the field is
-    /// absent, nothing is selected, which is for the caller to see.
+    /// Reads the form of objects: `matchLabels` and `matchExpressions`. An empty object selects everything.
+    /// Where the field is absent, nothing is selected, which is for the caller to see.
     ///
     /// # Errors
     ///

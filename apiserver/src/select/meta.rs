@@ -68,7 +68,8 @@ pub struct Meta<'a> {
 }
 
 impl<'a> Meta<'a> {
-    /// Reads `metadata` of the object with this JSON text, and nothing behind it; all is empty if there is none.
+    /// Reads `metadata` of the object with this JSON text, and nothing behind it; all is empty if there is
+    /// none.
     ///
     /// # Errors
     ///
@@ -171,7 +172,8 @@ impl Visitor<'_> for IsKey<'_> {
     }
 }
 
-/// The scalar at a path of keys, as text; a list on the way is entered at its first item. `None` if there is none.
+/// The scalar at a path of keys, as text; a list on the way is entered at its first item. `None` if there is
+/// none.
 pub(super) fn find<'a>(json: &'a [u8], path: &[String]) -> Result<Option<Cow<'a, str>>, serde_json::Error> {
     debug_assert!(path.len() <= SELECTOR_TERMS_MAX, "paths are those of kinds and of checked definitions");
     let mut place = Place { found: None, is_passed: false };

@@ -1,7 +1,8 @@
 //! What a list, a watch or a deletion of many selects: by labels and by fields.
 //!
-//! A selector is read once for a request and tried on the JSON text of each object, from which only what it asks for is read:
-//! a list of 100,000 objects, or an event that 200 watchers try, builds no object that it does not send.
+//! A selector is read once for a request and tried on the JSON text of each object, from which only what it
+//! asks for is read: a list of 100,000 objects, or an event that 200 watchers try, builds no object that it
+//! does not send.
 
 mod fields;
 mod labels;
@@ -16,7 +17,7 @@ pub use labels::LabelSelector;
 pub use meta::{Meta, Text};
 
 use crate::object::Object;
-use crate::status::Result;
+use crate::status::{Cause, Result};
 
 /// The longest selector that is read. Longer ones are 400.
 pub const SELECTOR_BYTES_MAX: usize = 64 << 10;
@@ -35,7 +36,8 @@ impl Selection {
     ///
     /// # Errors
     ///
-    /// BadRequest, with the text of Kubernetes, for what cannot be read and for a field that the kind does not offer.
+    /// BadRequest, with the text of Kubernetes, for what cannot be read and for a field that the kind does
+    /// not offer.
     pub fn parse(labels: &str, fields: &str, selectable: &SelectableFields) -> Result<Self> {
         Ok(Self { labels: LabelSelector::parse(labels)?, fields: FieldSelector::parse(fields, selectable)? })
     }
@@ -51,13 +53,19 @@ impl Selection {
     ///
     /// What was read before the selection was clear is not the JSON of an object.
     pub fn matches(&self, json: &[u8]) -> Result<bool, serde_json::Error> {
-        if !self.labels.is_everything() {
-            let meta = Meta::read(json)?;
-            if !self.labels.matches(|key| meta.label(key)) {
-                return Ok(false);
-            }
+        if self.labels.is_everything() {
+            return self.fields.matches(json);
         }
-        self.fields.matches(json)
+        self.matches_read(&Meta::read(json)?, json)
+    }
+
+    /// As `matches`, with `metadata` of the same text that was read once for many selections.
+    ///
+    /// # Errors
+    ///
+    /// As of `matches`.
+    pub fn matches_read(&self, meta: &Meta<'_>, json: &[u8]) -> Result<bool, serde_json::Error> {
+        Ok(self.labels.matches(|key| meta.label(key)) && self.fields.matches_read(meta, json)?)
     }
 
     /// Whether an object that is at hand is selected.
@@ -84,6 +92,18 @@ pub(crate) fn quote(text: &str) -> String {
     }
     quoted.push('"');
     quoted
+}
+
+/// A cause of Invalid, whose message begins with the words of its reason.
+pub(crate) fn cause(field: String, message: String) -> Cause {
+    const REASONS: [(&str, &str); 3] = [
+        ("Required value", "FieldValueRequired"),
+        ("Duplicate value", "FieldValueDuplicate"),
+        ("Too many", "FieldValueTooMany"),
+    ];
+    let reason = REASONS.iter().find(|(words, _)| message.starts_with(words));
+    let reason = reason.map_or("FieldValueInvalid", |(_, reason)| reason).to_owned();
+    Cause { reason, message, field }
 }
 
 /// One scalar as Kubernetes compares it with the value of a field selector; lists and objects are none.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::*;
 use crate::schema::{Node, Type};
-use crate::status::Reason;
+use crate::status::{Cause, Reason};
 
 fn pods() -> SelectableFields {
     SelectableFields::of_kind("", "Pod")
@@ -164,7 +164,10 @@ fn metadata_is_read_without_the_rest_of_the_object() {
 fn by_fields(selector: &str, fields: &SelectableFields, object: &Value) -> bool {
     let selector =
         FieldSelector::parse(selector, fields).unwrap_or_else(|error| panic!("{selector}: {error}"));
-    let from_text = selector.matches(object.to_string().as_bytes()).unwrap();
+    let text = object.to_string();
+    let from_text = selector.matches(text.as_bytes()).unwrap();
+    let meta = Meta::read(text.as_bytes()).unwrap();
+    assert_eq!(selector.matches_read(&meta, text.as_bytes()).unwrap(), from_text);
     assert_eq!(selector.matches_object(object.as_object().unwrap()), from_text, "text and object disagree");
     from_text
 }
@@ -199,6 +202,11 @@ fn the_fields_of_the_core_kinds_are_selected_by() {
         &events,
         &event
     ));
+    let new_events = SelectableFields::of_kind("events.k8s.io", "Event");
+    assert!(by_fields("regarding.kind=Pod,reportingController=c,regarding.uid=", &new_events, &event));
+    assert!(by_fields("involvedObject.name=x", &events, &json!({"regarding": {"name": "x"}})));
+    assert!(FieldSelector::parse("source=c", &new_events).is_err());
+    assert!(by_fields("status.podIP=10.0.0.9", &pods(), &json!({"status": {"podIP": "10.0.0.9"}})));
     assert!(by_fields("type=Opaque", &SelectableFields::of_kind("", "Secret"), &json!({"type": "Opaque"})));
     assert!(by_fields(
         "status.phase=Active",
@@ -241,28 +249,50 @@ fn the_selectable_fields_of_a_definition_are_checked_and_selected_by() {
         object(vec![("size", leaf(Type::Integer)), ("list", leaf(Type::Array)), ("on", leaf(Type::Boolean))]);
     let schema = object(vec![("spec", spec), ("metadata", object(vec![("name", leaf(Type::String))]))]);
     let check = |paths: &[&str]| {
-        SelectableFields::check(&paths.iter().map(|&path| path.to_owned()).collect::<Vec<_>>(), &schema)
+        let paths: Vec<_> = paths.iter().map(|&path| path.to_owned()).collect();
+        SelectableFields::check(&paths, &schema, "spec.selectableFields")
     };
     assert_eq!(check(&[".spec.size", ".spec.on"]), []);
-    for (path, text) in [
-        ("", "Required value"),
-        ("spec", "Invalid value: \"spec\": is an invalid path: expected [ or . but got: spec"),
-        (".spec.none", "Invalid value: \".spec.none\": is an invalid path: does not refer to a valid field"),
-        (".spec.", "Invalid value: \".spec.\": is an invalid path: unexpected end of JSON path"),
+    for (path, reason, message) in [
+        ("", "FieldValueRequired", "Required value"),
+        (
+            "spec",
+            "FieldValueInvalid",
+            "Invalid value: \"spec\": is an invalid path: expected [ or . but got: spec",
+        ),
+        (
+            ".spec.none",
+            "FieldValueInvalid",
+            "Invalid value: \".spec.none\": is an invalid path: does not refer to a valid field",
+        ),
+        (
+            ".spec.",
+            "FieldValueInvalid",
+            "Invalid value: \".spec.\": is an invalid path: unexpected end of JSON path",
+        ),
         (
             ".spec.list[0]",
+            "FieldValueInvalid",
             "Invalid value: \".spec.list[0]\": is an invalid path: array notation is not allowed",
         ),
         (
             ".spec.list",
+            "FieldValueInvalid",
             "Invalid value: \".spec.list\": must point to a field of type string, boolean or integer. Enum string fields and strings \
              with formats are allowed.",
         ),
-        (".metadata.name", "Invalid value: \".metadata.name\": must not point to fields in metadata"),
+        (
+            ".metadata.name",
+            "FieldValueInvalid",
+            "Invalid value: \".metadata.name\": must not point to fields in metadata",
+        ),
     ] {
-        assert_eq!(check(&[path]), [("[0].jsonPath".to_owned(), text.to_owned())]);
+        let field = "spec.selectableFields[0].jsonPath".to_owned();
+        assert_eq!(check(&[path]), [Cause { reason: reason.to_owned(), message: message.to_owned(), field }]);
     }
-    assert_eq!(check(&[".spec.on", ".spec.on"])[0].1, "Duplicate value: \".spec.on\"");
+    let twice = check(&[".spec.on", ".spec.on"]);
+    assert_eq!(twice[0].reason, "FieldValueDuplicate");
+    assert_eq!(twice[0].message, "Duplicate value: \".spec.on\"");
     let fields = SelectableFields::of_custom(&[".spec.size".to_owned(), ".spec.on".to_owned()], true);
     let custom = json!({"metadata": {"name": "a", "namespace": "n"}, "spec": {"size": 7, "on": false}});
     assert!(by_fields("spec.size=7,spec.on=false,metadata.namespace=n", &fields, &custom));

@@ -22,22 +22,33 @@ pub fn human_duration(duration: TimeDelta) -> String {
         0 => format!("{first}{unit}"),
         second => format!("{first}{unit}{second}{smaller}"),
     };
-    match () {
-        () if seconds < -1 => INVALID.to_owned(),
-        () if seconds < 0 => "0s".to_owned(),
-        () if seconds < 120 => format!("{seconds}s"),
-        () if minutes < 10 => two(minutes, 'm', seconds % 60, 's'),
-        () if minutes < 180 => format!("{minutes}m"),
-        () if hours < 8 => two(hours, 'h', minutes % 60, 'm'),
-        () if hours < 48 => format!("{hours}h"),
-        () if days < 8 => two(days, 'd', hours % 24, 'h'),
-        () if days < 2 * 365 => format!("{days}d"),
-        () if years < 8 => two(years, 'y', days % 365, 'd'),
-        () => format!("{years}y"),
+    if seconds < -1 {
+        INVALID.to_owned()
+    } else if seconds < 0 {
+        "0s".to_owned()
+    } else if seconds < 120 {
+        format!("{seconds}s")
+    } else if minutes < 10 {
+        two(minutes, 'm', seconds % 60, 's')
+    } else if minutes < 180 {
+        format!("{minutes}m")
+    } else if hours < 8 {
+        two(hours, 'h', minutes % 60, 'm')
+    } else if hours < 48 {
+        format!("{hours}h")
+    } else if days < 8 {
+        two(days, 'd', hours % 24, 'h')
+    } else if days < 2 * 365 {
+        format!("{days}d")
+    } else if years < 8 {
+        two(years, 'y', days % 365, 'd')
+    } else {
+        format!("{years}y")
     }
 }
 
-/// Writes how long before `now` a timestamp of an object is; the empty one is `<unknown>`, what is none is `<invalid>`.
+/// Writes how long before `now` a timestamp of an object is; the empty one is `<unknown>`, what is none is
+/// `<invalid>`.
 pub fn since(timestamp: &str, now: DateTime<Utc>) -> String {
     if timestamp.is_empty() || timestamp == "null" {
         return UNKNOWN.to_owned();

@@ -6,17 +6,19 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 
 use super::age::since;
-use super::jsonpath::JsonPath;
-use super::kinds::{self, Kind};
+use super::cells::default_class;
+use super::jsonpath::{JsonPath, VISITS_MAX};
+use super::kinds::Kind;
 use super::pod;
 use crate::object::{self, Object};
-use crate::select::quote;
+use crate::select::{cause, quote};
+use crate::status::Cause;
 
 /// What describes the first column.
 const NAME: &str = "The name of the object, of which there is one in its namespace.";
 /// What describes the column of the age.
 const CREATED: &str = "When the object was made.";
-/// The most bytes of one cell that is made of a list or an object.
+/// The most bytes of a text in a cell. Longer ones are not shown.
 const CELL_BYTES_MAX: usize = 64 << 10;
 
 /// The columns of a kind.
@@ -47,7 +49,8 @@ enum Cells {
 impl Columns {
     /// Of a custom resource, by `additionalPrinterColumns` of its version; without them the age is shown.
     ///
-    /// A path that cannot be compiled ends the columns, as in Kubernetes: the definition is accepted nevertheless.
+    /// A path that cannot be compiled ends the columns, as in Kubernetes: the definition is accepted
+    /// nevertheless.
     pub fn of_custom(columns: &[Value]) -> Self {
         let mut definitions = vec![Definition::new("Name", "string", "name", NAME, 0)];
         if columns.is_empty() {
@@ -105,45 +108,46 @@ impl Columns {
         Self { definitions, cells: Cells::Core(kind) }
     }
 
-    /// Checks `additionalPrinterColumns` of a CustomResourceDefinition: each error with the path of the field, below that of the
-    /// list, and the text of Kubernetes.
-    pub fn check(columns: &[Value]) -> Vec<(String, String)> {
+    /// Checks `additionalPrinterColumns` of a CustomResourceDefinition, a list at the path `base`: what is
+    /// wrong, with the texts of Kubernetes.
+    pub fn check(columns: &[Value], base: &str) -> Vec<Cause> {
         const TYPES: [&str; 5] = ["boolean", "date", "integer", "number", "string"];
         const FORMATS: [&str; 8] =
             ["byte", "date", "date-time", "double", "float", "int32", "int64", "password"];
-        let mut errors = Vec::new();
+        let mut causes = Vec::new();
         for (i, column) in columns.iter().enumerate() {
             let text = |field: &str| column.get(field).and_then(Value::as_str).unwrap_or_default();
-            let mut error = |field: &str, text: String| errors.push((format!("[{i}].{field}"), text));
+            let mut refuse =
+                |field: &str, message: String| causes.push(cause(format!("{base}[{i}].{field}"), message));
             if text("name").is_empty() {
-                error("name", "Required value".to_owned());
+                refuse("name", "Required value".to_owned());
             }
             match text("type") {
-                "" => error("type", format!("Required value: must be one of {}", TYPES.join(","))),
+                "" => refuse("type", format!("Required value: must be one of {}", TYPES.join(","))),
                 other if TYPES.contains(&other) => {}
-                other => error(
-                    "type",
-                    format!("Invalid value: {}: must be one of {}", quote(other), TYPES.join(",")),
-                ),
+                other => {
+                    let types = TYPES.join(",");
+                    refuse("type", format!("Invalid value: {}: must be one of {types}", quote(other)));
+                }
             }
             let format = text("format");
             if !format.is_empty() && !FORMATS.contains(&format) {
-                error(
-                    "format",
-                    format!("Invalid value: {}: must be one of {}", quote(format), FORMATS.join(",")),
-                );
+                let formats = FORMATS.join(",");
+                refuse("format", format!("Invalid value: {}: must be one of {formats}", quote(format)));
             }
             match text("jsonPath") {
-                "" => error("JSONPath", "Required value".to_owned()),
+                "" => refuse("JSONPath", "Required value".to_owned()),
                 path if path.starts_with('.') => {}
                 path => {
-                    let text =
-                        format!("Invalid value: {}: must be a simple json path starting with .", quote(path));
-                    error("JSONPath", text);
+                    let path = quote(path);
+                    refuse(
+                        "JSONPath",
+                        format!("Invalid value: {path}: must be a simple json path starting with ."),
+                    );
                 }
             }
         }
-        errors
+        causes
     }
 
     /// The value of `columnDefinitions`.
@@ -163,7 +167,7 @@ impl Columns {
     /// The place in a list of the object that is marked there: the StorageClass that is the default.
     pub(super) fn marked(&self, objects: &[Object]) -> Option<usize> {
         match self.cells {
-            Cells::Core(Kind::StorageClass) => kinds::default_class(objects),
+            Cells::Core(Kind::StorageClass) => default_class(objects),
             _ => None,
         }
     }
@@ -186,11 +190,13 @@ impl Columns {
                 vec![Value::from(name), Value::from(created)]
             }
             Cells::Custom(paths) => {
+                let needs_whole = !paths.iter().all(JsonPath::begins_with_field);
+                let whole = needs_whole.then(|| Value::Object(object.clone()));
+                let mut visits = VISITS_MAX;
                 let values = paths.iter().zip(self.definitions.iter().skip(1));
                 let values = values.map(|(path, column)| {
-                    path.evaluate_object(object)
-                        .first()
-                        .map_or(Value::Null, |value| custom_cell(&column.r#type, value, now))
+                    let found = path.evaluate_in(object, whole.as_ref(), &mut visits);
+                    found.first().map_or(Value::Null, |value| custom_cell(&column.r#type, value, now))
                 });
                 std::iter::once(Value::from(name)).chain(values).collect()
             }
@@ -241,7 +247,8 @@ fn shown(value: &Value) -> Option<String> {
     (text.len() <= CELL_BYTES_MAX).then_some(text)
 }
 
-/// A number that is not whole, with an exponent of two digits where it is large or small, as Kubernetes writes it.
+/// A number that is not whole, with an exponent of two digits where it is large or small, as Kubernetes
+/// writes it.
 fn float(number: f64) -> String {
     let scientific = format!("{number:e}");
     let Some((mantissa, exponent)) = scientific.split_once('e') else { return scientific };

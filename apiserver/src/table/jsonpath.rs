@@ -1,12 +1,11 @@
 //! JSONPath as Kubernetes reads it in the columns of CustomResourceDefinitions.
 //!
 //! `.spec.a`, `.metadata.annotations['x\.y/z']`, `[0]`, `[-1]`, `[1:3]`, `[*]`, `[0,2]`, `.*`, `..name` and
-//! `.status.conditions[?(@.type=="Ready")].status`. A path is compiled once; how much one evaluation visits is bounded, and one that
-//! fails or visits more has no result, as a path that leads nowhere.
+//! `.status.conditions[?(@.type=="Ready")].status`. A path is compiled once; how much one evaluation visits
+//! is bounded, and one that fails or visits more has no result, as a path that leads nowhere.
 //!
 //! Source: <https://kubernetes.io/docs/reference/kubectl/jsonpath/>.
 
-use std::borrow::Cow;
 use std::cmp::Ordering;
 
 use serde_json::Value;
@@ -15,8 +14,8 @@ use crate::object::Object;
 
 /// The longest path that is compiled.
 pub const JSONPATH_BYTES_MAX: usize = 4096;
-/// The most values that one evaluation visits.
-const VISITS_MAX: usize = 20_000;
+/// The most values that one evaluation visits, or that of all columns of one row.
+pub(super) const VISITS_MAX: usize = 20_000;
 /// How deep paths within paths are compiled.
 const DEPTH_MAX: usize = 8;
 /// How deep `..` goes down; deeper JSON is not read from clients.
@@ -94,23 +93,43 @@ impl JsonPath {
     }
 
     /// The values that the path leads to, in order; none if it leads nowhere or its evaluation fails.
-    pub fn evaluate<'a>(&'a self, value: &'a Value) -> Vec<Cow<'a, Value>> {
+    pub fn evaluate<'a>(&'a self, value: &'a Value) -> Vec<&'a Value> {
         let mut visits = VISITS_MAX;
-        walk(&self.steps, vec![Cow::Borrowed(value)], &mut visits).unwrap_or_default()
+        walk(&self.steps, vec![value], &mut visits).unwrap_or_default()
     }
 }
 
 impl JsonPath {
-    /// As `evaluate`, on an object that is not wrapped in a value: a path that begins with a field copies nothing of it.
-    pub fn evaluate_object<'a>(&'a self, object: &'a Object) -> Vec<Cow<'a, Value>> {
-        if let Some((Step::Field(name), rest)) = self.steps.split_first() {
-            let mut visits = VISITS_MAX;
-            let start = object.get(name).map(Cow::Borrowed).into_iter().collect();
-            return walk(rest, start, &mut visits).unwrap_or_default();
-        }
-        let whole = Value::Object(object.clone());
-        self.evaluate(&whole).into_iter().map(|value| Cow::Owned(value.into_owned())).collect()
+    /// Whether the path begins with a field, as nearly all do: it is walked without the object being wrapped
+    /// in a value.
+    pub(super) fn begins_with_field(&self) -> bool {
+        matches!(self.steps.first(), Some(Step::Field(_)))
     }
+
+    /// As `evaluate`, within what is left of `visits`, which all columns of a row share. `whole` is the
+    /// object as a value, for paths that do not begin with a field.
+    pub(super) fn evaluate_in<'a>(
+        &'a self,
+        object: &'a Object,
+        whole: Option<&'a Value>,
+        visits: &mut usize,
+    ) -> Values<'a> {
+        let found = match (self.steps.split_first(), whole) {
+            (Some((Step::Field(name), rest)), _) => {
+                walk(rest, object.get(name).into_iter().collect(), visits)
+            }
+            (_, Some(whole)) => walk(&self.steps, vec![whole], visits),
+            (_, None) => Err(Failed),
+        };
+        found.unwrap_or_default()
+    }
+}
+
+/// Takes `count` off what may still be visited.
+fn visit(visits: &mut usize, count: usize) -> Result<(), Failed> {
+    let left = visits.checked_sub(count);
+    *visits = left.unwrap_or(0);
+    left.map(drop).ok_or(Failed)
 }
 
 fn compile(path: &str, depth: usize) -> Result<JsonPath, String> {
@@ -313,11 +332,11 @@ fn number(text: &str) -> Result<Value, String> {
     text.parse::<f64>().map(Value::from).map_err(|_| format!("cannot parse number {text}"))
 }
 
-type Values<'a> = Vec<Cow<'a, Value>>;
+type Values<'a> = Vec<&'a Value>;
 
 fn walk<'a>(steps: &'a [Step], mut values: Values<'a>, visits: &mut usize) -> Result<Values<'a>, Failed> {
     for step in steps {
-        *visits = visits.checked_sub(values.len()).ok_or(Failed)?;
+        visit(visits, values.len())?;
         values = apply(step, values, visits)?;
     }
     Ok(values)
@@ -330,35 +349,31 @@ fn apply<'a>(step: &'a Step, values: Values<'a>, visits: &mut usize) -> Result<V
         Step::Constant(value) => {
             // A text stands alone, a number once for each value: filters compare one with one.
             let count = if value.is_string() { 1 } else { values.len() };
-            found.extend(std::iter::repeat_n(Cow::Borrowed(value), count));
+            found.extend(std::iter::repeat_n(value, count));
         }
         Step::Field(name) => {
-            for value in values {
-                // Constants have no fields: what is owned leads nowhere.
-                if let Cow::Borrowed(Value::Object(object)) = value {
-                    found.extend(object.get(name).map(Cow::Borrowed));
-                }
-            }
+            found.extend(values.into_iter().filter_map(|value| value.as_object()?.get(name)));
         }
         Step::Wildcard => {
             for value in values {
-                if let Cow::Borrowed(value) = value {
-                    children(value, &mut found, visits)?;
-                }
+                children(value, &mut found, visits)?;
             }
         }
         Step::Descent => {
             for value in values {
-                if let Cow::Borrowed(value) = value {
-                    descend(value, &mut found, visits, 0)?;
-                }
+                descend(value, &mut found, visits, 0)?;
             }
         }
         Step::Slice(slice) => {
             for value in values {
                 match value {
-                    Cow::Borrowed(Value::Array(items)) => slice.of(items, &mut found, visits)?,
-                    Cow::Borrowed(Value::Null) => {}
+                    Value::Array(items) => {
+                        // As in Kubernetes, an empty part of one list ends the walk through all of them.
+                        if !slice.of(items, &mut found, visits)? {
+                            break;
+                        }
+                    }
+                    Value::Null => {}
                     _ => return Err(Failed),
                 }
             }
@@ -370,11 +385,11 @@ fn apply<'a>(step: &'a Step, values: Values<'a>, visits: &mut usize) -> Result<V
         }
         Step::Filter(filter) => {
             for value in values {
-                let Cow::Borrowed(Value::Array(items)) = value else { return Err(Failed) };
+                let Value::Array(items) = value else { return Err(Failed) };
                 for item in items {
-                    *visits = visits.checked_sub(1).ok_or(Failed)?;
+                    visit(visits, 1)?;
                     if filter.holds(item, visits)? {
-                        found.push(Cow::Borrowed(item));
+                        found.push(item);
                     }
                 }
             }
@@ -389,10 +404,10 @@ fn children<'a>(value: &'a Value, found: &mut Values<'a>, visits: &mut usize) ->
         Value::Object(object) => object.len(),
         _ => 0,
     };
-    *visits = visits.checked_sub(count).ok_or(Failed)?;
+    visit(visits, count)?;
     match value {
-        Value::Array(items) => found.extend(items.iter().map(Cow::Borrowed)),
-        Value::Object(object) => found.extend(object.values().map(Cow::Borrowed)),
+        Value::Array(items) => found.extend(items),
+        Value::Object(object) => found.extend(object.values()),
         _ => {}
     }
     Ok(())
@@ -407,23 +422,23 @@ fn descend<'a>(
 ) -> Result<(), Failed> {
     let mut below = Vec::new();
     children(value, &mut below, visits)?;
-    if below.is_empty() {
+    // To Kubernetes the bytes of a string are below it.
+    if below.is_empty() && value.as_str().is_none_or(str::is_empty) {
         return Ok(());
     }
     if depth == DESCENT_MAX {
         return Err(Failed);
     }
-    found.push(Cow::Borrowed(value));
+    found.push(value);
     for child in below {
-        if let Cow::Borrowed(child) = child {
-            descend(child, found, visits, depth + 1)?;
-        }
+        descend(child, found, visits, depth + 1)?;
     }
     Ok(())
 }
 
 impl Slice {
-    fn of<'a>(&self, items: &'a [Value], found: &mut Values<'a>, visits: &mut usize) -> Result<(), Failed> {
+    /// Adds the items of the slice; false if it is empty by its bounds.
+    fn of<'a>(&self, items: &'a [Value], found: &mut Values<'a>, visits: &mut usize) -> Result<bool, Failed> {
         let len = i64::try_from(items.len()).map_err(|_| Failed)?;
         let from_end = |index: i64| if index < 0 { index.saturating_add(len) } else { index };
         let from = from_end(self.from.unwrap_or(0));
@@ -433,27 +448,26 @@ impl Slice {
             To::One => from.saturating_add(1),
         };
         if from == to {
-            return Ok(());
+            return Ok(false);
         }
         let range = usize::try_from(from).ok().zip(usize::try_from(to).ok()).filter(|_| from < len);
         let items = range.and_then(|(from, to)| items.get(from..to)).ok_or(Failed)?;
         let step = usize::try_from(self.step.unwrap_or(1)).ok().filter(|step| *step > 0).ok_or(Failed)?;
-        *visits = visits.checked_sub(items.len() / step).ok_or(Failed)?;
-        found.extend(items.iter().step_by(step).map(Cow::Borrowed));
-        Ok(())
+        visit(visits, items.len() / step)?;
+        found.extend(items.iter().step_by(step));
+        Ok(true)
     }
 }
 
 impl Filter {
     fn holds(&self, item: &Value, visits: &mut usize) -> Result<bool, Failed> {
         let Some((comparison, right)) = &self.comparison else {
-            return Ok(walk(&self.left.steps, vec![Cow::Borrowed(item)], visits)
-                .is_ok_and(|found| !found.is_empty()));
+            return Ok(walk(&self.left.steps, vec![item], visits).is_ok_and(|found| !found.is_empty()));
         };
-        let left = walk(&self.left.steps, vec![Cow::Borrowed(item)], visits)?;
+        let left = walk(&self.left.steps, vec![item], visits)?;
         let right = match left.len() {
             0 => return Ok(false),
-            1 => walk(&right.steps, vec![Cow::Borrowed(item)], visits)?,
+            1 => walk(&right.steps, vec![item], visits)?,
             _ => return Err(Failed),
         };
         match (left.as_slice(), right.as_slice()) {

@@ -1,13 +1,15 @@
-//! The row of a Pod: how many containers are ready, what they do in one word, and how often they were started again.
+//! The row of a Pod: how many containers are ready, what they do in one word, and how often they were started
+//! again.
 //!
-//! The word is the phase, or the status's own reason, unless containers tell more: first those that initialize, as `Init:…`, then the
-//! others, of which the first in the list is heard last. A deletion is told before all of it.
+//! The word is the phase, or the status's own reason, unless containers tell more: first those that
+//! initialize, as `Init:…`, then the others, of which the first in the list is heard last. A deletion is told
+//! before all of it.
 
 use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 
 use super::age::since;
-use super::kinds::{NONE, at, list, objects, text};
+use super::cells::{NONE, at, list, objects, text};
 use crate::object::{self, Object};
 
 /// What tells that a Pod has ended, for whoever shows such rows in another way.
@@ -188,7 +190,8 @@ fn flag(object: &Object, field: &str) -> bool {
     object.get(field) == Some(&Value::Bool(true))
 }
 
-/// How often a container was started again, within what Kubernetes counts, and when it had ended before the last time.
+/// How often a container was started again, within what Kubernetes counts, and when it had ended before the
+/// last time.
 fn restarts(status: &Object) -> (i64, Option<&str>) {
     let count = i64::from(i32::try_from(number(status, "restartCount")).unwrap_or(i32::MAX));
     (count, object::text(status, &["lastState", "terminated", "finishedAt"]))

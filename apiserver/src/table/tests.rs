@@ -3,13 +3,22 @@ use serde_json::json;
 use super::*;
 use crate::status::Reason;
 
+const TABLE: Target = Target { group: "meta.k8s.io", version: "v1", kind: "Table" };
+const PARTIAL: Target = Target { kind: "PartialObjectMetadata", ..TABLE };
+const PARTIAL_LIST: Target = Target { kind: "PartialObjectMetadataList", ..TABLE };
+
 fn options() -> TableOptions {
     TableOptions {
         include: Include::default(),
         has_headers: true,
-        version: "v1",
         now: "2026-01-01T00:05:12Z".parse().unwrap(),
     }
+}
+
+/// The rows of a list of these objects.
+fn rows(columns: &Columns, objects: &[Object]) -> Vec<Value> {
+    let table = list_as(TABLE, objects, &Object::new(), columns, &options()).unwrap();
+    table["rows"].as_array().unwrap().clone()
 }
 
 fn object(value: Value) -> Object {
@@ -32,7 +41,7 @@ fn named(mut value: Value) -> Object {
 
 fn cells(group: &str, kind: &str, value: Value) -> Value {
     let columns = Columns::of_kind(group, kind);
-    let row = columns.rows(&[named(value)], &options()).next().unwrap();
+    let row = rows(&columns, &[named(value)]).remove(0);
     assert_eq!(
         row["cells"].as_array().unwrap().len(),
         columns.definitions().as_array().unwrap().len(),
@@ -64,7 +73,7 @@ fn a_custom_resource_is_shown_by_its_columns() {
     ];
     let metadata =
         object(json!({"resourceVersion": "9", "continue": "c", "remainingItemCount": 2, "other": 1}));
-    let table = Value::Object(columns.table(&objects, &metadata, &options()));
+    let table = Value::Object(list_as(TABLE, &objects, &metadata, &columns, &options()).unwrap());
     assert_eq!((&table["kind"], &table["apiVersion"]), (&json!("Table"), &json!("meta.k8s.io/v1")));
     assert_eq!(table["metadata"], json!({"resourceVersion": "9", "continue": "c", "remainingItemCount": 2}));
     let definitions = &table["columnDefinitions"];
@@ -90,16 +99,28 @@ fn a_custom_resource_is_shown_by_its_columns() {
 
 #[test]
 fn without_columns_the_age_is_shown_and_a_path_that_is_none_ends_them() {
-    let rows = |columns: Value| {
+    let table = |columns: Value| {
         let columns = Columns::of_custom(columns.as_array().unwrap());
-        Value::Object(columns.table(&[named(json!({}))], &Object::new(), &options()))
+        Value::Object(object_as(TABLE, &named(json!({})), &columns, &options()).unwrap())
     };
-    let table = rows(json!([]));
-    assert_eq!(table["columnDefinitions"][1]["name"], "Age");
-    assert_eq!(table["rows"][0]["cells"], json!(["a", "5m12s"]));
+    let table_of_none = table(json!([]));
+    assert_eq!(table_of_none["columnDefinitions"][1]["name"], "Age");
+    assert_eq!(table_of_none["rows"][0]["cells"], json!(["a", "5m12s"]));
     let bad = json!([{"name": "A", "type": "string", "jsonPath": ".a"}, {"name": "B", "type": "string", "jsonPath": ".b["},
         {"name": "C", "type": "string", "jsonPath": ".c"}]);
-    assert_eq!(rows(bad)["rows"][0]["cells"], json!(["a", null]));
+    assert_eq!(table(bad)["rows"][0]["cells"], json!(["a", null]));
+}
+
+#[test]
+fn all_columns_of_a_row_share_what_may_be_visited() {
+    let column = json!({"name": "A", "type": "string", "jsonPath": "..none"});
+    let mut columns = vec![column; 1000];
+    columns.push(json!({"name": "B", "type": "string", "jsonPath": ".metadata.name"}));
+    let wide = named(json!({"spec": vec![1; 1000]}));
+    let row = rows(&Columns::of_custom(&columns), std::slice::from_ref(&wide)).remove(0);
+    assert_eq!(row["cells"].as_array().unwrap().last(), Some(&Value::Null));
+    let row = rows(&Columns::of_custom(&columns[999..]), &[wide]).remove(0);
+    assert_eq!(row["cells"], json!(["a", null, "a"]));
 }
 
 #[test]
@@ -109,19 +130,20 @@ fn columns_are_refused_with_the_texts_of_kubernetes() {
         {"type": "text", "jsonPath": "a", "format": "f"},
         {"name": "C"},
     ]);
-    let errors: Vec<_> = Columns::check(columns.as_array().unwrap())
-        .into_iter()
-        .map(|(field, text)| format!("{field}: {text}"))
-        .collect();
+    let causes = Columns::check(columns.as_array().unwrap(), "columns");
+    let errors: Vec<_> = causes.iter().map(|cause| format!("{}: {}", cause.field, cause.message)).collect();
+    let reasons = ["Required", "Invalid", "Invalid", "Invalid", "Required", "Required"];
+    let told: Vec<_> = causes.iter().map(|cause| cause.reason.as_str()).collect();
+    assert_eq!(told, reasons.map(|reason| format!("FieldValue{reason}")));
     assert_eq!(
         errors,
         [
-            "[1].name: Required value",
-            "[1].type: Invalid value: \"text\": must be one of boolean,date,integer,number,string",
-            "[1].format: Invalid value: \"f\": must be one of byte,date,date-time,double,float,int32,int64,password",
-            "[1].JSONPath: Invalid value: \"a\": must be a simple json path starting with .",
-            "[2].type: Required value: must be one of boolean,date,integer,number,string",
-            "[2].JSONPath: Required value",
+            "columns[1].name: Required value",
+            "columns[1].type: Invalid value: \"text\": must be one of boolean,date,integer,number,string",
+            "columns[1].format: Invalid value: \"f\": must be one of byte,date,date-time,double,float,int32,int64,password",
+            "columns[1].JSONPath: Invalid value: \"a\": must be a simple json path starting with .",
+            "columns[2].type: Required value: must be one of boolean,date,integer,number,string",
+            "columns[2].JSONPath: Required value",
         ]
     );
 }
@@ -131,8 +153,9 @@ fn a_row_carries_of_its_object_what_is_asked_for() {
     let columns = Columns::of_kind("", "ConfigMap");
     let map = named(json!({"kind": "ConfigMap", "data": {"a": "b"}}));
     let with = |include| {
-        let options = TableOptions { include, has_headers: false, version: "v1beta1", ..options() };
-        Value::Object(columns.table(std::slice::from_ref(&map), &Object::new(), &options))
+        let options = TableOptions { include, has_headers: false, ..options() };
+        let target = Target { version: "v1beta1", ..TABLE };
+        Value::Object(object_as(target, &map, &columns, &options).unwrap())
     };
     assert_eq!(with(Include::None)["rows"][0]["object"], Value::Null);
     assert_eq!(with(Include::None)["columnDefinitions"], Value::Null);
@@ -147,13 +170,34 @@ fn a_row_carries_of_its_object_what_is_asked_for() {
         error.message,
         "Unable to convert to Table as requested: includeObject: Invalid value: \"x\": must be 'Metadata', 'Object', 'None', or empty"
     );
-    let list = Value::Object(partial_list(&[map], &object(json!({"resourceVersion": "3"})), "v1"));
+}
+
+#[test]
+fn objects_are_shown_by_their_metadata_alone() {
+    let columns = Columns::of_kind("", "ConfigMap");
+    let map = named(json!({"kind": "ConfigMap", "metadata": {"resourceVersion": "7"}, "data": {"a": "b"}}));
+    let one = Value::Object(object_as(PARTIAL, &map, &columns, &options()).unwrap());
+    assert_eq!(one["apiVersion"], "meta.k8s.io/v1");
+    assert_eq!((&one["kind"], &one["metadata"]), (&json!("PartialObjectMetadata"), &map["metadata"]));
+    assert!(one.get("data").is_none());
+    let metadata = object(json!({"resourceVersion": "3"}));
+    let list = list_as(PARTIAL_LIST, std::slice::from_ref(&map), &metadata, &columns, &options()).unwrap();
+    let list = Value::Object(list);
     assert_eq!(
         (&list["kind"], &list["metadata"]),
         (&json!("PartialObjectMetadataList"), &json!({"resourceVersion": "3"}))
     );
-    assert_eq!(list["items"][0]["kind"], "PartialObjectMetadata");
-    assert!(list["items"][0].get("data").is_none());
+    assert_eq!(list["items"], json!([one]));
+    let table = object_as(TABLE, &map, &columns, &options()).unwrap();
+    assert_eq!(table["metadata"], json!({"resourceVersion": "7"}));
+    let error = object_as(PARTIAL_LIST, &map, &columns, &options()).unwrap_err();
+    assert_eq!(error.reason, Reason::NotAcceptable);
+    assert_eq!(
+        error.message,
+        "you requested PartialObjectMetadataList, but the requested object is not a list (ConfigMap)"
+    );
+    let error = list_as(PARTIAL, &[map], &metadata, &columns, &options()).unwrap_err();
+    assert_eq!(error.message, "you requested PartialObjectMetadata, but the requested object is a list");
 }
 
 #[test]
@@ -296,11 +340,14 @@ fn volumes_and_classes_are_shown_as_kubectl_shows_them() {
     let classes =
         [class("c", new, true), class("b", new, true), class("a", old, true), class("d", new, false)];
     let columns = Columns::of_kind("storage.k8s.io", "StorageClass");
-    let rows: Vec<_> = columns.rows(&classes, &options()).map(|row| row["cells"].clone()).collect();
+    let rows: Vec<_> = rows(&columns, &classes).iter().map(|row| row["cells"].clone()).collect();
     assert_eq!(rows[1], json!(["b (default)", "p", "Delete", "Immediate", false, "10s"]));
     let names: Vec<_> = rows.iter().map(|cells| cells[0].clone()).collect();
     assert_eq!(names, ["c", "b (default)", "a", "d"]);
     assert_eq!(rows[2][5], "24h");
+    // One that was asked for by its name is not set beside others.
+    let one = object_as(TABLE, &classes[1], &columns, &options()).unwrap();
+    assert_eq!(one["rows"][0]["cells"][0], "b");
 }
 
 #[test]
@@ -352,7 +399,8 @@ fn nodes_and_events_are_shown_as_kubectl_shows_them() {
     );
 }
 
-/// Cells of a Pod with this `status` beside two containers and two init containers, of which the second goes on beside them.
+/// Cells of a Pod with this `status` beside two containers and two init containers, of which the second goes
+/// on beside them.
 fn pod(metadata: Value, status: Value) -> (String, String, String) {
     let spec = json!({"containers": [{"name": "x"}, {"name": "y"}], "initContainers": [{"name": "i"}, {"name": "s", "restartPolicy": "Always"}]});
     let cells = cells("", "Pod", json!({"metadata": metadata, "spec": spec, "status": status}));
@@ -467,7 +515,7 @@ fn a_pod_shows_where_it_runs_and_that_it_has_ended() {
         json!(["a", "0/1", "Succeeded", "0", "5m12s", "10.0.0.1", "node", "<none>", "1/2"])
     );
     let columns = Columns::of_kind("", "Pod");
-    let row = columns.rows(&[named(value)], &options()).next().unwrap();
+    let row = rows(&columns, &[named(value)]).remove(0);
     assert_eq!(
         row["conditions"],
         json!([{"type": "Completed", "status": "True", "reason": "Succeeded", "message": "The pod has completed successfully."}])
@@ -503,7 +551,7 @@ fn no_shape_of_an_object_is_too_odd_to_be_shown() {
         for value in &odd {
             let object = json!({"spec": value, "status": value, "data": value, "subjects": value, "roleRef": value, "series": value});
             let columns = Columns::of_kind(group, kind);
-            assert_eq!(columns.rows(&[self::object(object)], &options()).count(), 1, "{kind}: {value}");
+            assert_eq!(rows(&columns, &[self::object(object)]).len(), 1, "{kind}: {value}");
         }
     }
 }

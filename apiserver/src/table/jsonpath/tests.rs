@@ -5,9 +5,12 @@ use super::*;
 
 fn found(path: &str, value: &Value) -> Value {
     let path = JsonPath::compile(path).unwrap_or_else(|error| panic!("{path}: {error}"));
-    let found: Value = path.evaluate(value).into_iter().map(Cow::into_owned).collect();
+    let found: Value = path.evaluate(value).into_iter().cloned().collect();
     if let Value::Object(object) = value {
-        assert_eq!(path.evaluate_object(object).into_iter().map(Cow::into_owned).collect::<Value>(), found);
+        let mut visits = VISITS_MAX;
+        let in_place: Value =
+            path.evaluate_in(object, Some(value), &mut visits).into_iter().cloned().collect();
+        assert_eq!(in_place, found);
     }
     found
 }
@@ -15,6 +18,7 @@ fn found(path: &str, value: &Value) -> Value {
 #[test]
 fn paths_lead_where_kubernetes_leads_them() {
     let value = json!({
+        "lists": [[1], [], [2]],
         "spec": {"a": 1, "b": {"c": "d"}, "list": [10, 20, 30], "null": null},
         "metadata": {"annotations": {"x.y/z": "dotted", "plain": "p"}},
         "status": {"conditions": [
