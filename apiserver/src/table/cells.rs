@@ -337,7 +337,7 @@ fn node(object: &Object, name: Value, age: Value) -> Vec<Value> {
     const ROLE_PREFIX: &str = "node-role.kubernetes.io/";
     let ready = objects(object, &["status", "conditions"])
         .filter(|condition| text(condition, &["type"]) == "Ready")
-        .last();
+        .next_back();
     let mut status = match ready.map(|condition| text(condition, &["status"])) {
         Some("True") => "Ready".to_owned(),
         Some(_) => "NotReady".to_owned(),

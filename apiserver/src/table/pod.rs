@@ -98,7 +98,7 @@ impl<'a> Summary<'a> {
             let name = text(status, &["name"]);
             let is_sidecar = objects(pod, &["spec", "initContainers"])
                 .filter(|container| text(container, &["name"]) == name)
-                .last()
+                .next_back()
                 .is_some_and(is_sidecar);
             let (restarts, last) = restarts(status);
             self.restarts += restarts;
