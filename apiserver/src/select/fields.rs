@@ -227,18 +227,28 @@ impl FieldSelector {
             );
             return Err(Status::bad_request(message));
         }
-        let mut terms = Vec::new();
-        for part in split(selector).into_iter().filter(|part| !part.is_empty()) {
-            if terms.len() == SELECTOR_TERMS_MAX {
-                let message = format!("a field selector of more than {SELECTOR_TERMS_MAX} terms");
-                return Err(Status::bad_request(message));
-            }
+        let mut parts = split(selector);
+        parts.retain(|part| !part.is_empty());
+        if parts.len() > SELECTOR_TERMS_MAX {
+            let message =
+                format!("a field selector of {} terms: at most {SELECTOR_TERMS_MAX} are read", parts.len());
+            return Err(Status::bad_request(message));
+        }
+        // Of several errors the one is told that Kubernetes tells: it looks at fields after it has read all
+        // of the selector, in order.
+        parts.sort_unstable();
+        let mut comparisons = Vec::with_capacity(parts.len());
+        for part in parts {
             let (name, is_equal, value) = comparison(part).ok_or_else(|| {
                 Status::bad_request(format!("invalid selector: '{selector}'; can't understand '{part}'"))
             })?;
-            let value = unescape(value).map_err(Status::bad_request)?;
-            terms.push(Term { field: selectable.get(name)?.clone(), is_equal, value });
+            comparisons.push((name, is_equal, unescape(value).map_err(Status::bad_request)?));
         }
+        let terms = comparisons.into_iter().map(|(name, is_equal, value)| {
+            let field = selectable.get(name)?.clone();
+            Ok(Term { field, is_equal, value })
+        });
+        let terms = terms.collect::<Result<Vec<_>>>()?;
         Ok(Self { terms })
     }
 

@@ -229,6 +229,7 @@ fn a_field_that_a_kind_does_not_offer_is_refused() {
         "\"spec.a\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
     );
     assert_eq!(error("a", "", "Pod"), "invalid selector: 'a'; can't understand 'a'");
+    assert_eq!(error("spec.x=b,b,a", "", "Pod"), "invalid selector: 'spec.x=b,b,a'; can't understand 'a'");
     assert_eq!(
         error("metadata.name=a=b", "", "Pod"),
         "invalid field selector: unescaped character in value: 61"
