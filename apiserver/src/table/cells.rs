@@ -335,9 +335,8 @@ fn ports(object: &Object) -> String {
 
 fn node(object: &Object, name: Value, age: Value) -> Vec<Value> {
     const ROLE_PREFIX: &str = "node-role.kubernetes.io/";
-    let ready = objects(object, &["status", "conditions"])
-        .filter(|condition| text(condition, &["type"]) == "Ready")
-        .next_back();
+    let ready =
+        objects(object, &["status", "conditions"]).rfind(|condition| text(condition, &["type"]) == "Ready");
     let mut status = match ready.map(|condition| text(condition, &["status"])) {
         Some("True") => "Ready".to_owned(),
         Some(_) => "NotReady".to_owned(),

@@ -97,8 +97,7 @@ impl<'a> Summary<'a> {
         for (i, status) in objects(pod, &["status", "initContainerStatuses"]).enumerate() {
             let name = text(status, &["name"]);
             let is_sidecar = objects(pod, &["spec", "initContainers"])
-                .filter(|container| text(container, &["name"]) == name)
-                .next_back()
+                .rfind(|container| text(container, &["name"]) == name)
                 .is_some_and(is_sidecar);
             let (restarts, last) = restarts(status);
             self.restarts += restarts;
