@@ -79,10 +79,14 @@ pub fn run(programs: &Programs, content: &Path, dir: &Path, rounds: usize, only:
             let first = round % contest.len();
             contest.rotate_left(first);
             for (name, slow, mut command) in contest {
-                if slow && !slow_too {
+                // Debian's registry takes minutes to serve the ranges that some of them ask for.
+                let once = name != OURS && *server != ours.addr;
+                if slow && !slow_too || once && round > 0 {
                     continue;
                 }
                 eprintln!("round {} of {rounds}: {row}: {name}", round + 1);
+                // What nobody has read for a minute or two is not in the page cache any more: all find it there.
+                image.warm(*server, name == OURS)?;
                 let sample = measure(&mut command, &out).with_context(|| name.to_owned())?;
                 let values = [sample.seconds, sample.cpu_seconds, sample.rss_mib];
                 for (table, value) in tables.iter_mut().zip(values) {
@@ -106,7 +110,9 @@ pub fn run(programs: &Programs, content: &Path, dir: &Path, rounds: usize, only:
             }
         }
     }
-    println!("{rounds} rounds (the slowest in {SLOW_SHARE} of {SHARE_OF}); {version}\n");
+    println!(
+        "{rounds} rounds (the slowest in {SLOW_SHARE} of {SHARE_OF}, the peers that docker-registry serves in one); {version}\n"
+    );
     let titles =
         ["Seconds until the raw file is on the disk", "CPU seconds, user and system", "Peak RSS, MiB"];
     for (title, table) in titles.iter().zip(&tables) {
@@ -138,6 +144,8 @@ pub(crate) struct Image {
     pub(crate) row: &'static str,
     pub(crate) name: String,
     digest: String,
+    /// The digest of the layer that the file is in, the same in each registry.
+    layer: String,
 }
 
 impl Image {
@@ -161,7 +169,21 @@ impl Image {
             let put = put_blob(&server.addr.to_string(), &file.display().to_string());
             success(Command::new("sh").args(["-ec", &format!("digest={sum}; {put}")]))?;
         }
-        Ok(Self { row, name, digest })
+        let manifest = Command::new("curl")
+            .args(["-sf", &format!("http://{}/v2/{name}/manifests/1", ours.addr)])
+            .output()?;
+        let manifest: serde_json::Value = serde_json::from_slice(&manifest.stdout).context("a manifest")?;
+        let layer = manifest["layers"][0]["digest"].as_str().context("a layer")?.to_owned();
+        Ok(Self { row, name, digest, layer })
+    }
+
+    /// Reads what is fetched next: a layer of the image, or the bare file.
+    fn warm(&self, server: SocketAddr, as_image: bool) -> anyhow::Result<()> {
+        let url = match as_image {
+            true => format!("http://{server}/v2/{}/blobs/{}", self.name, self.layer),
+            false => self.url(server),
+        };
+        success(Command::new("curl").args(["-sf", "-o", "/dev/null", &url]))
     }
 
     /// Where the bare file is.

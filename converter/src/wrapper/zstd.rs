@@ -21,6 +21,9 @@ const FRAME_MAGIC: u32 = 0xfd2f_b528;
 const SKIPPABLE_MAGIC: u32 = 0x184d_2a50;
 const SKIPPABLE_MASK: u32 = 0xffff_fff0;
 
+/// Longest header of a frame, with its magic number (section 3.1.1.1).
+const FRAME_HEADER_BYTES_MAX: usize = 18;
+
 /// Most bytes that a block decodes to, whatever its frame's window (section 3.1.1.2.4).
 const BLOCK_BYTES_MAX: u64 = 128 << 10;
 
@@ -61,7 +64,7 @@ impl<R: BufRead> Decoder<R> {
     /// Makes a decoder with at most `workers` threads. Windows and batches are held inside `memory_bytes_max`; a frame
     /// that needs a larger window is an error.
     pub(super) fn new(input: R, memory_bytes_max: u64, workers: usize) -> io::Result<Self> {
-        let input = Replay { ahead: Vec::new(), at: 0, inner: input, begun: false, one_byte: false };
+        let input = Replay { ahead: Vec::new(), at: 0, inner: input, begun: false, singly: 0 };
         Ok(Self {
             input: Some(input),
             stream: None,
@@ -84,8 +87,9 @@ impl<R: BufRead> Decoder<R> {
     /// Decodes the next frame as a stream.
     fn start_stream(&mut self) -> io::Result<()> {
         let Some(mut input) = self.input.take() else { return Ok(()) };
-        // libzstd decodes a frame that it is handed as a whole in another way, which refuses some that the usual one takes.
-        input.one_byte = true;
+        // When libzstd has a header, it looks whether a whole frame lies where its last input began, and decodes that in another way:
+        // which refuses some frames that the usual one takes, and may be another frame than the one with the header.
+        input.singly = FRAME_HEADER_BYTES_MAX;
         self.spare = Vec::new();
         self.held_bytes = 0;
         let mut stream = Streaming::with_buffer(input)?;
@@ -344,8 +348,8 @@ struct Replay<R> {
     inner: R,
     /// Whether anything was read at all.
     begun: bool,
-    /// Whether the next byte comes alone.
-    one_byte: bool,
+    /// How many of the next bytes come one by one.
+    singly: usize,
 }
 
 impl<R: BufRead> Replay<R> {
@@ -425,12 +429,12 @@ impl<R: BufRead> BufRead for Replay<R> {
             Some(ahead) if !ahead.is_empty() => ahead,
             _ => self.inner.fill_buf()?,
         };
-        Ok(if self.one_byte { &bytes[..bytes.len().min(1)] } else { bytes })
+        Ok(if self.singly > 0 { &bytes[..bytes.len().min(1)] } else { bytes })
     }
 
     fn consume(&mut self, n: usize) {
         self.begun |= n > 0;
-        self.one_byte &= n == 0;
+        self.singly = self.singly.saturating_sub(n);
         if self.ahead.is_empty() {
             return self.inner.consume(n);
         }

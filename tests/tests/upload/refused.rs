@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use dvcr_tests::{FileServer, Registry, cmd, dvcr, run_output, temp_dir, utf8};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use crate::support::{Bench, ByHand, curl, upload};
@@ -136,31 +137,35 @@ fn who_sends_next_to_nothing_is_cut_off_and_the_place_is_free() -> Result<()> {
     bench.assert_stored()
 }
 
-/// As the uploader of CDI's family answers: PUT and POST take the file, GET says that it is there, and nothing else is known.
-fn plain_server(listener: TcpListener) -> Result<Vec<u8>> {
+/// As the uploader of CDI's family answers: PUT and POST take the file, GET says that it is there, and nothing else is known. What is
+/// put is sent to `taken`; a client may ask and put by different connections.
+fn plain_server(listener: TcpListener, taken: mpsc::Sender<Vec<u8>>) {
+    for stream in listener.incoming().map_while(Result::ok) {
+        let taken = taken.clone();
+        std::thread::spawn(move || serve_plainly(stream, &taken));
+    }
+}
+
+fn serve_plainly(stream: TcpStream, taken: &mpsc::Sender<Vec<u8>>) -> Result<()> {
+    let mut reader = BufReader::new(stream);
     loop {
-        let (stream, _) = listener.accept()?;
-        stream.set_read_timeout(Some(READ_TIMEOUT))?;
-        let mut reader = BufReader::new(stream);
-        loop {
-            let (mut line, mut length, mut method) = (String::new(), 0_u64, None);
-            while reader.read_line(&mut line)? > 2 {
-                method = method.or_else(|| line.split(' ').next().map(str::to_owned));
-                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                    length = value.trim().parse()?;
-                }
-                line.clear();
+        let (mut line, mut length, mut method) = (String::new(), 0_u64, None);
+        while reader.read_line(&mut line)? > 2 {
+            method = method.or_else(|| line.split(' ').next().map(str::to_owned));
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse()?;
             }
-            let Some(method) = method else { break };
-            let mut body = Vec::new();
-            (&mut reader).take(length).read_to_end(&mut body)?;
-            let is_taken = method == "PUT";
-            let status = if is_taken { "200 OK" } else { "404 Not Found" };
-            write!(reader.get_mut(), "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n")?;
-            if is_taken {
-                return Ok(body);
-            }
+            line.clear();
         }
+        let Some(method) = method else { return Ok(()) };
+        let mut body = Vec::new();
+        (&mut reader).take(length).read_to_end(&mut body)?;
+        let is_taken = method == "PUT";
+        let status = if is_taken { "200 OK" } else { "404 Not Found" };
+        if is_taken {
+            taken.send(body)?;
+        }
+        write!(reader.get_mut(), "HTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n")?;
     }
 }
 
@@ -171,10 +176,11 @@ fn a_server_that_does_not_speak_tus_gets_one_plain_put() -> Result<()> {
     std::fs::write(&file, dvcr_tests::fixture::Noise::new(3).bytes(5 << 20))?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let url = format!("http://{}/upload", listener.local_addr()?);
-    let server = std::thread::spawn(move || plain_server(listener));
+    let (sender, taken) = mpsc::channel();
+    std::thread::spawn(move || plain_server(listener, sender));
     let done = run_output(&upload(&file, &url)?)?;
     assert!(done.status.success() && done.stdout.contains("uploaded"), "{}", done.stderr);
-    let taken = server.join().ok().context("the server")??;
+    let taken = taken.try_recv()?;
     ensure!(taken == std::fs::read(&file)?, "{} bytes came", taken.len());
     Ok(())
 }
