@@ -195,7 +195,7 @@ fn keeping_importer_killed(image: &Image, is_in_bucket: bool) -> Result<()> {
     assert!(succeed(&mut again)?.contains("goes on where it was"), "{}", again.log());
     web.bench.assert_published(image)?;
     if !is_in_bucket {
-        web.bench.assert_no_pieces()?;
+        web.bench.assert_no_kept_pieces()?;
     }
     // What was not a whole piece yet, and what was in buffers on the way.
     assert_again(web.from.passed(), image.size, PIECE_BYTES + image.hundredth());

@@ -166,7 +166,7 @@ fn keeping_server_killed(image: &Image) -> Result<()> {
     assert!(desk.uploader.daemon.log().contains("goes on where it was"), "{told}");
     desk.uploader.assert_ended()?;
     desk.bench.assert_published(image)?;
-    desk.bench.assert_no_pieces()?;
+    desk.bench.assert_no_kept_pieces()?;
     // What was not a whole piece yet, and a part of the client's.
     assert_again(desk.relay.pushed(), LONGER_BYTES as u64, PIECE_BYTES + CHUNK_BYTES);
     Ok(())
