@@ -12,6 +12,7 @@
 //! CustomResourceDefinitions, and for the core kinds a table of the same form.
 
 pub mod auth;
+pub mod field;
 pub mod kinds;
 pub mod negotiate;
 pub mod object;

@@ -82,20 +82,6 @@ pub struct Cause {
     pub field: String,
 }
 
-impl Cause {
-    pub fn new(reason: &str, field: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { reason: reason.to_owned(), message: message.into(), field: field.into() }
-    }
-
-    /// Field and message.
-    fn text(&self) -> String {
-        match self.field.as_str() {
-            "" => self.message.clone(),
-            field => format!("{field}: {}", self.message),
-        }
-    }
-}
-
 /// `details` of a `Status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -126,25 +112,6 @@ pub struct Status {
 impl Status {
     pub fn new(reason: Reason, message: impl Into<String>) -> Self {
         Self { reason, message: message.into(), details: Box::default() }
-    }
-
-    /// An object against its schema, or options that contradict each other. `kind` with its group, such as `Thing.example.org`.
-    pub fn invalid(group: &str, kind: &str, name: &str, causes: Vec<Cause>) -> Self {
-        let told: Vec<String> = causes.iter().map(Cause::text).collect();
-        let told = match told.as_slice() {
-            [one] => one.clone(),
-            many => format!("[{}]", many.join(", ")),
-        };
-        let qualified = if group.is_empty() { kind.to_owned() } else { format!("{kind}.{group}") };
-        let mut status = Self::new(Reason::Invalid, format!("{qualified} {name:?} is invalid: {told}"));
-        *status.details = Details {
-            name: name.into(),
-            group: group.into(),
-            kind: kind.into(),
-            causes,
-            ..Details::default()
-        };
-        status
     }
 
     pub fn bad_request(message: impl Into<String>) -> Self {

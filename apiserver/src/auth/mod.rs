@@ -7,7 +7,6 @@
 //! ```
 
 mod files;
-mod invalid;
 pub mod kubeconfig;
 pub mod pki;
 pub mod rbac;

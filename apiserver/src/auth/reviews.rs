@@ -4,12 +4,12 @@
 
 use serde_json::{Map, Value, json};
 
-use super::invalid::{field, invalid, required};
 use super::rbac::{Policy, Rule, Target};
 use super::token::time;
 use super::user::{User, extra_of};
+use crate::field::{FieldError, invalid};
 use crate::object::{self, Object};
-use crate::status::{Cause, Result, Status};
+use crate::status::{Result, Status};
 
 const GROUP: &str = "authorization.k8s.io";
 
@@ -38,14 +38,18 @@ pub fn local_subject_access_review(review: &Object, namespace: &str, policy: &Po
     let own = object::namespace(review).unwrap_or_default();
     if question.resource.is_some_and(|resource| text(resource, "namespace") != own) {
         let asked = question.resource.map(|resource| text(resource, "namespace")).unwrap_or_default();
-        causes.push(field(
+        causes.push(FieldError::invalid(
             "spec.resourceAttributes.namespace",
-            &json!(asked),
+            asked,
             "must match metadata.namespace",
         ));
     }
     if let Some(path) = question.path {
-        causes.push(field("spec.nonResourceAttributes", &json!(path), "disallowed on this kind of request"));
+        causes.push(FieldError::invalid(
+            "spec.nonResourceAttributes",
+            path.clone(),
+            "disallowed on this kind of request",
+        ));
     }
     finish(review, "LocalSubjectAccessReview", causes)?;
     if own != namespace {
@@ -132,11 +136,15 @@ impl<'a> Question<'a> {
         Ok(Self { spec, resource: part("resourceAttributes")?, path: part("nonResourceAttributes")? })
     }
 
-    fn causes(&self) -> Vec<Cause> {
+    fn causes(&self) -> Vec<FieldError> {
         let mut causes = Vec::new();
         if self.resource.is_some() == self.path.is_some() {
             let why = "exactly one of nonResourceAttributes or resourceAttributes must be specified";
-            causes.push(field("spec", &self.path.map_or(Value::Null, |path| json!(path)), why));
+            causes.push(FieldError::invalid(
+                "spec",
+                self.path.cloned().map_or(Value::Null, Value::Object),
+                why,
+            ));
         }
         for key in ["fieldSelector", "labelSelector"] {
             let Some(Value::Object(selector)) = self.resource.and_then(|resource| resource.get(key)) else {
@@ -148,20 +156,21 @@ impl<'a> Question<'a> {
                 selector.get("requirements").and_then(Value::as_array).is_some_and(|all| !all.is_empty());
             if !raw.is_empty() && requirements {
                 let why = "may not specified at the same time as requirements";
-                causes.push(field(&format!("{at}.rawSelector"), &json!(raw), why));
+                causes.push(FieldError::invalid(format!("{at}.rawSelector"), raw, why));
             }
             if raw.is_empty() && !requirements {
                 let why = format!("when {at} is specified, requirements or rawSelector is required");
-                causes.push(required(&format!("{at}.requirements"), &why));
+                causes.push(FieldError::required(format!("{at}.requirements"), &why));
             }
         }
         causes
     }
 
-    fn causes_of_subject(&self) -> Option<Cause> {
+    fn causes_of_subject(&self) -> Option<FieldError> {
         let subject = self.subject();
         let nobody = subject.name.is_empty() && subject.groups.is_empty();
-        nobody.then(|| field("spec.user", &json!(""), "at least one of user or group must be specified"))
+        nobody
+            .then(|| FieldError::invalid("spec.user", "", "at least one of user or group must be specified"))
     }
 
     /// Whom the question is about.
@@ -198,7 +207,7 @@ impl<'a> Question<'a> {
 }
 
 /// A review is no object that is kept, and has no metadata but what is allowed.
-fn metadata_cause(review: &Object, allowed: &[&str], why: &str) -> Option<Cause> {
+fn metadata_cause(review: &Object, allowed: &[&str], why: &str) -> Option<FieldError> {
     let metadata = review.get("metadata")?;
     let empty = match metadata {
         Value::Null => true,
@@ -214,10 +223,10 @@ fn metadata_cause(review: &Object, allowed: &[&str], why: &str) -> Option<Cause>
         }),
         _ => false,
     };
-    (!empty).then(|| field("metadata", metadata, why))
+    (!empty).then(|| FieldError::invalid("metadata", metadata.clone(), why))
 }
 
-fn finish(review: &Object, kind: &str, causes: Vec<Cause>) -> Result<()> {
+fn finish(review: &Object, kind: &str, causes: Vec<FieldError>) -> Result<()> {
     match causes.is_empty() {
         true => Ok(()),
         false => Err(invalid(GROUP, kind, object::name(review).unwrap_or_default(), causes)),

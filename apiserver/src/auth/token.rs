@@ -21,10 +21,9 @@ use rcgen::PublicKeyData;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::invalid::{field, invalid};
 use super::pki;
-use super::rbac::quote;
 use super::user::{User, service_account_name};
+use crate::field::{FieldError, invalid, quote};
 use crate::object::{self, Object};
 use crate::status::{Details, Reason, Result, Status};
 
@@ -139,7 +138,7 @@ impl Tokens {
         let [namespace, name, uid] =
             [object::namespace, object::name, object::uid].map(|of| of(account).unwrap_or_default());
         let refuse = |path: &str, value: Value, why: &str| {
-            Err(invalid(GROUP, "TokenRequest", name, vec![field(path, &value, why)]))
+            Err(invalid(GROUP, "TokenRequest", name, vec![FieldError::invalid(path, value, why)]))
         };
         for (path, asked, own, what) in [
             ("metadata.name", object::name(request), name, "name"),

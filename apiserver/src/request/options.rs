@@ -3,7 +3,8 @@
 
 use serde::Deserialize;
 
-use crate::status::{Cause, Result, Status};
+use crate::field::{self, FieldError};
+use crate::status::{Result, Status};
 
 const GROUP: &str = "meta.k8s.io";
 /// Longest name of a field manager, bytes.
@@ -123,32 +124,27 @@ impl Query {
         self.get(key).map(|value| !matches!(value, "0" | "false" | "False" | "FALSE"))
     }
 
-    fn dry_run(&self, errors: &mut Vec<Cause>) -> DryRun {
+    fn dry_run(&self, errors: &mut Vec<FieldError>) -> DryRun {
         let values: Vec<_> =
             self.0.iter().filter(|(name, _)| name == "dryRun").map(|(_, v)| v.as_str()).collect();
         dry_run(&values, errors)
     }
 }
 
-fn dry_run(values: &[&str], errors: &mut Vec<Cause>) -> DryRun {
+fn dry_run(values: &[&str], errors: &mut Vec<FieldError>) -> DryRun {
     match values.iter().find(|value| **value != "All") {
         None if values.is_empty() => DryRun::No,
         None => DryRun::All,
         Some(other) => {
-            let text = format!("Unsupported value: {other:?}: supported values: \"All\"");
-            errors.push(Cause::new("FieldValueNotSupported", "dryRun", text));
+            errors.push(FieldError::not_supported("dryRun", *other, &["All"]));
             DryRun::All
         }
     }
 }
 
-fn forbidden(field: &str, text: &str) -> Cause {
-    Cause::new("FieldValueForbidden", field, format!("Forbidden: {text}"))
-}
-
 /// The errors, if there are any.
-fn checked(kind: &str, errors: Vec<Cause>) -> Result<()> {
-    if errors.is_empty() { Ok(()) } else { Err(Status::invalid(GROUP, kind, "", errors)) }
+fn checked(kind: &str, errors: Vec<FieldError>) -> Result<()> {
+    if errors.is_empty() { Ok(()) } else { Err(field::invalid(GROUP, kind, "", errors)) }
 }
 
 impl ListOptions {
@@ -164,10 +160,8 @@ impl ListOptions {
             "Exact" => Some(Match::Exact),
             "NotOlderThan" => Some(Match::NotOlderThan),
             other => {
-                let text = format!(
-                    "Unsupported value: {other:?}: supported values: \"Exact\", \"NotOlderThan\", \"\""
-                );
-                errors.push(Cause::new("FieldValueNotSupported", "resourceVersionMatch", text));
+                let known = ["Exact", "NotOlderThan", ""];
+                errors.push(FieldError::not_supported("resourceVersionMatch", other, &known));
                 None
             }
         };
@@ -188,35 +182,41 @@ impl ListOptions {
         Ok(options)
     }
 
-    fn check(&self, errors: &mut Vec<Cause>) {
+    fn check(&self, errors: &mut Vec<FieldError>) {
         const MATCH: &str = "resourceVersionMatch";
         if self.watches {
             let initial = self.send_initial_events.is_some();
             if initial && self.version_match != Some(Match::NotOlderThan) {
                 let text = "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan";
-                errors.push(forbidden(MATCH, text));
+                errors.push(FieldError::forbidden(MATCH, text));
             }
             if self.version_match.is_some() && !initial {
                 let text = "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided";
-                errors.push(forbidden(MATCH, text));
+                errors.push(FieldError::forbidden(MATCH, text));
             }
         } else {
             if self.version_match.is_some() && self.resource_version.is_empty() {
-                errors.push(forbidden(
+                errors.push(FieldError::forbidden(
                     MATCH,
                     "resourceVersionMatch is forbidden unless resourceVersion is provided",
                 ));
             }
             if self.version_match == Some(Match::Exact) && self.resource_version == "0" {
                 let text = "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"";
-                errors.push(forbidden(MATCH, text));
+                errors.push(FieldError::forbidden(MATCH, text));
             }
             if self.send_initial_events.is_some() {
-                errors.push(forbidden("sendInitialEvents", "sendInitialEvents is forbidden for list"));
+                errors.push(FieldError::forbidden(
+                    "sendInitialEvents",
+                    "sendInitialEvents is forbidden for list",
+                ));
             }
         }
         if self.version_match.is_some() && !self.continue_.is_empty() {
-            errors.push(forbidden(MATCH, "resourceVersionMatch is forbidden when continue is provided"));
+            errors.push(FieldError::forbidden(
+                MATCH,
+                "resourceVersionMatch is forbidden when continue is provided",
+            ));
         }
     }
 }
@@ -234,10 +234,8 @@ impl WriteOptions {
             "Ignore" => FieldValidation::Ignore,
             "Strict" => FieldValidation::Strict,
             other => {
-                let text = format!(
-                    "Unsupported value: {other:?}: supported values: \"\", \"Ignore\", \"Strict\", \"Warn\""
-                );
-                errors.push(Cause::new("FieldValueNotSupported", "fieldValidation", text));
+                let known = ["", "Ignore", "Strict", "Warn"];
+                errors.push(FieldError::not_supported("fieldValidation", other, &known));
                 FieldValidation::Warn
             }
         };
@@ -248,22 +246,17 @@ impl WriteOptions {
             force: query.flag("force"),
         };
         if applies && options.field_manager.is_empty() {
-            let text = "Required value: is required for apply patch";
-            errors.push(Cause::new("FieldValueRequired", "fieldManager", text));
+            errors.push(FieldError::required("fieldManager", "is required for apply patch"));
         }
         if !applies && options.force.is_some() {
-            errors.push(forbidden("force", "may not be specified for non-apply patch"));
+            errors.push(FieldError::forbidden("force", "may not be specified for non-apply patch"));
         }
         if options.field_manager.len() > FIELD_MANAGER_BYTES_MAX {
-            let text = format!("Too long: may not be more than {FIELD_MANAGER_BYTES_MAX} bytes");
-            errors.push(Cause::new("FieldValueTooLong", "fieldManager", text));
+            errors.push(FieldError::too_long("fieldManager", FIELD_MANAGER_BYTES_MAX as u64));
         }
         if options.field_manager.chars().any(char::is_control) {
-            let text = format!(
-                "Invalid value: {:?}: it has a character that cannot be printed",
-                options.field_manager
-            );
-            errors.push(Cause::new("FieldValueInvalid", "fieldManager", text));
+            let text = "it has a character that cannot be printed";
+            errors.push(FieldError::invalid("fieldManager", &*options.field_manager, text));
         }
         checked(kind, errors)?;
         Ok(options)
@@ -316,10 +309,8 @@ impl DeleteOptions {
         };
         if body.orphan_dependents.is_some() && body.propagation_policy.is_some() {
             let policy = body.propagation_policy.as_deref().unwrap_or_default();
-            let text = format!(
-                "Invalid value: {policy:?}: orphanDependents and deletionPropagation cannot be both set"
-            );
-            errors.push(Cause::new("FieldValueInvalid", "propagationPolicy", text));
+            let text = "orphanDependents and deletionPropagation cannot be both set";
+            errors.push(FieldError::invalid("propagationPolicy", policy, text));
         }
         let propagation = match (body.propagation_policy.as_deref(), body.orphan_dependents) {
             (Some("Orphan"), _) | (None, Some(true)) => Some(Propagation::Orphan),
@@ -327,10 +318,8 @@ impl DeleteOptions {
             (Some("Foreground"), _) => Some(Propagation::Foreground),
             (None, None) => None,
             (Some(other), _) => {
-                let text = format!(
-                    "Unsupported value: {other:?}: supported values: \"Foreground\", \"Background\", \"Orphan\", \"nil\""
-                );
-                errors.push(Cause::new("FieldValueNotSupported", "propagationPolicy", text));
+                let known = ["Foreground", "Background", "Orphan", "nil"];
+                errors.push(FieldError::not_supported("propagationPolicy", other, &known));
                 None
             }
         };

@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::names;
+use crate::field::{FieldError, FieldReason};
 use crate::object::{Object, metadata, metadata_mut, text};
-use crate::status::{Cause, Reason, Result, Status};
+use crate::status::{Reason, Result, Status};
 
 /// Most bytes of all annotations together.
 const ANNOTATIONS_BYTES_MAX: usize = 256 << 10;
@@ -31,7 +32,7 @@ pub struct Place<'a> {
     pub namespace: &'a str,
     pub is_namespaced: bool,
     /// Tells what is wrong with a name of this kind.
-    pub name_rule: fn(&str) -> Option<String>,
+    pub name_rule: fn(&str) -> Vec<String>,
 }
 
 /// An instant as objects have it: RFC 3339 in whole seconds.
@@ -145,28 +146,27 @@ fn generate(base: &str) -> Result<String> {
     Ok(name)
 }
 
-fn invalid(field: impl Into<String>, value: &str, text: &str) -> Cause {
-    Cause::new("FieldValueInvalid", field, format!("Invalid value: {value:?}: {text}"))
-}
-
 /// What is wrong with the metadata of an object, against that of the object that it replaces, if it does.
-pub fn check(object: &Object, old: Option<&Object>, place: Place<'_>) -> Vec<Cause> {
+pub fn check(object: &Object, old: Option<&Object>, place: Place<'_>) -> Vec<FieldError> {
     let mut wrong = Vec::new();
     let empty = Object::new();
     let metadata = metadata(object).unwrap_or(&empty);
     let given = |key: &str| metadata.get(key).and_then(Value::as_str).unwrap_or_default();
     if given("name").is_empty() {
-        let text = "Required value: name or generateName is required";
-        wrong.push(Cause::new("FieldValueRequired", "metadata.name", text));
+        wrong.push(FieldError::required("metadata.name", "name or generateName is required"));
     } else {
-        let told = (place.name_rule)(given("name")).or_else(|| names::path_segment(given("name")));
-        wrong.extend(told.map(|text| invalid("metadata.name", given("name"), &text)));
+        let mut told = (place.name_rule)(given("name"));
+        if told.is_empty() {
+            told = names::path_segment(given("name"));
+        }
+        wrong.extend(told.into_iter().map(|text| FieldError::invalid("metadata.name", given("name"), text)));
     }
     if place.is_namespaced {
         match given("namespace") {
-            "" => wrong.push(Cause::new("FieldValueRequired", "metadata.namespace", "Required value")),
+            "" => wrong.push(FieldError::required("metadata.namespace", "")),
             name => {
-                wrong.extend(names::dns_label(name).map(|text| invalid("metadata.namespace", name, &text)))
+                let told = names::dns_label(name).into_iter();
+                wrong.extend(told.map(|text| FieldError::invalid("metadata.namespace", name, text)));
             }
         }
     }
@@ -177,34 +177,39 @@ pub fn check(object: &Object, old: Option<&Object>, place: Place<'_>) -> Vec<Cau
         for key in ["name", "namespace"] {
             let before = text(old, &["metadata", key]).unwrap_or_default();
             if given(key) != before {
-                wrong.push(invalid(format!("metadata.{key}"), given(key), "field is immutable"));
+                wrong.push(FieldError::invalid(format!("metadata.{key}"), given(key), "field is immutable"));
             }
         }
     }
     wrong
 }
 
-fn check_labels(metadata: &Object, wrong: &mut Vec<Cause>) {
+fn check_labels(metadata: &Object, wrong: &mut Vec<FieldError>) {
     for (field, is_label) in [("labels", true), ("annotations", false)] {
         let path = format!("metadata.{field}");
         let mut bytes = 0_usize;
         for (key, value) in metadata.get(field).and_then(Value::as_object).into_iter().flatten() {
             let Some(value) = value.as_str() else {
-                let text = format!("Invalid value: {value}: the value of {key:?} must be a string");
-                wrong.push(Cause::new("FieldValueTypeInvalid", &path, text));
+                let text = format!("the value of {key:?} must be a string");
+                wrong.push(FieldError::new(FieldReason::TypeInvalid, &path, Some(value.clone()), text));
                 continue;
             };
             // The letters of an annotation's key may be of any case, also before the slash.
             let folded = if is_label { key.clone() } else { key.to_ascii_lowercase() };
-            wrong.extend(names::label_key(&folded).iter().map(|text| invalid(&path, key, text)));
+            wrong.extend(
+                names::label_key(&folded)
+                    .into_iter()
+                    .map(|text| FieldError::invalid(&path, key.as_str(), text)),
+            );
             if is_label {
-                wrong.extend(names::label_value(value).iter().map(|text| invalid(&path, value, text)));
+                wrong.extend(
+                    names::label_value(value).into_iter().map(|text| FieldError::invalid(&path, value, text)),
+                );
             }
             bytes = bytes.saturating_add(key.len()).saturating_add(value.len());
         }
         if !is_label && bytes > ANNOTATIONS_BYTES_MAX {
-            let text = format!("Too long: may not be more than {ANNOTATIONS_BYTES_MAX} bytes");
-            wrong.push(Cause::new("FieldValueTooLong", path, text));
+            wrong.push(FieldError::too_long(path, ANNOTATIONS_BYTES_MAX as u64));
         }
     }
 }
@@ -214,17 +219,18 @@ pub fn finalizers(metadata: &Object) -> impl Iterator<Item = &str> {
     metadata.get("finalizers").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
 }
 
-fn check_finalizers(new: &Object, old: Option<&Object>, wrong: &mut Vec<Cause>) {
+fn check_finalizers(new: &Object, old: Option<&Object>, wrong: &mut Vec<FieldError>) {
     const FIELD: &str = "metadata.finalizers";
     for finalizer in finalizers(new) {
-        wrong.extend(names::label_key(finalizer).iter().map(|text| invalid(FIELD, finalizer, text)));
+        wrong.extend(
+            names::label_key(finalizer).into_iter().map(|text| FieldError::invalid(FIELD, finalizer, text)),
+        );
     }
     let has = |name: &str| finalizers(new).any(|finalizer| finalizer == name);
     if has(ORPHAN) && has(FOREGROUND) {
         let told: Vec<_> = finalizers(new).collect();
-        let text =
-            format!("Invalid value: {}: finalizer {ORPHAN} and {FOREGROUND} cannot be both set", json!(told));
-        wrong.push(Cause::new("FieldValueInvalid", FIELD, text));
+        let text = format!("finalizer {ORPHAN} and {FOREGROUND} cannot be both set");
+        wrong.push(FieldError::invalid(FIELD, told, text));
     }
     let Some(old) = old.and_then(metadata).filter(|old| old.contains_key("deletionTimestamp")) else {
         return;
@@ -233,14 +239,14 @@ fn check_finalizers(new: &Object, old: Option<&Object>, wrong: &mut Vec<Cause>) 
         finalizers(new).filter(|finalizer| finalizers(old).all(|known| known != *finalizer)).collect();
     if !added.is_empty() {
         let text = format!(
-            "Forbidden: no new finalizers can be added if the object is being deleted, found new finalizers {}",
+            "no new finalizers can be added if the object is being deleted, found new finalizers {}",
             json!(added)
         );
-        wrong.push(Cause::new("FieldValueForbidden", FIELD, text));
+        wrong.push(FieldError::forbidden(FIELD, text));
     }
 }
 
-fn check_owners(metadata: &Object, wrong: &mut Vec<Cause>) {
+fn check_owners(metadata: &Object, wrong: &mut Vec<FieldError>) {
     let mut controller: Option<String> = None;
     let owners = metadata.get("ownerReferences").and_then(Value::as_array).into_iter().flatten();
     for (index, owner) in owners.enumerate() {
@@ -248,17 +254,16 @@ fn check_owners(metadata: &Object, wrong: &mut Vec<Cause>) {
         let given = |key: &str| owner.get(key).and_then(Value::as_str).unwrap_or_default();
         for key in ["apiVersion", "kind", "name", "uid"] {
             if given(key).is_empty() {
-                let text = "Required value: must not be empty";
-                wrong.push(Cause::new("FieldValueRequired", format!("{path}.{key}"), text));
+                wrong.push(FieldError::required(format!("{path}.{key}"), "must not be empty"));
             }
         }
         if given("apiVersion").matches('/').count() > 1 || given("apiVersion").ends_with('/') {
             let text = "must be <group>/<version> or <version>";
-            wrong.push(invalid(format!("{path}.apiVersion"), given("apiVersion"), text));
+            wrong.push(FieldError::invalid(format!("{path}.apiVersion"), given("apiVersion"), text));
         }
         if (given("apiVersion"), given("kind")) == ("v1", "Event") {
-            let text = format!("Invalid value: {owner}: /v1, Kind=Event is disallowed from being an owner");
-            wrong.push(Cause::new("FieldValueInvalid", path, text));
+            let text = "/v1, Kind=Event is disallowed from being an owner";
+            wrong.push(FieldError::invalid(path, owner.clone(), text));
         }
         if owner.get("controller").and_then(Value::as_bool) == Some(true) {
             let this = format!("{}/{}", given("kind"), given("name"));
@@ -266,10 +271,10 @@ fn check_owners(metadata: &Object, wrong: &mut Vec<Cause>) {
                 None => controller = Some(this),
                 Some(first) => {
                     let text = format!(
-                        "Invalid value: {owner}: Only one reference can have Controller set to true. Found \"true\" in references \
+                        "Only one reference can have Controller set to true. Found \"true\" in references \
                          for {first} and {this}"
                     );
-                    wrong.push(Cause::new("FieldValueInvalid", "metadata.ownerReferences", text));
+                    wrong.push(FieldError::invalid("metadata.ownerReferences", owner.clone(), text));
                 }
             }
         }
@@ -298,7 +303,10 @@ mod tests {
 
     /// Fields and reasons of what is wrong.
     fn told(object: &Object, old: Option<&Object>) -> Vec<(String, String)> {
-        check(object, old, PLACE).into_iter().map(|cause| (cause.field, cause.reason)).collect()
+        check(object, old, PLACE)
+            .into_iter()
+            .map(|error| (error.path, error.reason.as_str().to_owned()))
+            .collect()
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! What names, label keys and label values may be (Kubernetes, "Object Names and IDs", "Labels and Selectors"). Messages are those
 //! that Kubernetes' clients know.
 
-/// Longest label of a DNS name, and longest DNS name, characters.
-const LABEL_CHARS_MAX: usize = 63;
-const SUBDOMAIN_CHARS_MAX: usize = 253;
+/// Longest label, also one of a DNS name, and longest DNS name, bytes.
+const LABEL_BYTES_MAX: usize = 63;
+const SUBDOMAIN_BYTES_MAX: usize = 253;
 
 fn is_lower(byte: u8) -> bool {
     byte.is_ascii_lowercase() || byte.is_ascii_digit()
@@ -24,62 +24,62 @@ fn is_label_part(text: &str) -> bool {
     is_end(bytes.first()) && is_end(bytes.last()) && bytes.iter().all(is_inner)
 }
 
-fn too_long(most: usize) -> String {
-    format!("must be no more than {most} characters")
+const LABEL_RULE: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end \
+    with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
+const LABEL_1035_RULE: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic \
+    character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is \
+    '[a-z]([-a-z0-9]*[a-z0-9])?')";
+const SUBDOMAIN_RULE: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must \
+    start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
+    '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
+const LABEL_KEY_RULE: &str = "must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric \
+    character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
+const LABEL_VALUE_RULE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must \
+    start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is \
+    '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
+
+fn is_subdomain(text: &str) -> bool {
+    text.split('.').all(is_dns_label)
+}
+
+/// The rules that a name does not keep; names of objects are measured in characters.
+fn broken(text: &str, chars_max: usize, keeps_rule: bool, rule: &str) -> Vec<String> {
+    let too_long = (text.len() > chars_max).then(|| format!("must be no more than {chars_max} characters"));
+    too_long.into_iter().chain((!keeps_rule).then(|| rule.to_owned())).collect()
 }
 
 /// What is wrong with a DNS label, such as the name of a namespace (RFC 1123).
-pub fn dns_label(text: &str) -> Option<String> {
-    if text.len() > LABEL_CHARS_MAX {
-        return Some(too_long(LABEL_CHARS_MAX));
-    }
-    let wrong = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end \
-                 with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is \
-                 '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
-    (!is_dns_label(text)).then(|| wrong.to_owned())
+pub fn dns_label(text: &str) -> Vec<String> {
+    let rule = if is_subdomain(text) { "must not contain dots" } else { LABEL_RULE };
+    broken(text, LABEL_BYTES_MAX, is_dns_label(text), rule)
 }
 
 /// What is wrong with a label of RFC 1035, such as the name of a service: it begins with a letter.
-pub fn dns_1035_label(text: &str) -> Option<String> {
-    if text.len() > LABEL_CHARS_MAX {
-        return Some(too_long(LABEL_CHARS_MAX));
-    }
-    let wrong = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, \
-                 and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is \
-                 '[a-z]([-a-z0-9]*[a-z0-9])?')";
+pub fn dns_1035_label(text: &str) -> Vec<String> {
     let is_right = is_dns_label(text) && text.starts_with(|c: char| c.is_ascii_lowercase());
-    (!is_right).then(|| wrong.to_owned())
+    broken(text, LABEL_BYTES_MAX, is_right, LABEL_1035_RULE)
 }
 
 /// What is wrong with a DNS name, such as the name of most objects (RFC 1123).
-pub fn dns_subdomain(text: &str) -> Option<String> {
-    if text.len() > SUBDOMAIN_CHARS_MAX {
-        return Some(too_long(SUBDOMAIN_CHARS_MAX));
-    }
-    let wrong = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and \
-                 end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
-                 '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
-    (!text.split('.').all(is_dns_label)).then(|| wrong.to_owned())
+pub fn dns_subdomain(text: &str) -> Vec<String> {
+    broken(text, SUBDOMAIN_BYTES_MAX, is_subdomain(text), SUBDOMAIN_RULE)
 }
 
 /// What is wrong with a segment of a path, such as the name of a role.
-pub fn path_segment(text: &str) -> Option<String> {
-    match text {
-        "." | ".." => Some(format!("may not be '{text}'")),
-        _ => ["/", "%"].into_iter().find(|c| text.contains(c)).map(|c| format!("may not contain '{c}'")),
+pub fn path_segment(text: &str) -> Vec<String> {
+    if matches!(text, "." | "..") {
+        return vec![format!("may not be '{text}'")];
     }
+    ["/", "%"].into_iter().filter(|c| text.contains(c)).map(|c| format!("may not contain '{c}'")).collect()
 }
 
 /// What is wrong with the key of a label, an annotation or a finalizer.
 pub fn label_key(text: &str) -> Vec<String> {
-    let pattern = "must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character \
-                   (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is \
-                   '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
     let (prefix, name) = match text.split_once('/') {
         None => (None, text),
         Some((_, name)) if name.contains('/') => {
             let text = format!(
-                "a valid label key {pattern} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')"
+                "a valid label key {LABEL_KEY_RULE} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')"
             );
             return vec![text];
         }
@@ -88,16 +88,23 @@ pub fn label_key(text: &str) -> Vec<String> {
     let mut wrong = Vec::new();
     match prefix {
         Some("") => wrong.push("prefix part must be non-empty".to_owned()),
-        Some(prefix) => wrong.extend(dns_subdomain(prefix).map(|text| format!("prefix part {text}"))),
+        Some(prefix) => {
+            if prefix.len() > SUBDOMAIN_BYTES_MAX {
+                wrong.push(format!("prefix part must be no more than {SUBDOMAIN_BYTES_MAX} bytes"));
+            }
+            if !is_subdomain(prefix) {
+                wrong.push(format!("prefix part {SUBDOMAIN_RULE}"));
+            }
+        }
         None => {}
     }
     if name.is_empty() {
         wrong.push("name part must be non-empty".to_owned());
-    } else if name.len() > LABEL_CHARS_MAX {
-        wrong.push(format!("name part {}", too_long(LABEL_CHARS_MAX)));
+    } else if name.len() > LABEL_BYTES_MAX {
+        wrong.push(format!("name part must be no more than {LABEL_BYTES_MAX} bytes"));
     }
     if !is_label_part(name) {
-        wrong.push(format!("name part {pattern}"));
+        wrong.push(format!("name part {LABEL_KEY_RULE}"));
     }
     wrong
 }
@@ -105,14 +112,11 @@ pub fn label_key(text: &str) -> Vec<String> {
 /// What is wrong with the value of a label.
 pub fn label_value(text: &str) -> Vec<String> {
     let mut wrong = Vec::new();
-    if text.len() > LABEL_CHARS_MAX {
-        wrong.push(too_long(LABEL_CHARS_MAX));
+    if text.len() > LABEL_BYTES_MAX {
+        wrong.push(format!("must be no more than {LABEL_BYTES_MAX} bytes"));
     }
     if !text.is_empty() && !is_label_part(text) {
-        let pattern = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start \
-                       and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for \
-                       validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
-        wrong.push(pattern.to_owned());
+        wrong.push(LABEL_VALUE_RULE.to_owned());
     }
     wrong
 }
@@ -125,22 +129,22 @@ mod tests {
     fn names_are_those_of_the_dns() {
         let (label, name) = ("a".repeat(63), ["a"; 127].join("."));
         for right in ["a", "a-b", "0", &label] {
-            assert_eq!((dns_label(right), dns_subdomain(right)), (None, None), "{right}");
+            assert!(dns_label(right).is_empty() && dns_subdomain(right).is_empty(), "{right}");
         }
         for right in ["a.b", "1.2-3", &name] {
-            assert_eq!(dns_subdomain(right), None, "{right}");
-            assert!(dns_label(right).is_some(), "{right}");
+            assert!(dns_subdomain(right).is_empty(), "{right}");
+            assert!(dns_label(right).contains(&"must not contain dots".to_owned()), "{right}");
         }
         let (long_label, long_name) = ("a".repeat(64), ["a"; 128].join("."));
         for wrong in ["", "-a", "a-", "A", "a_b", "a..b", ".a", "ж", &long_name] {
-            assert!(dns_subdomain(wrong).is_some(), "{wrong}");
+            assert!(!dns_subdomain(wrong).is_empty(), "{wrong}");
         }
-        assert_eq!(dns_label(&long_label).unwrap(), "must be no more than 63 characters");
-        assert_eq!(dns_1035_label("a1"), None);
-        assert!(dns_1035_label("1a").is_some());
-        assert_eq!(path_segment("system:x"), None);
-        assert_eq!(path_segment("a/b").unwrap(), "may not contain '/'");
-        assert_eq!(path_segment("..").unwrap(), "may not be '..'");
+        assert_eq!(dns_label(&long_label), ["must be no more than 63 characters"]);
+        assert!(dns_1035_label("a1").is_empty());
+        assert!(!dns_1035_label("1a").is_empty());
+        assert!(path_segment("system:x").is_empty());
+        assert_eq!(path_segment("a/b%"), ["may not contain '/'", "may not contain '%'"]);
+        assert_eq!(path_segment(".."), ["may not be '..'"]);
     }
 
     #[test]

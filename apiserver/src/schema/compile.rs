@@ -11,11 +11,10 @@
 use serde_json::{Map, Value};
 
 use super::{
-    Checks, Limit, ListType, Node, Patch, Pattern, Type,
-    error::{ERRORS_COUNT_MAX, FieldError, FieldReason, Path},
-    format::Format,
-    metadata, pattern, prune, rules, shape, validate,
+    Checks, Limit, ListType, Node, Patch, Pattern, Type, format::Format, metadata, pattern, prune, rules,
+    shape, validate,
 };
+use crate::field::{ERRORS_COUNT_MAX, FieldError, FieldReason, Path};
 
 /// Deepest nesting of a schema.
 pub const SCHEMA_DEPTH_MAX: usize = 64;

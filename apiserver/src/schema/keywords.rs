@@ -2,7 +2,8 @@
 
 use serde_json::{Map, Number, Value};
 
-use super::{compile::Compiler, error::FieldReason};
+use super::compile::Compiler;
+use crate::field::FieldReason;
 
 impl Compiler {
     pub(super) fn text<'a>(&mut self, schema: &'a Map<String, Value>, name: &str) -> &'a str {

@@ -15,7 +15,6 @@
 mod compile;
 mod convert;
 mod default;
-mod error;
 mod format;
 mod keywords;
 mod kinds;
@@ -34,11 +33,12 @@ mod validate;
 use serde_json::Value;
 
 pub use compile::{SCHEMA_DEPTH_MAX, SCHEMA_NODES_MAX};
-pub use error::{ERRORS_COUNT_MAX, FieldError, FieldReason, quote};
 pub use format::{Format, is_quantity};
 pub use kinds::{core, core_kinds, metadata};
 pub use node::{Checks, Limit, ListType, Node, Patch, Pattern, Type};
 pub use rules::{CALL_COST_MAX, OBJECT_COST_MAX, Rule};
+
+use crate::field::{FieldError, quote};
 
 /// The schema of a kind.
 #[derive(Clone, Debug)]

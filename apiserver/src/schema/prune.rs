@@ -2,7 +2,8 @@
 
 use serde_json::Value;
 
-use super::{Node, error::Path};
+use super::Node;
+use crate::field::Path;
 
 /// Most removed fields that are told.
 const REMOVED_COUNT_MAX: usize = 100;

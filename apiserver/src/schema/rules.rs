@@ -24,10 +24,10 @@ use serde_json::{Value, json};
 use super::{
     Node, Type,
     convert::{aligned, to_cel},
-    error::{ERRORS_COUNT_MAX, FieldError, FieldReason, brief},
     meter::{self, Budget},
     types,
 };
+use crate::field::{ERRORS_COUNT_MAX, FieldError, FieldReason, brief};
 
 /// Most that one call of a rule costs.
 pub const CALL_COST_MAX: u64 = 1_000_000;

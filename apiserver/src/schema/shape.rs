@@ -5,9 +5,9 @@ use serde_json::{Map, Value};
 use super::{
     Node,
     compile::{Compiler, SCHEMA_DEPTH_MAX},
-    error::{FieldError, FieldReason},
     rules::Source,
 };
+use crate::field::{FieldError, FieldReason};
 
 const TYPES: [&str; 6] = ["array", "boolean", "integer", "number", "object", "string"];
 

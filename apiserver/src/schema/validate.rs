@@ -4,13 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::{Map, Number, Value};
 
-use super::{
-    Checks, Limit, ListType, Node, Type,
-    convert::key_of,
-    error::{ERRORS_COUNT_MAX, FieldError, FieldReason, Path, brief, quote},
-    format::Format,
-    rules::Evaluation,
-};
+use super::{Checks, Limit, ListType, Node, Type, convert::key_of, format::Format, rules::Evaluation};
+use crate::field::{ERRORS_COUNT_MAX, FieldError, FieldReason, Path, brief, quote};
 
 const UNCHECKED: &str = "some validation rules were not checked because the object was invalid; \
                          correct the existing errors to complete validation";
@@ -134,14 +129,8 @@ impl Validator {
 
     fn wrong_type(&mut self, node: &Node, found: &str) {
         let wanted = match node.r#type {
-            Type::Object => "object",
-            Type::Array => "array",
-            Type::String => "string",
-            Type::Integer => "integer",
-            Type::Number => "number",
-            Type::Boolean => "boolean",
             Type::IntOrString => "integer,string",
-            Type::Any => "",
+            _ => super::rules::type_name(node),
         };
         let path = self.path.as_str();
         let place = if path.is_empty() { String::new() } else { format!("{path} in body ") };

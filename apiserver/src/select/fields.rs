@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 use super::meta::{Meta, find};
-use super::{SELECTOR_BYTES_MAX, SELECTOR_TERMS_MAX, cause, quote, scalar_text};
+use super::{SELECTOR_BYTES_MAX, SELECTOR_TERMS_MAX, scalar_text};
+use crate::field::{FieldError, quote};
 use crate::object::Object;
 use crate::schema::{Node, Type};
-use crate::status::{Cause, Result, Status};
+use crate::status::{Result, Status};
 
 /// The most `selectableFields` of one version of a CustomResourceDefinition.
 const SELECTABLE_FIELDS_MAX: usize = 8;
@@ -118,41 +119,40 @@ impl SelectableFields {
 
     /// Checks `selectableFields` of a CustomResourceDefinition, a list at the path `base`, against the schema
     /// of the kind: what is wrong, with the texts of Kubernetes.
-    pub fn check(paths: &[String], schema: &Node, base: &str) -> Vec<Cause> {
-        let mut causes = Vec::new();
+    pub fn check(paths: &[String], schema: &Node, base: &str) -> Vec<FieldError> {
+        let mut errors = Vec::new();
         let mut seen: BTreeSet<&str> = BTreeSet::new();
         for (i, path) in paths.iter().enumerate() {
-            let mut refuse = |message: String| causes.push(cause(format!("{base}[{i}].jsonPath"), message));
+            let at = format!("{base}[{i}].jsonPath");
             if path.is_empty() {
-                refuse("Required value".to_owned());
+                errors.push(FieldError::required(at, ""));
                 continue;
             }
-            let shown = quote(path);
             let node = match node_at(path, schema) {
                 Ok(node) => node,
                 Err(error) => {
-                    refuse(format!("Invalid value: {shown}: is an invalid path: {error}"));
+                    let text = format!("is an invalid path: {error}");
+                    errors.push(FieldError::invalid(at, path.as_str(), text));
                     continue;
                 }
             };
             if path == ".metadata" || path.starts_with(".metadata.") {
-                refuse(format!("Invalid value: {shown}: must not point to fields in metadata"));
+                let text = "must not point to fields in metadata";
+                errors.push(FieldError::invalid(&at, path.as_str(), text));
             }
             if !matches!(node.r#type, Type::String | Type::Boolean | Type::Integer) {
                 let text = "must point to a field of type string, boolean or integer. \
                     Enum string fields and strings with formats are allowed.";
-                refuse(format!("Invalid value: {shown}: {text}"));
+                errors.push(FieldError::invalid(&at, path.as_str(), text));
             }
             if !seen.insert(path) {
-                refuse(format!("Duplicate value: {shown}"));
+                errors.push(FieldError::duplicate(at, path.as_str()));
             }
         }
         if seen.len() > SELECTABLE_FIELDS_MAX {
-            let message =
-                format!("Too many: {}: must have at most {SELECTABLE_FIELDS_MAX} items", seen.len());
-            causes.push(cause(base.to_owned(), message));
+            errors.push(FieldError::too_many(base, seen.len() as u64, SELECTABLE_FIELDS_MAX as u64));
         }
-        causes
+        errors
     }
 
     fn get(&self, name: &str) -> Result<&Field> {

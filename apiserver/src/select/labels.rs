@@ -4,7 +4,9 @@ use std::fmt;
 
 use serde_json::Value;
 
-use super::{SELECTOR_BYTES_MAX, SELECTOR_TERMS_MAX, quote};
+use super::{SELECTOR_BYTES_MAX, SELECTOR_TERMS_MAX};
+use crate::field::quote;
+use crate::rules::names;
 use crate::status::{Result, Status};
 
 /// Requirements on labels, all of which must hold. The default one selects everything.
@@ -379,75 +381,12 @@ impl<'a> Parser<'a> {
     }
 }
 
-const NAME_RULE: &str = "must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character \
-    (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
-const VALUE_RULE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and \
-    end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is \
-    '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
-const PREFIX_RULE: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and \
-    end with an alphanumeric character (e.g. 'example.com', regex used for validation is \
-    '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
-/// The most bytes of a label's name and of its value.
-const LABEL_BYTES_MAX: usize = 63;
-/// The most bytes of the prefix of a label's key.
-const PREFIX_BYTES_MAX: usize = 253;
-
-fn is_name(text: &str) -> bool {
-    let is_inside = |c: u8| c.is_ascii_alphanumeric() || b"-_.".contains(&c);
-    let is_edge = |c: Option<&u8>| c.is_some_and(u8::is_ascii_alphanumeric);
-    let text = text.as_bytes();
-    is_edge(text.first()) && is_edge(text.last()) && text.iter().all(|&c| is_inside(c))
-}
-
-fn is_subdomain(text: &str) -> bool {
-    let is_edge = |c: Option<&u8>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
-    let is_inside = |c: &u8| c.is_ascii_lowercase() || c.is_ascii_digit() || *c == b'-';
-    text.split('.')
-        .map(str::as_bytes)
-        .all(|part| is_edge(part.first()) && is_edge(part.last()) && part.iter().all(is_inside))
-}
-
 fn key_error(field: &str, key: &str) -> Option<String> {
-    let mut errors = Vec::new();
-    let mut parts = key.split('/');
-    let (first, second, third) = (parts.next().unwrap_or_default(), parts.next(), parts.next());
-    if third.is_some() {
-        let text = format!(
-            "a valid label key {NAME_RULE} with an optional DNS subdomain prefix and '/' (e.g. 'example.com/MyName')"
-        );
-        return Some(format!("{field}: Invalid value: {}: {text}", quote(key)));
-    }
-    let name = second.unwrap_or(first);
-    if second.is_some() {
-        if first.is_empty() {
-            errors.push("prefix part must be non-empty".to_owned());
-        } else {
-            if first.len() > PREFIX_BYTES_MAX {
-                errors.push(format!("prefix part must be no more than {PREFIX_BYTES_MAX} bytes"));
-            }
-            if !is_subdomain(first) {
-                errors.push(format!("prefix part {PREFIX_RULE}"));
-            }
-        }
-    }
-    if name.is_empty() {
-        errors.push("name part must be non-empty".to_owned());
-    } else if name.len() > LABEL_BYTES_MAX {
-        errors.push(format!("name part must be no more than {LABEL_BYTES_MAX} bytes"));
-    }
-    if !is_name(name) {
-        errors.push(format!("name part {NAME_RULE}"));
-    }
+    let errors = names::label_key(key);
     (!errors.is_empty()).then(|| format!("{field}: Invalid value: {}: {}", quote(key), errors.join("; ")))
 }
 
 fn value_error(value: &str) -> Option<String> {
-    let mut errors = Vec::new();
-    if value.len() > LABEL_BYTES_MAX {
-        errors.push(format!("must be no more than {LABEL_BYTES_MAX} bytes"));
-    }
-    if !value.is_empty() && !is_name(value) {
-        errors.push(VALUE_RULE.to_owned());
-    }
+    let errors = names::label_value(value);
     (!errors.is_empty()).then(|| errors.join("; "))
 }

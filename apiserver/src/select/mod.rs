@@ -17,7 +17,7 @@ pub use labels::LabelSelector;
 pub use meta::{Meta, Text};
 
 use crate::object::Object;
-use crate::status::{Cause, Result};
+use crate::status::Result;
 
 /// The longest selector that is read. Longer ones are 400.
 pub const SELECTOR_BYTES_MAX: usize = 64 << 10;
@@ -73,37 +73,6 @@ impl Selection {
         let labels = object.get("metadata").and_then(|metadata| metadata.get("labels"));
         self.labels.matches(|key| labels?.get(key)?.as_str()) && self.fields.matches_object(object)
     }
-}
-
-/// The string in quotes, with the escapes of Kubernetes' messages.
-pub(crate) fn quote(text: &str) -> String {
-    let mut quoted = String::with_capacity(text.len() + 2);
-    quoted.push('"');
-    for c in text.chars() {
-        match c {
-            '"' | '\\' => quoted.extend(['\\', c]),
-            '\n' => quoted.push_str("\\n"),
-            '\r' => quoted.push_str("\\r"),
-            '\t' => quoted.push_str("\\t"),
-            '\x00'..='\x1f' | '\x7f' => quoted.push_str(&format!("\\x{:02x}", u32::from(c))),
-            '\u{80}'..='\u{a0}' | '\u{ad}' => quoted.push_str(&format!("\\u{:04x}", u32::from(c))),
-            c => quoted.push(c),
-        }
-    }
-    quoted.push('"');
-    quoted
-}
-
-/// A cause of Invalid, whose message begins with the words of its reason.
-pub(crate) fn cause(field: String, message: String) -> Cause {
-    const REASONS: [(&str, &str); 3] = [
-        ("Required value", "FieldValueRequired"),
-        ("Duplicate value", "FieldValueDuplicate"),
-        ("Too many", "FieldValueTooMany"),
-    ];
-    let reason = REASONS.iter().find(|(words, _)| message.starts_with(words));
-    let reason = reason.map_or("FieldValueInvalid", |(_, reason)| reason).to_owned();
-    Cause { reason, message, field }
 }
 
 /// One scalar as Kubernetes compares it with the value of a field selector; lists and objects are none.

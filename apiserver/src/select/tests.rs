@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::*;
+use crate::field::FieldReason;
 use crate::schema::{Node, Type};
 use crate::status::{Cause, Reason};
 
@@ -289,11 +290,12 @@ fn the_selectable_fields_of_a_definition_are_checked_and_selected_by() {
         ),
     ] {
         let field = "spec.selectableFields[0].jsonPath".to_owned();
-        assert_eq!(check(&[path]), [Cause { reason: reason.to_owned(), message: message.to_owned(), field }]);
+        let told: Vec<_> = check(&[path]).iter().map(Cause::from).collect();
+        assert_eq!(told, [Cause { reason: reason.to_owned(), message: message.to_owned(), field }]);
     }
     let twice = check(&[".spec.on", ".spec.on"]);
-    assert_eq!(twice[0].reason, "FieldValueDuplicate");
-    assert_eq!(twice[0].message, "Duplicate value: \".spec.on\"");
+    assert_eq!(twice[0].reason, FieldReason::Duplicate);
+    assert_eq!(twice[0].body(), "Duplicate value: \".spec.on\"");
     let fields = SelectableFields::of_custom(&[".spec.size".to_owned(), ".spec.on".to_owned()], true);
     let custom = json!({"metadata": {"name": "a", "namespace": "n"}, "spec": {"size": 7, "on": false}});
     assert!(by_fields("spec.size=7,spec.on=false,metadata.namespace=n", &fields, &custom));

@@ -10,9 +10,8 @@ use super::cells::default_class;
 use super::jsonpath::{JsonPath, VISITS_MAX};
 use super::kinds::Kind;
 use super::pod;
+use crate::field::FieldError;
 use crate::object::{self, Object};
-use crate::select::{cause, quote};
-use crate::status::Cause;
 
 /// What describes the first column.
 const NAME: &str = "The name of the object, of which there is one in its namespace.";
@@ -110,44 +109,37 @@ impl Columns {
 
     /// Checks `additionalPrinterColumns` of a CustomResourceDefinition, a list at the path `base`: what is
     /// wrong, with the texts of Kubernetes.
-    pub fn check(columns: &[Value], base: &str) -> Vec<Cause> {
+    pub fn check(columns: &[Value], base: &str) -> Vec<FieldError> {
         const TYPES: [&str; 5] = ["boolean", "date", "integer", "number", "string"];
         const FORMATS: [&str; 8] =
             ["byte", "date", "date-time", "double", "float", "int32", "int64", "password"];
-        let mut causes = Vec::new();
+        let mut errors = Vec::new();
         for (i, column) in columns.iter().enumerate() {
             let text = |field: &str| column.get(field).and_then(Value::as_str).unwrap_or_default();
-            let mut refuse =
-                |field: &str, message: String| causes.push(cause(format!("{base}[{i}].{field}"), message));
+            let at = |field: &str| format!("{base}[{i}].{field}");
+            let one_of = |known: &[&str]| format!("must be one of {}", known.join(","));
             if text("name").is_empty() {
-                refuse("name", "Required value".to_owned());
+                errors.push(FieldError::required(at("name"), ""));
             }
             match text("type") {
-                "" => refuse("type", format!("Required value: must be one of {}", TYPES.join(","))),
+                "" => errors.push(FieldError::required(at("type"), one_of(&TYPES))),
                 other if TYPES.contains(&other) => {}
-                other => {
-                    let types = TYPES.join(",");
-                    refuse("type", format!("Invalid value: {}: must be one of {types}", quote(other)));
-                }
+                other => errors.push(FieldError::invalid(at("type"), other, one_of(&TYPES))),
             }
             let format = text("format");
             if !format.is_empty() && !FORMATS.contains(&format) {
-                let formats = FORMATS.join(",");
-                refuse("format", format!("Invalid value: {}: must be one of {formats}", quote(format)));
+                errors.push(FieldError::invalid(at("format"), format, one_of(&FORMATS)));
             }
             match text("jsonPath") {
-                "" => refuse("JSONPath", "Required value".to_owned()),
+                "" => errors.push(FieldError::required(at("JSONPath"), "")),
                 path if path.starts_with('.') => {}
                 path => {
-                    let path = quote(path);
-                    refuse(
-                        "JSONPath",
-                        format!("Invalid value: {path}: must be a simple json path starting with ."),
-                    );
+                    let text = "must be a simple json path starting with .";
+                    errors.push(FieldError::invalid(at("JSONPath"), path, text));
                 }
             }
         }
-        causes
+        errors
     }
 
     /// The value of `columnDefinitions`.

@@ -23,9 +23,9 @@ pub use columns::Columns;
 pub use jsonpath::{JSONPATH_BYTES_MAX, JsonPath};
 pub use partial::{partial, partial_list};
 
+use crate::field::quote;
 use crate::negotiate::Target;
 use crate::object::{self, Object};
-use crate::select::quote;
 use crate::status::{Reason, Result, Status};
 
 /// What of its object a row carries (`includeObject`).

@@ -130,10 +130,10 @@ fn columns_are_refused_with_the_texts_of_kubernetes() {
         {"type": "text", "jsonPath": "a", "format": "f"},
         {"name": "C"},
     ]);
-    let causes = Columns::check(columns.as_array().unwrap(), "columns");
-    let errors: Vec<_> = causes.iter().map(|cause| format!("{}: {}", cause.field, cause.message)).collect();
+    let checked = Columns::check(columns.as_array().unwrap(), "columns");
+    let errors: Vec<_> = checked.iter().map(ToString::to_string).collect();
     let reasons = ["Required", "Invalid", "Invalid", "Invalid", "Required", "Required"];
-    let told: Vec<_> = causes.iter().map(|cause| cause.reason.as_str()).collect();
+    let told: Vec<_> = checked.iter().map(|error| error.reason.as_str()).collect();
     assert_eq!(told, reasons.map(|reason| format!("FieldValue{reason}")));
     assert_eq!(
         errors,

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{GROUP, Policy, Rule, Target, forbidden_object, quote, quote_list};
+use super::{GROUP, Policy, Rule, Target, forbidden_object, quote_list};
 use crate::auth::user::{MASTERS, User};
+use crate::field::quote;
 use crate::object::{self, Object};
 use crate::status::{Details, Reason, Result, Status};
 

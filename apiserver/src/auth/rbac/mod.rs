@@ -25,6 +25,7 @@ pub use rule::Rule;
 pub use validate::{default, validate};
 
 use super::user::User;
+use crate::field::quote;
 use crate::object::Object;
 use crate::status::{Details, Reason, Status};
 
@@ -133,26 +134,6 @@ pub(super) fn forbidden_object(group: &str, resource: &str, name: &str, why: &st
         ..Details::default()
     };
     Status { details: Box::new(details), ..Status::new(Reason::Forbidden, message) }
-}
-
-/// Quotes a text as Kubernetes' messages do.
-pub(super) fn quote(text: &str) -> String {
-    let mut quoted = String::with_capacity(text.len() + 2);
-    quoted.push('"');
-    for c in text.chars() {
-        match c {
-            '"' => quoted.push_str("\\\""),
-            '\\' => quoted.push_str("\\\\"),
-            '\n' => quoted.push_str("\\n"),
-            '\r' => quoted.push_str("\\r"),
-            '\t' => quoted.push_str("\\t"),
-            c if c.is_ascii_control() => quoted.push_str(&format!("\\x{:02x}", u32::from(c))),
-            c if c.is_control() => quoted.push_str(&format!("\\u{:04x}", u32::from(c))),
-            c => quoted.push(c),
-        }
-    }
-    quoted.push('"');
-    quoted
 }
 
 /// Quotes texts as Kubernetes' messages do with lists.

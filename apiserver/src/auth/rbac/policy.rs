@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::{Change, Decision, GROUP, Rule, Target, quote};
+use super::{Change, Decision, GROUP, Rule, Target};
 use crate::auth::user::{MASTERS, User, service_account_name};
+use crate::field::quote;
 use crate::object::{self, Object};
 
 /// Most rules that an aggregated role gathers; those beyond are not in it.

@@ -3,9 +3,10 @@
 use serde_json::{Value, json};
 
 use super::GROUP;
-use crate::auth::invalid::{field, invalid, required, unsupported};
+use crate::field::{FieldError, invalid};
 use crate::object::{self, Object};
-use crate::status::{Cause, Result};
+use crate::rules::names::path_segment;
+use crate::status::Result;
 
 /// Fills in the API groups of a binding's role and subjects.
 pub fn default(object: &mut Object) {
@@ -37,7 +38,7 @@ pub fn validate(object: &Object, old: Option<&Object>) -> Result<()> {
     let name = object::name(object).unwrap_or_default();
     let mut causes = Vec::new();
     for why in path_segment(name) {
-        causes.push(field("metadata.name", &json!(name), why));
+        causes.push(FieldError::invalid("metadata.name", name, why));
     }
     match kind {
         "Role" | "ClusterRole" => role(object, kind == "Role", &mut causes),
@@ -50,96 +51,93 @@ pub fn validate(object: &Object, old: Option<&Object>) -> Result<()> {
     }
 }
 
-fn role(object: &Object, namespaced: bool, causes: &mut Vec<Cause>) {
+fn role(object: &Object, namespaced: bool, causes: &mut Vec<FieldError>) {
     for (at, rule) in object.get("rules").and_then(Value::as_array).into_iter().flatten().enumerate() {
         let has = |key: &str| rule.get(key).and_then(Value::as_array).is_some_and(|list| !list.is_empty());
         let at = |key: &str| format!("rules[{at}].{key}");
         if !has("verbs") {
-            causes.push(required(&at("verbs"), "verbs must contain at least one value"));
+            causes.push(FieldError::required(at("verbs"), "verbs must contain at least one value"));
         }
         if has("nonResourceURLs") {
-            let urls = rule.get("nonResourceURLs").unwrap_or(&Value::Null);
+            let urls = rule.get("nonResourceURLs").cloned().unwrap_or_default();
             if namespaced {
                 let why = "namespaced rules cannot apply to non-resource URLs";
-                causes.push(field(&at("nonResourceURLs"), urls, why));
+                causes.push(FieldError::invalid(at("nonResourceURLs"), urls.clone(), why));
             }
             if has("apiGroups") || has("resources") || has("resourceNames") {
                 let why = "rules cannot apply to both regular resources and non-resource URLs";
-                causes.push(field(&at("nonResourceURLs"), urls, why));
+                causes.push(FieldError::invalid(at("nonResourceURLs"), urls, why));
             }
             continue;
         }
         if !has("apiGroups") {
-            causes.push(required(&at("apiGroups"), "resource rules must supply at least one api group"));
+            causes.push(FieldError::required(
+                at("apiGroups"),
+                "resource rules must supply at least one api group",
+            ));
         }
         if !has("resources") {
-            causes.push(required(&at("resources"), "resource rules must supply at least one resource"));
+            causes.push(FieldError::required(
+                at("resources"),
+                "resource rules must supply at least one resource",
+            ));
         }
     }
     if let (false, Some(Value::Object(aggregation))) = (namespaced, object.get("aggregationRule")) {
         let selectors = aggregation.get("clusterRoleSelectors").and_then(Value::as_array);
         if selectors.is_none_or(Vec::is_empty) {
             let why = "at least one clusterRoleSelector required if aggregationRule is non-nil";
-            causes.push(required("aggregationRule.clusterRoleSelectors", why));
+            causes.push(FieldError::required("aggregationRule.clusterRoleSelectors", why));
         }
     }
 }
 
-fn binding(object: &Object, old: Option<&Object>, namespaced: bool, causes: &mut Vec<Cause>) {
+fn binding(object: &Object, old: Option<&Object>, namespaced: bool, causes: &mut Vec<FieldError>) {
     let text = |key: &str| object::text(object, &["roleRef", key]).unwrap_or_default();
     if text("apiGroup") != GROUP {
-        causes.push(unsupported("roleRef.apiGroup", text("apiGroup"), &[GROUP]));
+        causes.push(FieldError::not_supported("roleRef.apiGroup", text("apiGroup"), &[GROUP]));
     }
     let kinds: &[&str] = if namespaced { &["Role", "ClusterRole"] } else { &["ClusterRole"] };
     if !kinds.contains(&text("kind")) {
-        causes.push(unsupported("roleRef.kind", text("kind"), kinds));
+        causes.push(FieldError::not_supported("roleRef.kind", text("kind"), kinds));
     }
     if text("name").is_empty() {
-        causes.push(required("roleRef.name", ""));
+        causes.push(FieldError::required("roleRef.name", ""));
     }
     for why in path_segment(text("name")) {
-        causes.push(field("roleRef.name", &json!(text("name")), why));
+        causes.push(FieldError::invalid("roleRef.name", text("name"), why));
     }
     for (at, subject) in object.get("subjects").and_then(Value::as_array).into_iter().flatten().enumerate() {
         let text = |key: &str| subject.get(key).and_then(Value::as_str).unwrap_or_default();
         let at = |key: &str| format!("subjects[{at}].{key}");
         if text("name").is_empty() {
-            causes.push(required(&at("name"), ""));
+            causes.push(FieldError::required(at("name"), ""));
         }
         let group = match text("kind") {
             "ServiceAccount" => {
                 if !namespaced && text("namespace").is_empty() {
-                    causes.push(required(&at("namespace"), ""));
+                    causes.push(FieldError::required(at("namespace"), ""));
                 }
                 ""
             }
             "User" | "Group" => GROUP,
             other => {
-                causes.push(unsupported(&at("kind"), other, &["ServiceAccount", "User", "Group"]));
+                causes.push(FieldError::not_supported(
+                    at("kind"),
+                    other,
+                    &["ServiceAccount", "User", "Group"],
+                ));
                 continue;
             }
         };
         if text("apiGroup") != group {
-            causes.push(unsupported(&at("apiGroup"), text("apiGroup"), &[group]));
+            causes.push(FieldError::not_supported(at("apiGroup"), text("apiGroup"), &[group]));
         }
     }
     // Who could change it would turn a binding that others look after into another one.
     let of = |object: &Object| object.get("roleRef").cloned().unwrap_or_default();
     if old.is_some_and(|old| of(old) != of(object)) {
-        causes.push(field("roleRef", &of(object), "field is immutable"));
-    }
-}
-
-/// What keeps a name from being a part of a path.
-fn path_segment(name: &str) -> Vec<&'static str> {
-    match name {
-        "." => vec!["may not be '.'"],
-        ".." => vec!["may not be '..'"],
-        name => [('/', "may not contain '/'"), ('%', "may not contain '%'")]
-            .into_iter()
-            .filter(|(c, _)| name.contains(*c))
-            .map(|(_, why)| why)
-            .collect(),
+        causes.push(FieldError::invalid("roleRef", of(object), "field is immutable"));
     }
 }
 

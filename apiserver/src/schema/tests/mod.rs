@@ -17,6 +17,6 @@ fn schema(fields: Value) -> Schema {
     Schema::compile(&schema).unwrap_or_else(|errors| panic!("{}", texts(&errors).join("\n")))
 }
 
-fn texts(errors: &[super::FieldError]) -> Vec<String> {
+fn texts(errors: &[crate::field::FieldError]) -> Vec<String> {
     errors.iter().map(ToString::to_string).collect()
 }

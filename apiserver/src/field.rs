@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde_json::Value;
 
-use crate::status::Cause;
+use crate::status::{Cause, Details, Reason, Status};
 
 /// Most errors that one schema or object is told; the rest is not looked for.
 pub const ERRORS_COUNT_MAX: usize = 100;
@@ -192,26 +192,40 @@ fn is_short(value: &Value, left: &mut usize) -> bool {
     }
 }
 
-/// A text in quotes, with what cannot be printed escaped.
+/// A text in quotes, with the escapes that Go's `%q` has and messages of Kubernetes with it.
 pub fn quote(text: &str) -> String {
     let mut quoted = String::with_capacity(text.len() + 2);
     quoted.push('"');
-    for char in text.chars() {
-        match char {
-            '"' => quoted.push_str("\\\""),
-            '\\' => quoted.push_str("\\\\"),
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => quoted.extend(['\\', c]),
             '\n' => quoted.push_str("\\n"),
             '\r' => quoted.push_str("\\r"),
             '\t' => quoted.push_str("\\t"),
-            char if char.is_control() && u32::from(char) < 0x80 => {
-                quoted.push_str(&format!("\\x{:02x}", u32::from(char)));
-            }
-            char if char.is_control() => quoted.push_str(&format!("\\u{:04x}", u32::from(char))),
-            char => quoted.push(char),
+            '\x00'..='\x1f' | '\x7f' => quoted.push_str(&format!("\\x{:02x}", u32::from(c))),
+            '\u{80}'..='\u{a0}' | '\u{ad}' => quoted.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => quoted.push(c),
         }
     }
     quoted.push('"');
     quoted
+}
+
+/// The answer to an object with such fields: `Status` 422.
+pub fn invalid(group: &str, kind: &str, name: &str, mut errors: Vec<FieldError>) -> Status {
+    errors.truncate(ERRORS_COUNT_MAX);
+    let mut told: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    told.dedup();
+    let told = match told.as_slice() {
+        [one] => one.clone(),
+        more => format!("[{}]", more.join(", ")),
+    };
+    let qualified = if group.is_empty() { kind.to_owned() } else { format!("{kind}.{group}") };
+    let message = format!("{qualified} {} is invalid: {told}", quote(name));
+    let causes = errors.iter().map(Cause::from).collect();
+    let (name, group, kind) = (name.to_owned(), group.to_owned(), kind.to_owned());
+    let details = Details { name, group, kind, causes, ..Details::default() };
+    Status { details: Box::new(details), ..Status::new(Reason::Invalid, message) }
 }
 
 /// What a path shows of a name.
