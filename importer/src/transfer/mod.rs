@@ -57,8 +57,8 @@ struct Transfer<'a> {
 enum Start {
     /// A source is to be read, from where it is opened.
     Source(Box<Reading>),
-    /// The layer is there, and told of by the session.
-    Layer(Upload, Box<Pushed>),
+    /// The layer is there, of so many bytes, and told of by the session.
+    Layer(Upload, Box<Pushed>, u64),
 }
 
 /// Where reading begins, or goes on.
@@ -115,7 +115,7 @@ impl Transfer<'_> {
         self.progress.set_phase("transfer");
         let (published, resumed_bytes) = match self.start().await? {
             Start::Source(reading) => self.read(*reading).await?,
-            Start::Layer(journal, pushed) => self.publish_layer(journal, *pushed).await?,
+            Start::Layer(journal, pushed, size) => self.publish_layer(journal, *pushed, size).await?,
         };
         let Published { manifest, virtual_size, produced } = published;
         let seconds = begun.elapsed().as_secs_f64();
@@ -227,7 +227,7 @@ impl Transfer<'_> {
         let leaving = async {
             let (mut journal, of_another) =
                 self.repository.return_to_upload(&self.session_name(), None).await?;
-            if of_another.is_some() || !journal.keeps_notes() {
+            if of_another.is_some() {
                 return Ok(None);
             }
             note.leave(&mut journal).await?;
@@ -240,9 +240,8 @@ impl Transfer<'_> {
     }
 
     /// Makes the image of a layer that an earlier import has brought.
-    async fn publish_layer(&self, journal: Upload, pushed: Pushed) -> Result<(Published, u64)> {
+    async fn publish_layer(&self, journal: Upload, pushed: Pushed, size: u64) -> Result<(Published, u64)> {
         let Pushed { digest, end, file } = pushed;
-        let Some(size) = tar::layer_bytes(file.size) else { return Err(unusable(journal).await) };
         self.progress.set_total(end.position);
         self.progress.skip_to(end.position);
         self.progress.set_phase("commit");
@@ -294,11 +293,11 @@ impl Transfer<'_> {
             return Err(unusable(journal).await);
         }
         let there = self.repository.blob_size(&pushed.digest).await.map_err(|e| self.registry(e))?;
-        if there.is_none() || there != tar::layer_bytes(pushed.file.size) {
+        let Some(size) = there.filter(|_| there == tar::layer_bytes(pushed.file.size)) else {
             journal.cancel().await;
             let text = format!("the registry does not have the layer any more, {}", pushed.digest);
             return Err(Error::new(ErrorKind::Changed, text));
-        }
+        };
         let place = Place { position: pushed.end.position, ..version };
         let verified = self.open(place).await.and_then(|_| checksums.verify());
         match verified {
@@ -309,7 +308,7 @@ impl Transfer<'_> {
             verified => verified?,
         }
         tracing::info!(layer = %pushed.digest, "the import goes on where it was: the layer is there");
-        Ok(Start::Layer(journal, Box::new(pushed)))
+        Ok(Start::Layer(journal, Box::new(pushed), size))
     }
 
     /// Goes on with a layer.
