@@ -62,7 +62,8 @@ fn sample(dir: &Path, options: &str) -> PathBuf {
     let image = dir.join("image.qcow2");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path(&image), "6M"]);
     let write = |commands: &[&str]| {
-        qemu_io(&image, &commands.iter().map(|command| (*command).to_owned()).collect::<Vec<_>>());
+        let commands = commands.iter().map(|command| (*command).to_owned()).collect::<Vec<_>>();
+        assert!(qemu_io(&image, &commands));
     };
     write(&[
         "write -q -P 1 0 300k",

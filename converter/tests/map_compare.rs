@@ -70,7 +70,8 @@ fn the_map_is_that_of_qemu_img() {
             "write -q -P 6 10200k 40k",
             "write -q -P 7 30M 512",
         ];
-        qemu_io(&image, &commands.into_iter().chain(more).map(str::to_owned).collect::<Vec<_>>());
+        let commands = commands.into_iter().chain(more).map(str::to_owned).collect::<Vec<_>>();
+        assert!(qemu_io(&image, &commands));
         assert_eq!(our_map(&image), their_map(&image, "qcow2"), "{options}");
 
         let raw = dir.path().join(format!("{i}.raw"));

@@ -98,10 +98,8 @@ impl Recipe {
             .iter()
             .map(|operation| self.command(operation, path(&noise_file), path(&prose_file)))
             .collect();
-        if !commands.is_empty() {
-            qemu_io(&image, &commands);
-        }
-        is_undamaged(&image).then_some(image)
+        let is_whole = commands.is_empty() || qemu_io(&image, &commands);
+        (is_whole && is_undamaged(&image)).then_some(image)
     }
 
     fn command(&self, operation: &Operation, noise: &str, prose: &str) -> String {
