@@ -58,7 +58,7 @@ enum Start {
     /// A source is to be read, from where it is opened.
     Source(Box<Reading>),
     /// The layer is there, of so many bytes, and told of by the session.
-    Layer(Upload, Box<Pushed>, u64),
+    Layer(Box<Upload>, Box<Pushed>, u64),
 }
 
 /// Where reading begins, or goes on.
@@ -115,7 +115,7 @@ impl Transfer<'_> {
         self.progress.set_phase("transfer");
         let (published, resumed_bytes) = match self.start().await? {
             Start::Source(reading) => self.read(*reading).await?,
-            Start::Layer(journal, pushed, size) => self.publish_layer(journal, *pushed, size).await?,
+            Start::Layer(journal, pushed, size) => self.publish_layer(*journal, *pushed, size).await?,
         };
         let Published { manifest, virtual_size, produced } = published;
         let seconds = begun.elapsed().as_secs_f64();
@@ -308,7 +308,7 @@ impl Transfer<'_> {
             verified => verified?,
         }
         tracing::info!(layer = %pushed.digest, "the import goes on where it was: the layer is there");
-        Ok(Start::Layer(journal, Box::new(pushed), size))
+        Ok(Start::Layer(Box::new(journal), Box::new(pushed), size))
     }
 
     /// Goes on with a layer.
