@@ -27,7 +27,7 @@ fn image(dir: &Path, options: &str) -> PathBuf {
         "write -q -z 2M 256k".to_owned(),
         format!("write -q -s {} 3M 1M", path(&text)),
     ];
-    qemu_io(&image, &commands);
+    assert!(qemu_io(&image, &commands));
     image
 }
 
@@ -139,7 +139,7 @@ fn l1_entries_that_share_a_table_are_refused() {
     let dir = temp_dir();
     let image = dir.path().join("image");
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", path(&image), "1M"]);
-    qemu_io(&image, &["write -q 0 512".to_owned()]);
+    assert!(qemu_io(&image, &["write -q 0 512".to_owned()]));
     let mut bytes = std::fs::read(&image).unwrap();
     let l1 = l1_offset(&bytes);
     bytes.copy_within(l1..l1 + 8, l1 + 16);
@@ -189,7 +189,7 @@ fn the_last_cluster_of_a_file_may_be_short() {
     qemu_img(&["create", "-q", "-f", "qcow2", path(&image), "1M"]);
     let text = dir.path().join("prose");
     std::fs::write(&text, prose(65536, 2)).unwrap();
-    qemu_io(&image, &[format!("write -q -s {} 0 64k", path(&text))]);
+    assert!(qemu_io(&image, &[format!("write -q -s {} 0 64k", path(&text))]));
     let mut bytes = std::fs::read(&image).unwrap();
     bytes.truncate(bytes.len() - 40_000);
     std::fs::write(&image, &bytes).unwrap();
